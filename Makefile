@@ -1,0 +1,41 @@
+# make demo: set up, then the whole path on the embedded corpus (minutes)
+# make test: set up, then the tests
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: setup demo demo-long test test-slow lint corpus clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/gamayun demo
+
+# The same config, eight times as many tokens: under an hour on 2 cores.
+demo-long: setup
+	$(BIN)/gamayun demo --long 8 --workdir runs/demo-long
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Rebuild the embedded corpus from public packages (needs apt-get, dpkg-deb, npm).
+corpus: setup
+	$(BIN)/python -m gamayun_jax.debian sample gamayun_jax/demo_corpus --work build/debian
+
+clean:
+	rm -rf $(VENV) build runs

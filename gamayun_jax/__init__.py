@@ -1,0 +1,3 @@
+"""Train multilingual language models from scratch in JAX, in curriculum stages."""
+
+__version__ = "0.1.0"

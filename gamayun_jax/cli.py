@@ -1,0 +1,317 @@
+"""The command line: `gamayun COMMAND`, also `python -m gamayun_jax`.
+
+Exit status: 0 the work is done, 2 bad input (one line on stderr says what, where and
+what to do), 3 a run that a signal stopped after it had saved, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from gamayun_jax import __version__
+from gamayun_jax.config import Config, UserError, load_config
+
+TINY = Path(__file__).parent.parent / "experiments" / "tiny.py"
+
+
+# Modules that import JAX are imported by the command that needs them, so that help
+# and wrong arguments answer at once.
+
+
+def load(args: argparse.Namespace) -> Config:
+    return load_config(args.config, args.set)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from gamayun_jax import corpus, report, train
+
+    if not TINY.exists():
+        raise UserError(
+            f"{TINY} is missing: the demo runs from a checkout of the project, "
+            "installed with `pip install -e .` (make demo does it)"
+        )
+    cfg = load_config(TINY, args.set)
+    if args.long:
+        cfg = lengthen(cfg, args.long)
+    folder = Path(cfg.data.corpus)
+    print(f"1/3 corpus and tokenizer -> {folder}", flush=True)
+    corpus.build(cfg, folder)
+    print(f"2/3 training, two stages -> {args.workdir}", flush=True)
+    status = train.train(cfg, args.workdir)
+    if status:
+        return status
+    print("3/3 report", flush=True)
+    page = report.write_report([args.workdir], args.workdir / "report")
+    print(report.run_table(args.workdir))
+    print(f"\nreport: {page}")
+    return 0
+
+
+def lengthen(cfg: Config, factor: float) -> Config:
+    """The same config with every length in tokens multiplied, for `demo --long`."""
+
+    def times(x: int) -> int:
+        return round(x * factor)
+
+    stages = tuple(
+        dataclasses.replace(
+            s,
+            tokens=times(s.tokens),
+            mixture=dataclasses.replace(
+                s.mixture, ramp_tokens=times(s.mixture.ramp_tokens)
+            ),
+            schedule=dataclasses.replace(
+                s.schedule, decay_tokens=times(s.schedule.decay_tokens)
+            ),
+        )
+        for s in cfg.stages
+    )
+    return dataclasses.replace(
+        cfg,
+        stages=stages,
+        data=dataclasses.replace(cfg.data, max_epochs=cfg.data.max_epochs * factor),
+    )
+
+
+def run_corpus_build(args: argparse.Namespace) -> int:
+    from gamayun_jax import corpus
+
+    corpus.build(load(args), args.out, workers=args.workers)
+    print(corpus.inspect(args.out))
+    return 0
+
+
+def run_corpus_inspect(args: argparse.Namespace) -> int:
+    from gamayun_jax import corpus
+
+    print(corpus.inspect(args.folder))
+    return 0
+
+
+def run_corpus_debian(args: argparse.Namespace) -> int:
+    from gamayun_jax import debian
+
+    debian.build_full(args.out, args.work or args.out / "downloads", args.languages)
+    return 0
+
+
+def run_tokenizer_train(args: argparse.Namespace) -> int:
+    from gamayun_jax import corpus
+
+    path = corpus.train_tokenizer(load(args).corpus, args.out)
+    print(path)
+    return 0
+
+
+def run_tokenizer_report(args: argparse.Namespace) -> int:
+    from gamayun_jax import corpus, tokenizer
+
+    found = corpus.open_corpus(args.corpus)
+    model = tokenizer.Tokenizer(args.model) if args.model else found.tokenizer()
+    for name, languages in found.heldout_sets().items():
+        texts = {k: [text for _, text in found.heldout(name, k)] for k in languages}
+        print(f"held-out set {name}")
+        print(tokenizer.format_report(tokenizer.report(model, texts)))
+    return 0
+
+
+def run_curriculum(args: argparse.Namespace) -> int:
+    from gamayun_jax import corpus, data, lineage, report
+
+    cfg = load(args)
+    plan = data.make_plan(cfg, corpus.open_corpus(Path(cfg.data.corpus)))
+    rows = [row for s in plan.segments for row in s.curriculum.table()]
+    print(report.curriculum_table(rows, cfg.data.seq_len))
+    if args.out:
+        points = lineage.share_points(cfg, plan)
+        figure = report.curriculum_figure(points)
+        figure.savefig(args.out, dpi=150)
+        print(f"picture: {args.out}")
+    return 0
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from gamayun_jax import train
+
+    return train.train(load(args), args.workdir, args.init_from)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from gamayun_jax import evaluate, report
+
+    result = evaluate.evaluate_checkpoint(
+        args.model, args.corpus, args.languages, args.batch_size
+    )
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result, indent=1, ensure_ascii=False)
+        (args.out / "eval.json").write_text(text + "\n", encoding="utf-8")
+    print(report.language_table([result]))
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from gamayun_jax import report
+
+    print(report.write_report(args.runs, args.out or args.runs[0] / "report"))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gamayun",
+        description="Train multilingual language models in JAX, in curriculum stages.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(group: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = group.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def add_config(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("config", type=Path, help="Python experiment file (executed)")
+        add_set(sub)
+
+    def add_set(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="A.B=VALUE",
+            help="change one field, e.g. stages.align.schedule.peak=1e-3",
+        )
+
+    demo = add(
+        commands,
+        "demo",
+        run_demo,
+        "The whole path on the embedded corpus. Reads nothing else; writes "
+        "build/demo-corpus and the run folder; goes on where it was interrupted.",
+    )
+    demo.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+    demo.add_argument(
+        "--long", type=float, default=0, metavar="N", help="train N times as long"
+    )
+    add_set(demo)
+
+    corpus = commands.add_parser("corpus", help="Documents to tokens.")
+    of_corpus = corpus.add_subparsers(metavar="COMMAND", required=True)
+    build = add(
+        of_corpus,
+        "build",
+        run_corpus_build,
+        "Clean, deduplicate and tokenise the documents that CONFIG names; train the "
+        "tokenizer if it names none. Writes a corpus folder; restartable.",
+    )
+    add_config(build)
+    build.add_argument("--out", type=Path, required=True, help="corpus folder to write")
+    build.add_argument("--workers", type=int, help="processes (default: the cores)")
+    debian = add(
+        of_corpus,
+        "debian",
+        run_corpus_debian,
+        "Download public packages (apt, npm) and turn them into documents in 12 "
+        "languages. Writes JSONL files, held-out sets and a manifest.",
+    )
+    debian.add_argument("--out", type=Path, required=True, help="folder to write")
+    debian.add_argument("--work", type=Path, help="downloads (default: OUT/downloads)")
+    debian.add_argument("--languages", nargs="+", help="default: all 12")
+    inspect = add(
+        of_corpus, "inspect", run_corpus_inspect, "Print what a corpus folder holds."
+    )
+    inspect.add_argument("folder", type=Path)
+
+    tokenizer = commands.add_parser("tokenizer", help="SentencePiece tokenizers.")
+    of_tokenizer = tokenizer.add_subparsers(metavar="COMMAND", required=True)
+    train_tok = add(
+        of_tokenizer,
+        "train",
+        run_tokenizer_train,
+        "Train a SentencePiece model on the documents that CONFIG names.",
+    )
+    add_config(train_tok)
+    train_tok.add_argument(
+        "--out", type=Path, required=True, help="model file to write"
+    )
+    report_tok = add(
+        of_tokenizer,
+        "report",
+        run_tokenizer_report,
+        "Bytes and characters per token by language, on a corpus's held-out sets.",
+    )
+    report_tok.add_argument("corpus", type=Path, help="corpus folder")
+    report_tok.add_argument(
+        "--model", type=Path, help="another model file to report on"
+    )
+
+    curriculum = add(
+        commands,
+        "curriculum",
+        run_curriculum,
+        "Preview a config's curriculum: tokens and epochs per source and stage.",
+    )
+    add_config(curriculum)
+    curriculum.add_argument("--out", type=Path, metavar="PNG", help="draw it")
+
+    train = add(
+        commands,
+        "train",
+        run_train,
+        "Train all stages of CONFIG. Reads its corpus; writes the run folder; goes on "
+        "where the run folder stands.",
+    )
+    add_config(train)
+    train.add_argument("--workdir", type=Path, required=True, help="run folder")
+    train.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="RUN|CHECKPOINT",
+        help="begin a new run from a former one's parameters",
+    )
+
+    evaluate = add(
+        commands,
+        "eval",
+        run_eval,
+        "Held-out loss and bits per byte by language. Reads a run folder or a "
+        "checkpoint and its corpus; writes OUT/eval.json.",
+    )
+    evaluate.add_argument("model", type=Path, help="run folder or checkpoint")
+    evaluate.add_argument("--corpus", type=Path, help="default: the run's own")
+    evaluate.add_argument("--languages", nargs="+", help="default: all")
+    evaluate.add_argument("--batch-size", type=int, help="rows per step")
+    evaluate.add_argument("--out", type=Path, help="folder for eval.json")
+
+    report = add(
+        commands,
+        "report",
+        run_report,
+        "Make the HTML report of one run, or of several overlaid.",
+    )
+    report.add_argument("runs", type=Path, nargs="+", help="run folders")
+    report.add_argument("--out", type=Path, help="default: RUN/report")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as e:
+        print(f"gamayun: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gamayun: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,554 @@
+"""The curriculum: training data as a pure function of one integer.
+
+Global example number i maps to (source, position in that source) by the phases'
+weights alone. Exact counts, random access, no state. NumPy only.
+
+How counts are exact. Weights are whole numbers over 2**30. A phase is cut into
+blocks; I[b, s], the integral of source s's weight up to block boundary b, is an exact
+int64 over 2**30. The realised count C[b, s] is chosen by earliest-deadline-first
+scheduling: the j-th example of a source may not come before its integral exceeds
+j - 1 and is due when it reaches j. A fractional schedule exists (the weights
+themselves), so by total unimodularity a whole one does, and for unit jobs earliest
+deadline first finds it (Tijdeman, "The chairman assignment problem", 1980; Baruah et
+al., "Proportionate progress", 1996). Hence, at every block boundary of a phase, counts
+since the phase began are within 1 of the integral, add up exactly, and never go back.
+
+Every phase starts afresh from whole counts, because a decision must not depend on
+phases that may still be edited, and without that knowledge nobody stays within 1
+across a change: four sources at 1/4 must give two of them their example by the second
+place; if the next phase then serves only the other two, or only these, one is late or
+early by more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gamayun_jax.config import UserError
+
+ONE = 1 << 30  # weights are whole multiples of 1 / ONE
+NEVER = np.int64(1) << 62
+VERSION = 1  # of the mapping; part of the fingerprint
+RAMPS = ("step", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`examples` long; weights: source -> share. The first `ramp_examples` move from
+    the former phase's weights to these (the first phase has none to move from)."""
+
+    name: str
+    examples: int
+    weights: Mapping[str, float]
+    ramp: str = "step"
+    ramp_examples: int = 0
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Realised counts of a phase at its block boundaries."""
+
+    start: int  # first global example of the phase
+    ends: np.ndarray  # int64 [b + 1]: examples of the phase before boundary b
+    counts: np.ndarray  # int64 [b + 1, S]: since the phase began
+
+
+def quantise(weights: np.ndarray) -> np.ndarray:
+    """float [..., S] that sum to 1 -> int64 over ONE that sum to ONE; 0 stays 0."""
+    exact = weights * ONE
+    whole = np.floor(exact).astype(np.int64)
+    short = ONE - whole.sum(axis=-1, keepdims=True)
+    # Largest remainders first; a weight of 0 never gets one.
+    remainder = np.where(weights > 0, exact - whole, -1.0)
+    rank = np.argsort(np.argsort(-remainder, axis=-1, kind="stable"), axis=-1)
+    whole += rank < short
+    # Float sums may leave more than one a source: the largest takes it.
+    rest = ONE - whole.sum(axis=-1)
+    largest = np.argmax(whole, axis=-1)
+    np.put_along_axis(
+        whole,
+        largest[..., None],
+        np.take_along_axis(whole, largest[..., None], axis=-1) + rest[..., None],
+        axis=-1,
+    )
+    return whole
+
+
+def ramp_integral(kind: str, x: np.ndarray) -> np.ndarray:
+    """Integral from 0 to x of the ramp from 0 to 1 over [0, 1]; linear beyond."""
+    inside = np.clip(x, 0.0, 1.0)
+    if kind == "linear":
+        area = inside**2 / 2
+    else:  # cosine: (1 - cos(pi t)) / 2
+        area = inside / 2 - np.sin(np.pi * inside) / (2 * np.pi)
+    return area + np.maximum(x - 1.0, 0.0)
+
+
+def schedule(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Whole counts within 1 of the integrals of the weights, at block boundaries.
+
+    Args:
+      weights: int64 [b, S] over ONE, constant in each block.
+      lengths: int64 [b], examples per block.
+
+    Returns:
+      int64 [b + 1, S], beginning with zeros; row b sums to lengths[:b].sum().
+    """
+    blocks, sources = weights.shape
+    integral = np.cumsum(weights * lengths[:, None], axis=0)
+    floor = integral >> 30
+    ceil = -((-integral) >> 30)
+    deadline = np.empty((blocks, sources), np.int64)
+    for s in range(sources):
+        need = (floor[:, s] + 1) << 30
+        due = np.searchsorted(integral[:, s], need, side="left").astype(np.int64)
+        # Past the end: as if the phase went on, so that prolonging it changes nothing.
+        late = due == blocks
+        rate = int(weights[-1, s])
+        if rate:
+            lack = need[late] - integral[-1, s]
+            due[late] = blocks - 1 - (-lack // (rate * int(lengths.max())))
+        else:
+            due[late] = NEVER
+        deadline[:, s] = due
+    total = np.cumsum(lengths)
+    counts = np.zeros((blocks + 1, sources), np.int64)
+    now = counts[0]
+    for b in range(blocks):
+        now = np.maximum(now, floor[b])
+        spare = int(total[b] - now.sum())
+        if spare:
+            due = np.where(ceil[b] > now, deadline[b], NEVER + 1)
+            now[np.argsort(due, kind="stable")[:spare]] += 1
+        counts[b + 1] = now
+    return counts
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Global example -> (source, position).
+
+    Attributes:
+      sources: name -> examples in one epoch; the order numbers the sources.
+      seed: of the interleaving inside blocks.
+      block_examples: length of a block; counts are exact at its ends.
+      start: name -> position at which a former run left the source.
+    """
+
+    phases: tuple[Phase, ...]
+    sources: Mapping[str, int]
+    seed: int = 0
+    block_examples: int = 1024
+    start: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.block_examples < 1:
+            raise UserError(f"block_examples={self.block_examples} must be at least 1")
+        for name in self.start:
+            if name not in self.sources:
+                raise UserError(f"start names {name!r}, which is not a source")
+        for p in self.phases:
+            check_phase(p, self.sources)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.sources)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 [S]: position at which each source starts."""
+        return np.array([self.start.get(n, 0) for n in self.names], np.int64)
+
+    @cached_property
+    def total(self) -> int:
+        return sum(p.examples for p in self.phases)
+
+    @cached_property
+    def _blocks(self) -> tuple[Blocks, ...]:
+        found, start, former = [], 0, None
+        for p in self.phases:
+            final = np.array([p.weights.get(n, 0.0) for n in self.names], np.float64)
+            final = final / final.sum()
+            size = self.block_examples
+            ends = np.append(np.arange(0, p.examples, size, dtype=np.int64), p.examples)
+            lengths = np.diff(ends)
+            weights = np.broadcast_to(quantise(final), (len(lengths), len(final)))
+            if p.ramp != "step" and p.ramp_examples and former is not None:
+                area = ramp_integral(p.ramp, ends / p.ramp_examples) * p.ramp_examples
+                done = (np.diff(area) / lengths)[:, None]
+                ramped = ends[:-1] < p.ramp_examples
+                mixed = (1 - done[ramped]) * former + done[ramped] * final
+                weights = weights.copy()
+                weights[ramped] = quantise(mixed)
+            # The last, short block counts as a whole one for deadlines beyond it.
+            found.append(Blocks(start, ends, schedule(weights, lengths)))
+            start += p.examples
+            former = final
+        return tuple(found)
+
+    @cached_property
+    def _bases(self) -> np.ndarray:
+        """int64 [phases + 1, S]: counts before each phase."""
+        parts = [b.counts[-1] for b in self._blocks]
+        zero = np.zeros(len(self.names), np.int64)
+        return np.cumsum([zero, *parts], axis=0)
+
+    @cached_property
+    def _cache(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+    def _order(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sources int32 [n] of a block's examples, and each one's number among those
+        of its source in the block, int64 [n]."""
+        key = (phase, block)
+        if (hit := self._cache.get(key)) is not None:
+            return hit
+        b = self._blocks[phase]
+        n = b.counts[block + 1] - b.counts[block]
+        source = np.repeat(np.arange(len(n), dtype=np.int32), n)
+        number = np.arange(len(source)) - np.repeat(np.cumsum(n) - n, n)
+        # Source s takes places (number + u_s) / n_s: evenly spread, so that any part
+        # of a block is near the weights. u_s is a hash, lest all begin together.
+        shift = np.array(
+            [unit_hash(self.seed, b.start, block, s) for s in self.names], np.float64
+        )
+        place = (number + shift[source]) / n[source]
+        order = np.argsort(place, kind="stable")
+        made = (source[order], number[order])
+        if len(self._cache) > 16:
+            self._cache.clear()
+        self._cache[key] = made
+        return made
+
+    def lookup(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Global examples int64 [n] -> (source int32 [n], position int64 [n]).
+
+        `position` counts from 0 for the source's first example ever, `start` included;
+        epoch = position // sources[name].
+
+        Raises:
+          IndexError: an example outside of the curriculum.
+        """
+        examples = np.asarray(examples, np.int64)
+        if examples.size and not 0 <= examples.min() <= examples.max() < self.total:
+            raise IndexError(f"example outside of 0..{self.total - 1}")
+        source = np.empty(examples.shape, np.int32)
+        position = np.empty(examples.shape, np.int64)
+        starts = np.array([b.start for b in self._blocks], np.int64)
+        phases = np.searchsorted(starts, examples, side="right") - 1
+        blocks = (examples - starts[phases]) // self.block_examples
+        for phase, block in sorted(
+            set(zip(phases.tolist(), blocks.tolist(), strict=True))
+        ):
+            mine = (phases == phase) & (blocks == block)
+            b = self._blocks[phase]
+            sources, number = self._order(phase, block)
+            inside = examples[mine] - b.start - block * self.block_examples
+            which = sources[inside]
+            before = self._bases[phase] + b.counts[block] + self.offsets
+            source[mine] = which
+            position[mine] = before[which] + number[inside]
+        return source, position
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, example: int) -> tuple[int, int]:
+        source, position = self.lookup(np.array([example]))
+        return int(source[0]), int(position[0])
+
+    def counts_at(self, example: int) -> np.ndarray:
+        """int64 [S]: examples of each source among the global examples [0, example)."""
+        if not 0 <= example <= self.total:
+            raise IndexError(f"example {example} outside of 0..{self.total}")
+        phase = 0
+        while phase + 1 < len(self.phases) and (
+            self._blocks[phase + 1].start <= example
+        ):
+            phase += 1
+        b = self._blocks[phase]
+        block, rest = divmod(example - b.start, self.block_examples)
+        counts = self._bases[phase] + b.counts[min(block, len(b.counts) - 1)]
+        if rest and block < len(b.counts) - 1 and example < b.start + b.ends[-1]:
+            first = self._order(phase, block)[0][:rest]
+            counts = counts + np.bincount(first, minlength=len(self.names))
+        elif rest:
+            counts = self._bases[phase + 1]
+        return counts.astype(np.int64)
+
+    def consumed(self, example: int) -> dict[str, int]:
+        """Position of each source before global example `example`, `start` included."""
+        positions = self.counts_at(example) + self.offsets
+        return dict(zip(self.names, positions.tolist(), strict=True))
+
+    def epochs(self, example: int | None = None) -> dict[str, float]:
+        """Passes over each source before `example` (default: at the end)."""
+        used = self.consumed(self.total if example is None else example)
+        return {
+            n: c / size if (size := self.sources[n]) else 0.0 for n, c in used.items()
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per phase and source: share, examples, epochs in it and in all."""
+        rows = []
+        for k, p in enumerate(self.phases):
+            counts = self._blocks[k].counts[-1]
+            total = self._bases[k + 1] + self.offsets
+            for s, name in enumerate(self.names):
+                size = max(self.sources[name], 1)
+                rows.append(
+                    {
+                        "phase": p.name,
+                        "source": name,
+                        "share": p.weights.get(name, 0.0),
+                        "examples": int(counts[s]),
+                        "epochs": float(counts[s] / size),
+                        "epochs_total": float(total[s] / size),
+                    }
+                )
+        return rows
+
+    def _past(self, example: int) -> list[tuple[str, Any]]:
+        """Everything that determines the examples before `example`, as named parts."""
+        used = self.consumed(example)
+        touched = [s for s, n in enumerate(self.names) if used[n] > self.offsets[s]]
+        parts: list[tuple[str, Any]] = [
+            ("version", VERSION),
+            ("seed", self.seed),
+            ("block_examples", self.block_examples),
+        ]
+        for s in touched:
+            parts.append((f"size of {self.names[s]}", self.sources[self.names[s]]))
+            parts.append((f"start of {self.names[s]}", int(self.offsets[s])))
+        for p, b in zip(self.phases, self._blocks, strict=True):
+            if b.start >= example:
+                break
+            last = min(-(-(example - b.start) // self.block_examples), len(b.ends) - 1)
+            past = b.counts[: last + 1][:, touched]
+            digest = hashlib.sha256(b.ends[: last + 1].tobytes() + past.tobytes())
+            parts.append((f"mapping of phase {p.name}", digest.hexdigest()))
+        return parts
+
+    def fingerprint(self, example: int) -> str:
+        """Hash of what determines the examples before `example`, and nothing else:
+        later phases, and sources not yet used, may change."""
+        names = [n for n, c in self.consumed(example).items() if c]
+        data = json.dumps([names, self._past(example)], sort_keys=True)
+        return hashlib.sha256(data.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "phases": [dataclasses.asdict(p) for p in self.phases],
+            "sources": dict(self.sources),
+            "seed": self.seed,
+            "block_examples": self.block_examples,
+            "start": dict(self.start),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Curriculum:
+        phases = tuple(Phase(**p) for p in data["phases"])
+        return cls(phases, **{k: v for k, v in data.items() if k != "phases"})
+
+
+def unit_hash(*parts: Any) -> float:
+    """A number in (0, 1) from any printable parts; the same everywhere."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=6).digest()
+    return (int.from_bytes(digest, "big") + 0.5) / 2**48
+
+
+def check_phase(phase: Phase, sources: Mapping[str, int]) -> None:
+    """Raise UserError naming the field that is wrong."""
+    at = f"phase {phase.name!r}"
+    if phase.examples < 1:
+        raise UserError(f"{at}: examples={phase.examples} must be at least 1")
+    if phase.ramp not in RAMPS:
+        raise UserError(f"{at}: ramp={phase.ramp!r}; choose one of {', '.join(RAMPS)}")
+    if not 0 <= phase.ramp_examples <= phase.examples:
+        raise UserError(
+            f"{at}: a ramp of {phase.ramp_examples} examples does not fit in "
+            f"{phase.examples}; shorten the ramp"
+        )
+    for name, weight in phase.weights.items():
+        if name not in sources:
+            raise UserError(f"{at}: unknown source {name!r}{near(name, sources)}")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"{at}: weight of {name!r} is {weight}; give a share >= 0")
+        if weight > 0 and sources[name] < 1:
+            raise UserError(
+                f"{at}: source {name!r} has no whole example but weight {weight:g}; "
+                "drop it or give it more text"
+            )
+    total = sum(phase.weights.values())
+    if abs(total - 1) > 1e-6:
+        raise UserError(f"{at}: the weights sum to {total:.6g}, not 1")
+
+
+def near(name: str, known: Any) -> str:
+    """ " (did you mean ...?)" or the list of what there is."""
+    close = difflib.get_close_matches(name, list(known), n=2)
+    if close:
+        return f" (did you mean {' or '.join(map(repr, close))}?)"
+    return f" (there are: {', '.join(sorted(known))})"
+
+
+def check_epochs(curriculum: Curriculum, caps: Mapping[str, float]) -> None:
+    """Raise UserError if the whole curriculum repeats a source beyond its cap."""
+    for name, epochs in curriculum.epochs().items():
+        cap = caps.get(name, math.inf)
+        if epochs > cap + 1e-9:
+            raise UserError(
+                f"source {name!r} would be seen {epochs:.2f} times, over its cap of "
+                f"{cap:g} epochs: lower its share, shorten the stages, add text, or "
+                "raise data.max_epochs (or data.max_epochs_of for this source)"
+            )
+
+
+def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
+    """What `new` would re-map of the examples before `example`; empty if nothing."""
+    if example > new.total:
+        return [f"it ends at example {new.total}, but {example} were trained on"]
+    if old.fingerprint(example) == new.fingerprint(example):
+        return []
+    before, after = dict(old._past(example)), dict(new._past(example))
+    lines = []
+    for key in {**before, **after}:
+        if before.get(key) != after.get(key) and not key.startswith("mapping"):
+            lines.append(f"{key} was {before.get(key)} and is {after.get(key)}")
+    for a, b in zip(old.phases, new.phases, strict=False):
+        for name in {**a.weights, **b.weights}:
+            x, y = a.weights.get(name, 0.0), b.weights.get(name, 0.0)
+            if abs(x - y) > 1e-9:
+                lines.append(f"share of {name} in {a.name} was {x:.4g} and is {y:.4g}")
+        for key in ("examples", "ramp", "ramp_examples"):
+            x, y = getattr(a, key), getattr(b, key)
+            if x != y:
+                lines.append(f"{key} of {a.name} was {x} and is {y}")
+    x, y = old.consumed(example), new.consumed(example)
+    for name in {**x, **y}:
+        if x.get(name, 0) != y.get(name, 0):
+            lines.append(
+                f"{name}: {x.get(name, 0)} examples were served, "
+                f"{y.get(name, 0)} would have been"
+            )
+    return lines or ["the order of sources differs"]
+
+
+def language_domain(
+    languages: Mapping[str, float], domains: Mapping[str, float]
+) -> dict[str, float]:
+    """Product shares: {"ru": .3} x {"web": .8} -> {"ru/web": .24}."""
+    return {f"{a}/{b}": x * y for a, x in languages.items() for b, y in domains.items()}
+
+
+def mixture_shares(
+    sizes: Mapping[str, int],
+    scheme: str,
+    shares: Mapping[str, float],
+    alpha: float,
+    max_epochs: float,
+    budget: int,
+) -> dict[str, float]:
+    """Share of the tokens per source; sums to 1.
+
+    Args:
+      sizes: tokens per source "<language>/<domain>".
+      scheme: how the languages that `shares` does not name divide the rest: natural
+        (by size n), temperature (n ** alpha), unimax (uniform, at most `max_epochs` of
+        a language; arXiv 2304.09151, algorithm 1), explicit (no rest).
+      shares: source or glob -> exact share, divided among its sources by size. An
+        exact name goes before a glob.
+      budget: tokens of the phase, for unimax.
+
+    Raises:
+      UserError: a pattern that matches nothing, two globs that match one source,
+        shares beyond 1, a rest that nobody may take.
+    """
+    owner: dict[str, str] = {}
+    for pattern in shares:
+        matched = [n for n in sizes if n == pattern or fnmatch.fnmatch(n, pattern)]
+        if not matched:
+            raise UserError(
+                f"shares: {pattern!r} matches no source{near(pattern, sizes)}"
+            )
+        for name in matched:
+            if name == pattern or name not in owner:
+                owner[name] = pattern
+            elif owner[name] != name:
+                raise UserError(
+                    f"shares: {owner[name]!r} and {pattern!r} both match {name!r}; "
+                    "make one of them narrower"
+                )
+    given = sum(shares.values())
+    rest = 1.0 - given
+    if rest < -1e-6:
+        raise UserError(f"shares sum to {given:.6g}, which is more than 1")
+    result = dict.fromkeys(sizes, 0.0)
+    for pattern, share in shares.items():
+        mine = {n: sizes[n] for n in sizes if owner.get(n) == pattern}
+        total = sum(mine.values())
+        if share > 0 and not total:
+            raise UserError(f"shares: {pattern!r} has share {share:g} but no tokens")
+        for name, size in mine.items():
+            result[name] = share * size / total if total else 0.0
+    if rest <= 1e-6:
+        return {n: v / given for n, v in result.items()}
+    if scheme == "explicit":
+        raise UserError(
+            f"shares sum to {given:.6g}: with scheme 'explicit' they must sum to 1"
+        )
+    languages: dict[str, int] = {}
+    for name, size in sizes.items():
+        if name not in owner and size:
+            language = name.split("/")[0]
+            languages[language] = languages.get(language, 0) + size
+    if not languages:
+        raise UserError(f"shares sum to {given:.6g} and no source is left for the rest")
+    if scheme == "unimax":
+        portions = unimax(languages, max_epochs, budget * rest)
+    else:
+        power = alpha if scheme == "temperature" else 1.0
+        portions = {k: float(n) ** power for k, n in languages.items()}
+    total_portion = sum(portions.values())
+    for name, size in sizes.items():
+        language = name.split("/")[0]
+        if name not in owner and size:
+            of_language = rest * portions[language] / total_portion
+            result[name] = of_language * size / languages[language]
+    return result
+
+
+def unimax(
+    sizes: Mapping[str, int], max_epochs: float, budget: float
+) -> dict[str, float]:
+    """Tokens per language: uniform, none beyond `max_epochs` (2304.09151, alg. 1)."""
+    taken: dict[str, float] = {}
+    left = budget
+    for k, (name, size) in enumerate(sorted(sizes.items(), key=lambda kv: kv[1])):
+        taken[name] = min(left / (len(sizes) - k), max_epochs * size)
+        left -= taken[name]
+    if left > 1e-6 * budget:
+        raise UserError(
+            f"unimax: all languages together have {sum(taken.values()):.3g} tokens at "
+            f"{max_epochs:g} epochs, but the stage wants {budget:.3g}: raise "
+            "mixture.max_epochs, shorten the stage, or add text"
+        )
+    return {name: taken[name] for name in sizes}

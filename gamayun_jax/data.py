@@ -1,0 +1,316 @@
+"""Batches for training: a pure function of the step number.
+
+Global example number i is (source, position in the source) by the curriculum
+alone; Grain reads it, hosts only pick their rows. So the whole state of the loader
+is one integer, and it is valid for any number of hosts.
+
+A batch is a dict of arrays [B, T], B rows over all hosts:
+
+  inputs, targets  int32  token ids; targets[t] is the token after inputs[t]
+  positions        int32  of each input in its document (0 where a row cuts into one)
+  segment_ids      int32  number of the document in the row, from 1; 0 is padding
+  language         int32  index into Config.languages
+  valid            float32 1 where the target counts: not padding, and not the first
+                   token of another document (targets never cross documents)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from gamayun_jax.config import Config, StageConfig, UserError
+from gamayun_jax.corpus import Corpus
+from gamayun_jax.curriculum import Curriculum, Phase, check_epochs, mixture_shares
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive stages that share data cursors, beginning at a global example."""
+
+    first_example: int
+    curriculum: Curriculum
+    seed: int
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What a run reads, from its first example to its last."""
+
+    sources: tuple[str, ...]
+    languages: tuple[int, ...]  # of each source, index into Config.languages
+    shares: tuple[dict[str, float], ...]  # per stage: source -> share of its tokens
+    segments: tuple[Segment, ...]
+    batch_size: int
+    total_steps: int
+
+    def segment_at(self, example: int) -> int:
+        starts = [s.first_example for s in self.segments]
+        return int(np.searchsorted(starts, example, side="right")) - 1
+
+    def lookup(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(segment * num_sources + source, position) of global examples, int64 [n]."""
+        dataset = np.empty(len(examples), np.int64)
+        position = np.empty(len(examples), np.int64)
+        starts = np.array([s.first_example for s in self.segments])
+        which = np.searchsorted(starts, examples, side="right") - 1
+        for k in np.unique(which):
+            mine = which == k
+            source, place = self.segments[k].curriculum.lookup(
+                examples[mine] - starts[k]
+            )
+            dataset[mine] = k * len(self.sources) + source
+            position[mine] = place
+        return dataset, position
+
+    def consumed(self, step: int) -> dict[str, int]:
+        """Data cursor of each source, in examples, before step number `step`."""
+        k = self.segment_at(max(0, step * self.batch_size - 1))
+        segment = self.segments[k]
+        return segment.curriculum.consumed(
+            step * self.batch_size - segment.first_example
+        )
+
+    def served(self, step: int) -> dict[str, int]:
+        """Examples of each source that this run served before step `step`."""
+        total = np.zeros(len(self.sources), np.int64)
+        for k, segment in enumerate(self.segments):
+            end = step * self.batch_size
+            if k + 1 < len(self.segments):
+                end = min(end, self.segments[k + 1].first_example)
+            if end > segment.first_example:
+                total += segment.curriculum.counts_at(end - segment.first_example)
+        return dict(zip(self.sources, total.tolist(), strict=True))
+
+    def language_shares(self, cfg: Config, stage: int) -> dict[str, float]:
+        """Share of each language among the tokens of a stage's mixture."""
+        shares = dict.fromkeys(cfg.languages, 0.0)
+        for source, language in zip(self.sources, self.languages, strict=True):
+            name = cfg.languages[language]
+            shares[name] += self.shares[stage].get(source, 0.0)
+        return shares
+
+
+def stage_shares(stage: StageConfig, tokens: Mapping[str, int]) -> dict[str, float]:
+    """Shares per source of a stage; `tokens`: source -> size of the source."""
+    mix = stage.mixture
+    try:
+        return mixture_shares(
+            tokens, mix.scheme, mix.shares, mix.alpha, mix.max_epochs, stage.tokens
+        )
+    except ValueError as e:
+        raise UserError(f"stages.{stage.name}.mixture: {e}") from e
+
+
+def make_plan(
+    cfg: Config, corpus: Corpus, start: Mapping[str, int] | None = None
+) -> DataPlan:
+    """The plan of a run; `start`: cursors of a former run to go on from.
+
+    Raises:
+      UserError: a mixture that does not fit the corpus, a language unknown to the
+        config, an epoch cap that the plan would exceed.
+    """
+    sizes = corpus.examples(cfg.data.seq_len)
+    tokens = {name: corpus.sources[name].tokens for name in sizes}
+    for name, source in corpus.sources.items():
+        if source.language not in cfg.languages:
+            raise UserError(
+                f"corpus {corpus.folder} has source {name!r} in language "
+                f"{source.language!r}, which is not in the config's languages"
+            )
+    shares = tuple(stage_shares(stage, tokens) for stage in cfg.stages)
+    segments: list[Segment] = []
+    phases: list[Phase] = []
+    first_step = 0
+
+    def close(begin_step: int) -> None:
+        seed = cfg.seed * 1_000_003 + len(segments)
+        carry_over = not segments and cfg.stages[0].transition.cursors == "continue"
+        begins = dict(start or {}) if carry_over else {}
+        curriculum = Curriculum(
+            phases=tuple(phases),
+            sources=sizes,
+            seed=seed,
+            block_examples=cfg.data.block_examples,
+            start={k: v for k, v in begins.items() if k in sizes},
+        )
+        segments.append(Segment(begin_step * cfg.data.batch_size, curriculum, seed))
+        phases.clear()
+
+    steps_done = 0
+    for k, (stage, steps) in enumerate(zip(cfg.stages, cfg.stage_steps(), strict=True)):
+        if k and stage.transition.cursors == "restart":
+            close(first_step)
+            first_step = steps_done
+        phases.append(
+            Phase(
+                name=stage.name,
+                examples=steps * cfg.data.batch_size,
+                weights=shares[k],
+                ramp=stage.mixture.ramp,
+                ramp_examples=stage.mixture.ramp_tokens // cfg.data.seq_len,
+            )
+        )
+        steps_done += steps
+    close(first_step)
+    caps: dict[str, float] = dict.fromkeys(sizes, cfg.data.max_epochs)
+    caps.update(cfg.data.max_epochs_of)
+    for segment in segments:
+        try:
+            check_epochs(segment.curriculum, caps)
+        except ValueError as e:
+            raise UserError(str(e)) from e
+    return DataPlan(
+        sources=tuple(sizes),
+        languages=tuple(
+            cfg.languages.index(corpus.sources[name].language) for name in sizes
+        ),
+        shares=shares,
+        segments=tuple(segments),
+        batch_size=cfg.data.batch_size,
+        total_steps=cfg.total_steps,
+    )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A source's records cut into examples: int32 [T + 1] each, random access."""
+
+    records: Sequence[np.ndarray]
+    seq_len: int
+    per_record: int
+
+    def __len__(self) -> int:
+        return len(self.records) * self.per_record
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        record, part = divmod(int(index), self.per_record)
+        at = part * self.seq_len
+        return self.records[record][at : at + self.seq_len + 1]
+
+
+class Selection(grain.transforms.DatasetSelectionMap):
+    """Local example i -> (dataset, position): this host's rows of each batch."""
+
+    def __init__(self, plan: DataPlan, rows: np.ndarray):
+        self._plan, self._rows = plan, rows
+
+    def __len__(self) -> int:
+        return self._plan.total_steps * len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        step, row = divmod(int(index), len(self._rows))
+        example = step * self._plan.batch_size + self._rows[row]
+        dataset, position = self._plan.lookup(np.array([example]))
+        return int(dataset[0]), int(position[0])
+
+
+def make_batch(
+    tokens: np.ndarray, language: np.ndarray, bos: int, pad: int
+) -> dict[str, np.ndarray]:
+    """Records int32 [B, T + 1] and languages int32 [B] to a batch (see the module)."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    begins = inputs == bos
+    segment_ids = np.cumsum(begins, axis=1, dtype=np.int32)
+    # A row that cuts into a document begins with segment 1 too, not with padding.
+    segment_ids += (~begins[:, :1]).astype(np.int32)
+    places = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
+    last_begin = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    padding = inputs == pad
+    return {
+        "inputs": inputs,
+        "targets": targets,
+        "positions": np.where(padding, 0, places - last_begin).astype(np.int32),
+        "segment_ids": np.where(padding, 0, segment_ids),
+        "language": np.broadcast_to(language[:, None], inputs.shape).astype(np.int32),
+        "valid": ((targets != pad) & (targets != bos)).astype(np.float32),
+    }
+
+
+def local_batches(
+    cfg: Config, corpus: Corpus, plan: DataPlan, rows: np.ndarray, first_step: int
+) -> grain.IterDataset:
+    """This host's batches from `first_step` on: dicts of arrays [len(rows), T]."""
+    tokenizer = corpus.tokenizer()
+    bos, pad, size = tokenizer.bos_id, tokenizer.pad_id, len(rows)
+    record_tokens = corpus.manifest["record_tokens"]
+    datasets = []
+    for segment in plan.segments:
+        for number, name in enumerate(plan.sources):
+            examples = Examples(
+                corpus.records(name),
+                cfg.data.seq_len,
+                record_tokens // cfg.data.seq_len,
+            )
+            language = np.int32(plan.languages[number])
+            # By name, so that another source's coming or going changes nothing.
+            seed = (segment.seed * 65_537 + zlib.crc32(name.encode())) % 2**32
+            datasets.append(
+                grain.MapDataset.source(examples)  # type: ignore[arg-type]
+                .seed(seed)
+                .shuffle()
+                .repeat()
+                .map(lambda tokens, language=language: (tokens, language))
+            )
+
+    def to_batch(rows_and_languages: tuple[np.ndarray, np.ndarray]) -> Any:
+        return make_batch(*rows_and_languages, bos, pad)
+
+    data = grain.MapDataset.select_from_datasets(datasets, Selection(plan, rows))
+    data = data.batch(size).map(to_batch)[first_step:]
+    return data.to_iter_dataset(
+        grain.ReadOptions(
+            num_threads=cfg.data.threads, prefetch_buffer_size=cfg.data.prefetch
+        )
+    )
+
+
+def host_rows(batch_size: int, sharding: NamedSharding) -> np.ndarray:
+    """Rows of the global batch that this process's devices hold, ascending."""
+    rows: set[int] = set()
+    for index in sharding.addressable_devices_indices_map((batch_size, 1)).values():
+        assert index is not None
+        rows.update(range(*index[0].indices(batch_size)))
+    return np.array(sorted(rows), np.int64)
+
+
+def global_batch(
+    local: Mapping[str, np.ndarray],
+    rows: np.ndarray,
+    batch_size: int,
+    sharding: NamedSharding,
+) -> dict[str, jax.Array]:
+    """Assemble global arrays [B, T] from this process's rows."""
+
+    def assemble(values: np.ndarray) -> jax.Array:
+        shape = (batch_size, *values.shape[1:])
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(batch_size)
+            at = int(np.searchsorted(rows, begin))
+            return values[at : at + end - begin]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return {name: assemble(values) for name, values in local.items()}
+
+
+def batches(
+    cfg: Config,
+    corpus: Corpus,
+    plan: DataPlan,
+    sharding: NamedSharding,
+    first_step: int = 0,
+) -> Iterator[dict[str, jax.Array]]:
+    """Global batches on the devices, from `first_step` to the run's last step."""
+    rows = host_rows(cfg.data.batch_size, sharding)
+    for local in local_batches(cfg, corpus, plan, rows, first_step):
+        yield global_batch(local, rows, cfg.data.batch_size, sharding)

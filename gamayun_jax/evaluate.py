@@ -1,0 +1,401 @@
+"""Held-out evaluation by language: loss, bits per byte, parity, token accuracy.
+
+A unit (paragraph, clause) is scored as the tokens of its text after BOS; the end of
+the text is not scored, so that bits are the length of a code of exactly these bytes,
+whatever a model's convention for ends. Units are packed into rows, each its own
+segment; what is longer than a row is cut into windows that overlap by half, every
+token scored once. There is one compiled shape for all sets and languages, sums stay
+on the devices, and one transfer brings them back.
+
+Shape suffixes: B rows, T length, D model, V vocabulary, U units of all sets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import lzma
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gamayun_jax import checkpoint, sharding
+from gamayun_jax.config import Config, UserError, from_json
+from gamayun_jax.corpus import Corpus, open_corpus
+from gamayun_jax.data import global_batch, host_rows
+from gamayun_jax.losses import nll_and_logsumexp
+from gamayun_jax.model import Transformer, abstract_params, unembedding
+from gamayun_jax.tokenizer import BOS, EOS, PAD
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a unit that fits a row; only targets from `scored` on count."""
+
+    unit: int
+    inputs: np.ndarray  # int32 [n]
+    targets: np.ndarray  # int32 [n]
+    scored: int
+    position: int  # of the first input in the unit
+
+
+def windows(unit: int, ids: Sequence[int], bos: int, length: int) -> list[Window]:
+    """Cut [BOS, *ids] into windows of at most `length` inputs.
+
+    Windows after the first begin with half a window of context that is not scored.
+    """
+    stream = np.array([bos, *ids], np.int32)
+    found, done = [], 0
+    while done < len(ids):
+        begin = 0 if not done else done - length // 2
+        end = min(begin + length, len(ids))
+        found.append(
+            Window(
+                unit,
+                stream[begin:end],
+                stream[begin + 1 : end + 1],
+                done - begin,
+                begin,
+            )
+        )
+        done = end
+    return found
+
+
+def pack(parts: Sequence[Window], length: int) -> dict[str, np.ndarray]:
+    """Windows to rows, first fit in order of decreasing length: int32 arrays [R, T].
+
+    `unit` numbers the unit of each target; `valid` is 1.0 where it counts.
+    """
+    rows: list[list[Window]] = []
+    free: list[int] = []
+    for part in sorted(parts, key=lambda p: -len(p.inputs)):
+        n = len(part.inputs)
+        # The last rows are the emptiest: look at a few, so that packing stays linear.
+        for r in range(max(0, len(rows) - 64), len(rows)):
+            if free[r] >= n:
+                break
+        else:
+            r = len(rows)
+            rows.append([])
+            free.append(length)
+        rows[r].append(part)
+        free[r] -= n
+    names = ("inputs", "targets", "positions", "segment_ids", "unit")
+    out = {name: np.zeros((len(rows), length), np.int32) for name in names}
+    out["valid"] = np.zeros((len(rows), length), np.float32)
+    for r, row in enumerate(rows):
+        at = 0
+        for segment, part in enumerate(row, 1):
+            n = len(part.inputs)
+            span = slice(at, at + n)
+            out["inputs"][r, span] = part.inputs
+            out["targets"][r, span] = part.targets
+            out["positions"][r, span] = np.arange(n) + part.position
+            out["segment_ids"][r, span] = segment
+            out["unit"][r, span] = part.unit
+            out["valid"][r, at + part.scored : at + n] = 1.0
+            at += n
+    return out
+
+
+def token_scores(
+    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """nll (nats) and whether the target is the most likely token, float32 [B, T]."""
+    B, T, _ = x_BTD.shape
+    w_VD = w_VD.astype(x_BTD.dtype)
+
+    def score(part):
+        x, targets = part
+        nll, lse, logits = nll_and_logsumexp(x, w_VD, targets)
+        best = jnp.max(logits, axis=-1)
+        return nll, (lse - nll >= best).astype(jnp.float32)
+
+    if not chunk or T % chunk:
+        return score((x_BTD, targets_BT))
+
+    def cut(a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
+
+    nll, hit = jax.lax.map(score, (cut(x_BTD), cut(targets_BT)))
+    return (
+        jnp.moveaxis(nll, 0, 1).reshape(B, T),
+        jnp.moveaxis(hit, 0, 1).reshape(B, T),
+    )
+
+
+class HeldoutEvaluator:
+    """Evaluates parameters on all held-out sets of a corpus.
+
+    Must be used inside `jax.set_mesh(mesh)` and the logical-axis rules.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        corpus: Corpus,
+        mesh: Mesh,
+        model: Transformer,
+        languages: Sequence[str] | None = None,
+    ):
+        """Tokenise and pack everything once.
+
+        Raises:
+          UserError: a language that no held-out set has.
+        """
+        self.sets = {
+            name: [k for k in found if not languages or k in languages]
+            for name, found in corpus.heldout_sets().items()
+        }
+        known = {k for found in corpus.heldout_sets().values() for k in found}
+        for name in languages or ():
+            if name not in known:
+                raise UserError(
+                    f"no held-out set has language {name!r}; there are: "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+        self._parallel = {
+            k: v["parallel"] for k, v in corpus.manifest["heldout"].items()
+        }
+        self._vocab_size = cfg.model.vocab_size
+        tokenizer = corpus.tokenizer()
+        unigram = unigram_bits(corpus)
+        length = cfg.data.seq_len
+        self._units: dict[tuple[str, str], range] = {}
+        self._baselines: dict[tuple[str, str], dict[str, float]] = {}
+        sizes, tokens, cut, parts = [], [], [], []
+        for name, found in self.sets.items():
+            for language in found:
+                units = choose(corpus.heldout(name, language), cfg.evaluation.max_units)
+                first = len(sizes)
+                ids_of = [tokenizer.encode(text) for _, text in units]
+                for (_, text), ids in zip(units, ids_of, strict=True):
+                    parts += windows(len(sizes), ids, tokenizer.bos_id, length)
+                    sizes.append(len(text.encode()))
+                    tokens.append(len(ids))
+                    cut.append(len(ids) > length)
+                self._units[name, language] = range(first, len(sizes))
+                texts = [text for _, text in units]
+                self._baselines[name, language] = baselines(
+                    texts, ids_of, cfg.model.vocab_size, unigram.get(language)
+                )
+        self._bytes = np.array(sizes, np.int64)
+        self._tokens = np.array(tokens, np.int64)
+        self._cut = np.array(cut, bool)
+        self._mesh = mesh
+        self._rows = pack(parts, length) if parts else {}
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch = -(-cfg.evaluation.batch_size // ways) * ways
+        for key, values in self._rows.items():
+            lack = -len(values) % self._batch
+            pad = np.zeros((lack, values.shape[1]), values.dtype)
+            self._rows[key] = np.concatenate([values, pad])
+        count = len(sizes)
+
+        def step(params, sums, batch):
+            x_BTD, _ = model.apply(
+                {"params": params},
+                batch["inputs"],
+                batch["positions"],
+                batch["segment_ids"],
+            )
+            nll_BT, hit_BT = token_scores(
+                x_BTD, unembedding(params), batch["targets"], cfg.compute.loss_chunk
+            )
+            both = jnp.stack([nll_BT, hit_BT], axis=-1) * batch["valid"][..., None]
+            flat = both.reshape(-1, 2)
+            return sums + jax.ops.segment_sum(flat, batch["unit"].reshape(-1), count)
+
+        self._step = jax.jit(step, donate_argnums=1)
+
+    def unit_sums(self, params: Any) -> np.ndarray:
+        """float64 [U, 2]: nats and right tokens of each unit."""
+        rows = sharding.batch_sharding(self._mesh)
+        sums = jax.device_put(
+            jnp.zeros((len(self._bytes), 2), jnp.float32),
+            sharding.replicated(self._mesh),
+        )
+        mine = host_rows(self._batch, rows)
+        for at in range(0, len(self._rows["inputs"]), self._batch):
+            local = {k: v[at + mine] for k, v in self._rows.items()}
+            sums = self._step(
+                params, sums, global_batch(local, mine, self._batch, rows)
+            )
+        return np.asarray(jax.device_get(sums), np.float64)
+
+    def run(self, params: Any) -> dict[str, Any]:
+        """{"sets": {set: {"parallel", "languages": {...}, "micro", "macro"}}}.
+
+        Per language: units, tokens, bytes, bits, bits_per_byte, bits_per_unit,
+        parity (bits per parallel unit over English's), nll (nats per token), accuracy,
+        standard errors `*_se`, `truncated` (units longer than a row), baselines.
+        """
+        sums = self.unit_sums(params)
+        return {"sets": {name: self._set_result(name, sums) for name in self.sets}}
+
+    def _set_result(self, name: str, sums: np.ndarray) -> dict[str, Any]:
+        languages: dict[str, dict[str, Any]] = {}
+        for language in self.sets[name]:
+            span = self._units[name, language]
+            if not span:
+                continue
+            s = slice(span.start, span.stop)
+            bits, hits = sums[s, 0] / math.log(2), sums[s, 1]
+            tokens = int(self._tokens[s].sum())
+            bpb, bpb_se = ratio(bits, self._bytes[s])
+            languages[language] = {
+                "units": len(span),
+                "tokens": tokens,
+                "bytes": int(self._bytes[s].sum()),
+                "bits": float(bits.sum()),
+                "bits_se": float(bits.std(ddof=1) * math.sqrt(len(span)))
+                if len(span) > 1
+                else 0.0,
+                "bits_per_byte": bpb,
+                "bits_per_byte_se": bpb_se,
+                "bits_per_unit": float(bits.mean()),
+                "parity": None,
+                "nll": float(sums[s, 0].sum() / tokens),
+                "accuracy": float(hits.sum() / tokens),
+                "truncated": int(self._cut[s].sum()),
+                "baselines": self._baselines[name, language],
+            }
+        english = languages.get("en")
+        if self._parallel[name] and english:
+            for row in languages.values():
+                row["parity"] = row["bits_per_unit"] / english["bits_per_unit"]
+        result = {"parallel": self._parallel[name], "languages": languages}
+        if languages:
+            index = np.concatenate([self._units[name, k] for k in languages])
+            bits = sums[index, 0] / math.log(2)
+            bpb, bpb_se = ratio(bits, self._bytes[index])
+            rows = list(languages.values())
+            result["micro"] = {
+                "bits_per_byte": bpb,
+                "bits_per_byte_se": bpb_se,
+                "accuracy": float(sums[index, 1].sum() / self._tokens[index].sum()),
+            }
+            result["macro"] = {
+                "bits_per_byte": float(np.mean([r["bits_per_byte"] for r in rows])),
+                "bits_per_byte_se": math.sqrt(
+                    sum(r["bits_per_byte_se"] ** 2 for r in rows)
+                )
+                / len(rows),
+                "accuracy": float(np.mean([r["accuracy"] for r in rows])),
+            }
+        return result
+
+
+def ratio(values: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """sum(values) / sum(sizes) and its standard error over units.
+
+    Linearisation of the ratio estimator (Cochran, Sampling Techniques, 1977, 6.3).
+    """
+    r = float(values.sum() / sizes.sum())
+    n = len(values)
+    if n < 2:
+        return r, 0.0
+    residual = values - r * sizes
+    return r, float(math.sqrt(n / (n - 1) * (residual**2).sum()) / sizes.sum())
+
+
+def choose(units: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
+    """The first `limit` units by the hash of their id: the same in every language."""
+    units = [u for u in units if u[1]]
+    if not limit or limit >= len(units):
+        return units
+    return sorted(units, key=lambda u: hashlib.sha256(u[0].encode()).digest())[:limit]
+
+
+def unigram_bits(corpus: Corpus) -> dict[str, np.ndarray]:
+    """Language -> bits of each id by its add-one smoothed frequency, float64 [V]."""
+    totals: dict[str, np.ndarray] = {}
+    for name, source in corpus.sources.items():
+        counts = corpus.token_counts(name).astype(np.float64)
+        # BOS begins and EOS ends every document; neither is ever a target here.
+        counts[[BOS, EOS, PAD]] = 0
+        totals[source.language] = totals.get(source.language, 0) + counts
+    return {
+        k: -np.log2((counts + 1) / (counts.sum() + len(counts)))
+        for k, counts in totals.items()
+    }
+
+
+def baselines(
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    vocab_size: int,
+    unigram: np.ndarray | None,
+) -> dict[str, float | None]:
+    """Bits per byte of what needs no network: uniform tokens, the training corpus's
+    token frequencies, and `xz -9e` of the held-out text itself."""
+    text = "\n".join(texts).encode()
+    size = sum(len(t.encode()) for t in texts)
+    if not size:
+        return dict(uniform=None, unigram=None, xz=None)
+    tokens = sum(map(len, ids))
+    packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    bits = None
+    if unigram is not None:
+        bits = float(sum(unigram[np.array(i, np.int64)].sum() for i in ids)) / size
+    return {
+        "uniform": tokens * math.log2(vocab_size) / size,
+        "unigram": bits,
+        "xz": 8 * len(packed) / len(text),
+    }
+
+
+def load_params(
+    path: Path,
+) -> tuple[Config, Any, dict[str, Any], Mesh]:
+    """Config, parameters, checkpoint meta and mesh of a run folder or checkpoint."""
+    folder, step = checkpoint.find_checkpoint(path)
+    store = checkpoint.Checkpoints(folder, read_only=True)
+    meta = store.meta(step)
+    cfg = from_json(meta["config"], f"{folder}/{step}")
+    mesh = sharding.make_mesh(cfg.mesh)
+    sharding.check_model(cfg.model, mesh)
+    boxed = abstract_params(cfg.model, cfg.compute)
+    shardings = sharding.logical_shardings(boxed, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.unbox(boxed),
+        shardings,
+    )
+    params = store.restore_params(step, abstract)
+    store.close()
+    return cfg, params, meta, mesh
+
+
+def evaluate_checkpoint(
+    path: Path,
+    corpus_folder: Path | None = None,
+    languages: Sequence[str] | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run folder's newest checkpoint, or one checkpoint, on a corpus."""
+    cfg, params, meta, mesh = load_params(path)
+    corpus = open_corpus(corpus_folder or Path(cfg.data.corpus))
+    tokenizer = corpus.manifest["tokenizer"]["fingerprint"]
+    if meta["tokenizer"] != tokenizer:
+        raise UserError(
+            f"{path} was trained with another tokenizer than corpus {corpus.folder}: "
+            "give --corpus the one it was trained on"
+        )
+    if batch_size:
+        evaluation = dataclasses.replace(cfg.evaluation, batch_size=batch_size)
+        cfg = dataclasses.replace(cfg, evaluation=evaluation)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        model = Transformer(cfg.model, cfg.compute)
+        result = HeldoutEvaluator(cfg, corpus, mesh, model, languages).run(params)
+    head = {"model": meta["lineage"].get("run"), "step": meta["step"], "label": "eval"}
+    return {**head, "tokens": meta["tokens"], "stage": "", **result}

@@ -1,0 +1,165 @@
+"""Lineage: what a model comes from, and whether a run may go on from it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gamayun_jax import checkpoint
+from gamayun_jax.checkpoint import Checkpoints
+from gamayun_jax.config import Config, UserError, to_dict
+from gamayun_jax.corpus import Corpus
+from gamayun_jax.curriculum import Curriculum, diff_past
+from gamayun_jax.data import DataPlan
+from gamayun_jax.model import parameter_count
+from gamayun_jax.step import stage_tokens
+
+
+def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str, Any]:
+    """What the model comes from: config, corpus, curriculum, versions, parents."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "gamayun_jax")
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed as a package"
+
+    first = origin["tokens"] if origin else 0
+    bounds = [stage_tokens(cfg, k, first) for k in range(len(cfg.stages))]
+    keys = ("documents", "bytes", "tokens")
+    return {
+        "run": cfg.name,
+        "started": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+        "parameters": parameter_count(cfg.model),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "init_from": origin,
+        "corpus": {
+            "recipe": corpus.manifest["recipe"],
+            "tokenizer": corpus.manifest["tokenizer"]["fingerprint"],
+            "sources": {
+                name: {k: info[k] for k in keys}
+                for name, info in corpus.manifest["sources"].items()
+            },
+        },
+        "curriculum": {
+            "table": [
+                {**row, "tokens": row["examples"] * cfg.data.seq_len}
+                for s in plan.segments
+                for row in s.curriculum.table()
+            ],
+            "shares": share_points(cfg, plan, first),
+        },
+        "stages": [
+            {"name": s.name, "start_tokens": begin, "end_tokens": end}
+            for s, (begin, end) in zip(cfg.stages, bounds, strict=True)
+        ],
+        "transitions": {s.name: to_dict(s.transition) for s in cfg.stages},
+        "checkpoints": [],
+        "events": [],
+        "versions": {p: version(p) for p in packages}
+        | {"python": platform.python_version()},
+    }
+
+
+def share_points(cfg: Config, plan: DataPlan, first: int = 0) -> list[dict[str, Any]]:
+    """Points of each source's share over tokens, to draw with straight lines."""
+    points = []
+    for k, stage in enumerate(cfg.stages):
+        begin, end = stage_tokens(cfg, k, first)
+        ramp = stage.mixture.ramp_tokens if stage.mixture.ramp != "step" else 0
+        if k and ramp:
+            for part in np.linspace(0.0, 1.0, 17)[:-1].tolist():
+                f = part
+                if stage.mixture.ramp == "cosine":
+                    f = 0.5 * (1 - math.cos(math.pi * part))
+                mixed = {
+                    s: (1 - f) * plan.shares[k - 1].get(s, 0.0)
+                    + f * plan.shares[k].get(s, 0.0)
+                    for s in plan.sources
+                }
+                points.append({"tokens": int(begin + part * ramp), "shares": mixed})
+        points.append({"tokens": begin + ramp, "shares": dict(plan.shares[k])})
+        points.append({"tokens": end, "shares": dict(plan.shares[k])})
+    return points
+
+
+def check_corpus(cfg: Config, corpus: Corpus) -> None:
+    """Raise UserError where the corpus does not fit the config."""
+    size = corpus.manifest["tokenizer"]["vocab_size"]
+    if size > cfg.model.vocab_size:
+        raise UserError(
+            f"corpus {corpus.folder} has a tokenizer of {size} pieces, but "
+            f"model.vocab_size={cfg.model.vocab_size}: use the tokenizer that the "
+            "config was made for, or raise model.vocab_size"
+        )
+    if size != cfg.corpus.tokenizer.vocab_size:
+        raise UserError(
+            f"corpus {corpus.folder} was made with another tokenizer ({size} pieces) "
+            f"than the config's (corpus.tokenizer.vocab_size="
+            f"{cfg.corpus.tokenizer.vocab_size}): build it again with `gamayun corpus "
+            "build`, or give data.corpus the right folder"
+        )
+
+
+def check_past(cfg: Config, plan: DataPlan, corpus: Corpus, meta, where: str) -> None:
+    """Raise UserError if the config would re-map examples that were trained on."""
+    tokenizer = corpus.manifest["tokenizer"]["fingerprint"]
+    if meta["tokenizer"] != tokenizer:
+        raise UserError(
+            f"{where} was trained with another tokenizer ({meta['tokenizer'][:12]}) "
+            f"than corpus {corpus.folder} has ({tokenizer[:12]}): use the corpus it "
+            "was trained on"
+        )
+    end = meta["step"] * cfg.data.batch_size
+    for segment, former in zip(plan.segments, meta["curricula"], strict=False):
+        if former["first_example"] >= end:
+            break
+        changed = diff_past(
+            Curriculum.from_json(former["curriculum"]),
+            segment.curriculum,
+            end - segment.first_example,
+        )
+        if changed or former["first_example"] != segment.first_example:
+            raise UserError(
+                f"the curriculum before step {meta['step']} of {where} has changed: "
+                f"{'; '.join(changed) or 'a stage begins elsewhere'}. What was trained "
+                "on cannot be re-mapped: set it back (later stages may change), or "
+                "start another run with --init-from"
+            )
+
+
+def load_origin(
+    path: Path, sizes: Mapping[str, int]
+) -> tuple[Checkpoints, int, dict[str, Any], dict[str, Any]]:
+    """The checkpoint to start from: its store, step, meta, and what lineage keeps.
+
+    Args:
+      sizes: examples per epoch of each source of the corpus at hand. A cursor is
+        carried over only into a source of the same size, where it means the same.
+    """
+    folder, step = checkpoint.find_checkpoint(path)
+    store = Checkpoints(folder, read_only=True)
+    meta = store.meta(step)
+    former: dict[str, int] = {}
+    for segment in meta["curricula"]:
+        former |= Curriculum.from_json(segment["curriculum"]).sources
+    cursors = meta["consumed"]
+    origin = {
+        "checkpoint": f"{folder.parent.name}/{folder.name}/{step}",
+        "run": meta["lineage"].get("run"),
+        "step": step,
+        "tokens": meta["tokens"],
+        "cursors": {k: n for k, n in cursors.items() if sizes.get(k) == former[k]},
+        "restarted": sorted(k for k in cursors if k in sizes and sizes[k] != former[k]),
+        "lineage": meta["lineage"],
+    }
+    return store, step, meta, origin

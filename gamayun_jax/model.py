@@ -1,0 +1,327 @@
+"""The decoder: RoPE, RMSNorm, grouped-query attention, SwiGLU, scan over layers.
+
+A pre-norm transformer decoder that covers Gamayun, LLaMA-3.2, Qwen2.5 and Qwen3
+through the fields of ModelConfig, without branches on a model's name. Parameters
+are float32 and a plain nested dict; compute is in `dtype`.
+
+Shape suffixes: B batch, T query length, S key length (cache slots), D model,
+F mlp, N query heads, K key-value heads, H head dim, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gamayun_jax.attention import attention
+from gamayun_jax.config import ComputeConfig, ModelConfig, UserError
+
+Cache = dict[str, jax.Array]
+
+# What the backward pass keeps of a layer's forward pass, by name of the policy.
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """ "auto" is bfloat16 where the platform multiplies it fast, float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
+    """Angular frequency of each rotated pair, float32 [H/2].
+
+    Su et al., arXiv 2104.09864; with `rope_scaling`, the LLaMA-3.1 rule: slow
+    frequencies are divided by `factor`, fast ones kept, those between blended.
+    """
+    half = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+    freqs = np.float32(1.0) / np.float32(cfg.rope_theta) ** half
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return freqs
+    turns = scaling.original_max_len * freqs / np.float32(2 * np.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    smooth = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return ((1 - smooth) * freqs / scaling.factor + smooth * freqs).astype(np.float32)
+
+
+def rotate(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.Array:
+    """Rotate pairs (i, i + H/2) of each head: Hugging Face's order of dimensions."""
+    x1, x2 = jnp.split(x_BTNH, 2, axis=-1)
+    rotated = jnp.concatenate([-x2, x1], axis=-1)
+    return (x_BTNH * cos_BT1H + rotated * sin_BT1H).astype(x_BTNH.dtype)
+
+
+def _param(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    std: float,
+) -> jax.Array:
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return module.param(name, init, shape, jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, computed in float32 (1910.07467)."""
+
+    eps: float
+    axis: str | None = "norm"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(
+            jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps
+        )
+        return (x32 * inverse * _like(scale, x32)).astype(x.dtype)
+
+
+def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Give a trailing-axis vector the rank of `x` (implicit promotion is an error)."""
+    return vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
+
+
+class Attention(nn.Module):
+    cfg: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD, cos_BT1H, sin_BT1H, segments, layer_cache):
+        """Returns the output [B, T, D] and the layer's updated (k, v) or None."""
+        cfg = self.cfg
+        D, N, K, H = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        std, out_std = cfg.init_std, cfg.init_std / (2 * cfg.num_layers) ** 0.5
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            w_DNH = _param(self, name, (D, heads, H), ("embed", axis, None), std)
+            y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH.astype(self.dtype))
+            if cfg.qkv_bias:
+                init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, None))
+                bias = self.param(f"{name}_bias", init, (heads, H), jnp.float32)
+                y_BTNH += _like(bias.astype(self.dtype), y_BTNH)
+            return y_BTNH
+
+        q_BTNH = project("q", N, "heads")
+        k_BTKH = project("k", K, "kv_heads")
+        v_BTKH = project("v", K, "kv_heads")
+        if cfg.qk_norm:
+            q_BTNH = RMSNorm(cfg.norm_eps, None, name="q_norm")(q_BTNH)
+            k_BTKH = RMSNorm(cfg.norm_eps, None, name="k_norm")(k_BTKH)
+        q_BTNH = rotate(q_BTNH, cos_BT1H, sin_BT1H)
+        k_BTKH = rotate(k_BTKH, cos_BT1H, sin_BT1H)
+        q_BTNH = nn.with_logical_constraint(
+            q_BTNH, ("batch", "length", "act_heads", None)
+        )
+        q_segments, kv_segments, offset = segments
+        if layer_cache is not None:
+            at = (0, offset, 0, 0)
+            k_BTKH = jax.lax.dynamic_update_slice(
+                layer_cache[0], k_BTKH.astype(layer_cache[0].dtype), at
+            )
+            v_BTKH = jax.lax.dynamic_update_slice(
+                layer_cache[1], v_BTKH.astype(layer_cache[1].dtype), at
+            )
+            layer_cache = (k_BTKH, v_BTKH)
+        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, q_segments, kv_segments, offset)
+        w_NHD = _param(self, "o", (N, H, D), ("heads", None, "embed"), out_std)
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_NHD.astype(self.dtype))
+        return y_BTD, layer_cache
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    cfg: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
+        out_std = std / (2 * cfg.num_layers) ** 0.5
+        gate_DF = _param(self, "gate", (D, F), ("embed", "mlp"), std)
+        up_DF = _param(self, "up", (D, F), ("embed", "mlp"), std)
+        down_FD = _param(self, "down", (F, D), ("mlp", "embed"), out_std)
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF.astype(self.dtype))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF.astype(self.dtype))
+        h_BTF = nn.with_logical_constraint(
+            jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "act_mlp")
+        )
+        return jnp.einsum("BTF,FD->BTD", h_BTF, down_FD.astype(self.dtype))
+
+
+class Block(nn.Module):
+    """One layer, in the form that `nn.scan` carries: (x, cache) -> (x, cache)."""
+
+    cfg: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD, layer_cache, cos_BT1H, sin_BT1H, segments):
+        eps = self.cfg.norm_eps
+        h_BTD = RMSNorm(eps, name="attention_norm")(x_BTD)
+        h_BTD, layer_cache = Attention(self.cfg, self.dtype, name="attention")(
+            h_BTD, cos_BT1H, sin_BT1H, segments, layer_cache
+        )
+        x_BTD = x_BTD + h_BTD
+        h_BTD = RMSNorm(eps, name="mlp_norm")(x_BTD)
+        x_BTD = x_BTD + SwiGLU(self.cfg, self.dtype, name="mlp")(h_BTD)
+        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
+        return x_BTD, layer_cache
+
+
+class Transformer(nn.Module):
+    """Token ids to final hidden states; `unembedding` gives the output matrix."""
+
+    cfg: ModelConfig
+    compute: ComputeConfig = ComputeConfig()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return compute_dtype(self.compute.dtype)
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states after the final norm, and the updated cache.
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32 position of each token in its document, for RoPE.
+          segment_ids_BT: int32; tokens see only their own segment; 0 is padding.
+          cache: from `init_cache`; the T new tokens are written at its `index`.
+
+        Returns:
+          x_BTD in the compute dtype, and the new cache (None without one).
+        """
+        cfg, dtype = self.cfg, self.dtype
+        axes = ("vocab", "embed")
+        embedding_VD = _param(
+            self, "embedding", (cfg.vocab_size, cfg.d_model), axes, cfg.init_std
+        )
+        if not cfg.tie_embeddings:
+            _param(
+                self, "unembedding", (cfg.vocab_size, cfg.d_model), axes, cfg.init_std
+            )
+        x_BTD = jnp.take(embedding_VD.astype(dtype), tokens_BT, axis=0)
+        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
+
+        angle_BTH = positions_BT[..., None].astype(jnp.float32) * _like(
+            jnp.tile(rope_frequencies(cfg), 2), positions_BT[..., None]
+        )
+        cos_BT1H = jnp.cos(angle_BTH)[:, :, None].astype(dtype)
+        sin_BT1H = jnp.sin(angle_BTH)[:, :, None].astype(dtype)
+
+        offset: jax.Array | int = 0
+        kv_segments_BS = segment_ids_BT
+        layer_caches = None
+        if cache is not None:
+            offset = cache["index"]
+            kv_segments_BS = jax.lax.dynamic_update_slice(
+                cache["segment_ids"], segment_ids_BT, (0, offset)
+            )
+            layer_caches = (cache["k"], cache["v"])
+        context = (cos_BT1H, sin_BT1H, (segment_ids_BT, kv_segments_BS, offset))
+
+        block = Block
+        if self.compute.remat != "none" and cache is None:
+            block = nn.remat(  # type: ignore[assignment]
+                Block,
+                policy=REMAT_POLICIES[self.compute.remat],
+                prevent_cse=not self.compute.scan_layers,
+            )
+        # The parameters are stacked over layers in both cases, so that checkpoints
+        # and exports do not depend on how the loop was compiled.
+        x_BTD, layer_caches = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=cfg.num_layers,
+            unroll=1 if self.compute.scan_layers else cfg.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg, dtype, name="layers")(x_BTD, layer_caches, *context)
+
+        x_BTD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BTD)
+        if cache is None:
+            return x_BTD, None
+        k, v = layer_caches
+        index = offset + tokens_BT.shape[1]
+        return x_BTD, dict(k=k, v=v, segment_ids=kv_segments_BS, index=index)
+
+
+def init_cache(
+    cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
+) -> Cache:
+    """An empty key-value cache: k, v [L, B, S, K, H]; slots are filled in order."""
+    shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
+    return dict(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        segment_ids=jnp.zeros((batch, slots), jnp.int32),
+        index=jnp.zeros((), jnp.int32),
+    )
+
+
+def unembedding(params: dict[str, Any]) -> jax.Array:
+    """The output matrix [V, D]: the embedding itself where they are tied."""
+    return params.get("unembedding", params["embedding"])
+
+
+def logits(params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
+    """float32 logits [B, T, V] of hidden states; for evaluation and decoding."""
+    w_VD = unembedding(params).astype(x_BTD.dtype)
+    return jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32)
+
+
+def abstract_params(cfg: ModelConfig, compute: ComputeConfig = ComputeConfig()) -> Any:
+    """The boxed abstract parameters: shapes, dtypes, logical axes; no allocation."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    model = Transformer(cfg, compute)
+    return jax.eval_shape(model.init, jax.random.key(0), one, one, one)["params"]
+
+
+def parameter_count(cfg: ModelConfig) -> int:
+    """Number of parameters, from shapes alone."""
+    leaves = jax.tree.leaves(abstract_params(cfg))
+    return sum(int(np.prod(x.shape)) for x in leaves)
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Model FLOPs of one training token, forward and backward.
+
+    6 per parameter in a matrix product (the embedding look-up is none, the output
+    head is one), plus attention: causal, so half of the T x T scores count
+    (PaLM, arXiv 2204.02311, appendix B, with that factor).
+    """
+    attn = cfg.d_model * cfg.head_dim * 2 * (cfg.num_heads + cfg.num_kv_heads)
+    mlp = 3 * cfg.d_model * cfg.d_ff
+    matrices = cfg.num_layers * (attn + mlp) + cfg.vocab_size * cfg.d_model
+    scores = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
+    return 6.0 * matrices + 6.0 * scores
+
+
+def check_batch_shape(cfg: ModelConfig, length: int) -> None:
+    """Raise UserError if positions would exceed what the model was built for."""
+    if length > cfg.max_seq_len:
+        raise UserError(
+            f"{length} tokens exceed model.max_seq_len={cfg.max_seq_len}: shorten them"
+        )

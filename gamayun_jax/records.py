@@ -1,0 +1,247 @@
+"""The run folder's records: config, lineage, metrics, and the lock on the folder.
+
+config.json     the resolved config of the last start
+lineage.json    where the run comes from and what happened to it
+metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash
+events.*        the same for TensorBoard
+eval/<step>.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gamayun_jax.config import Config, UserError, from_json, to_dict, to_json
+
+# What a run cannot change on its way: its state or its past would not fit any more.
+FIXED = ("model", "languages", "data.seq_len", "data.batch_size", "seed")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file or nothing: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, text + "\n")
+
+
+def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (old, new) of every plain value that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in {**old, **new}:
+            path = f"{where}.{key}".lstrip(".")
+            found |= differences(old.get(key), new.get(key), path)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        found = {}
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            found |= differences(a, b, f"{where}.{i}")
+        return found
+    return {} if old == new else {where: (old, new)}
+
+
+class RunFolder:
+    """A run folder that this process (the first host's) writes, locked while open."""
+
+    def __init__(self, path: Path, writer: bool = True):
+        """`writer`: False on all hosts but the first, which then write nothing.
+
+        Raises:
+          UserError: the folder cannot be made, or another run is using it.
+        """
+        self.path = Path(path)
+        self.writer = writer
+        self._events: Any = None
+        self._metrics: Any = None
+        if not writer:
+            return
+        try:
+            (self.path / "eval").mkdir(parents=True, exist_ok=True)
+            # The kernel drops the lock with its owner, however that one dies.
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        except OSError as e:
+            raise UserError(
+                f"run folder {path} cannot be written ({e.strerror}): give --workdir a "
+                "folder that can"
+            ) from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            self._lock.close()
+            raise UserError(
+                f"run folder {path} is in use by another process: wait for it, or give "
+                "another --workdir"
+            ) from e
+
+    def close(self) -> None:
+        for file in (self._events, self._metrics, self.writer and self._lock):
+            if file:
+                file.close()
+
+    def adopt_config(self, cfg: Config) -> dict[str, tuple[Any, Any]]:
+        """Write config.json; returns what changed since the run's last start.
+
+        Raises:
+          UserError: a change that the run cannot go on with.
+        """
+        path = self.path / "config.json"
+        changes: dict[str, tuple[Any, Any]] = {}
+        if path.exists():
+            former = from_json(path.read_text(encoding="utf-8"), str(path))
+            changes = differences(to_dict(former), to_dict(cfg))
+            for name, (old, new) in changes.items():
+                if any(name == f or name.startswith(f + ".") for f in FIXED):
+                    raise UserError(
+                        f"{name} was {old!r} when the run in {self.path} began and is "
+                        f"{new!r} now: a run cannot change it; set it back, or use "
+                        "another --workdir"
+                    )
+        if self.writer:
+            write_atomic(path, to_json(cfg))
+        return changes
+
+    def lineage(self) -> dict[str, Any]:
+        path = self.path / "lineage.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_lineage(self, lineage: Mapping[str, Any]) -> None:
+        if self.writer:
+            write_json(self.path / "lineage.json", lineage)
+
+    def has_evaluation(self, step: int) -> bool:
+        return (self.path / "eval" / f"{step}.json").exists()
+
+    def write_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        if self.writer:
+            write_json(self.path / "eval" / f"{step}.json", result)
+
+    def start_metrics(self, step: int, tensorboard: bool) -> None:
+        """Drop the records after `step`, which will be made again; open for more."""
+        if not self.writer:
+            return
+        path = self.path / "metrics.jsonl"
+        kept: list[str] = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # torn by a crash: it and what follows will be made again
+                if not line.endswith("\n") or record["step"] > step:
+                    break
+                kept.append(line)
+        write_atomic(path, "".join(kept))
+        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path), purge_step=step + 1)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append one record; it is on disk once `sync` returns."""
+        if not self.writer:
+            return
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        self._metrics.write(line + "\n")
+        self._metrics.flush()
+
+    def sync(self) -> None:
+        """Force the records to disk; before a checkpoint that counts on them."""
+        if self.writer:
+            os.fsync(self._metrics.fileno())
+
+    def scalars(self, values: Mapping[str, float | None], tokens: int) -> None:
+        """TensorBoard scalars over tokens (in thousands: its steps are 32-bit)."""
+        if self._events is None:
+            return
+        for name, value in values.items():
+            if value is not None:
+                self._events.add_scalar(name, value, tokens // 1000)
+        self._events.flush()
+
+
+class Interval:
+    """Sums of the steps since the last record; saved with a checkpoint, so that a
+    resumed run writes the same records as one that was never interrupted."""
+
+    def __init__(self, num_languages: int, saved: Mapping[str, Any] | None = None):
+        zeros = np.zeros(num_languages)
+        self.sums: dict[str, Any] = dict(steps=0, numerator=0.0, denominator=0.0)
+        self.sums |= dict(grad_norm=0.0, learning_rate=0.0)
+        self.languages = {k: zeros.copy() for k in ("nll", "targets", "tokens")}
+        if saved is not None:
+            self.sums = dict(saved["sums"])
+            self.languages = {k: np.array(v) for k, v in saved["languages"].items()}
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        self.sums["steps"] += 1
+        for name in ("numerator", "denominator", "grad_norm"):
+            self.sums[name] += float(metrics[name])
+        self.sums["learning_rate"] = float(metrics["learning_rate"])
+        for name, values in metrics["languages"].items():
+            self.languages[name] += np.asarray(values, np.float64)
+
+    def to_json(self) -> dict[str, Any]:
+        languages = {k: v.tolist() for k, v in self.languages.items()}
+        return {"sums": self.sums, "languages": languages}
+
+    def record(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Means of the interval, overall and per language (null without targets)."""
+        s, by = self.sums, self.languages
+
+        def mean(total: float, count: float) -> float | None:
+            value = total / count if count else math.nan
+            return value if math.isfinite(value) else None
+
+        return {
+            "loss": mean(s["numerator"], s["denominator"]),
+            "nll": mean(by["nll"].sum(), by["targets"].sum()),
+            "lr": s["learning_rate"],
+            "grad_norm": mean(s["grad_norm"], s["steps"]),
+            "languages": {
+                name: {
+                    "nll": mean(by["nll"][k], by["targets"][k]),
+                    "targets": int(by["targets"][k]),
+                    "tokens": int(by["tokens"][k]),
+                }
+                for k, name in enumerate(names)
+            },
+        }
+
+
+class Clock:
+    """Where the time goes: seconds by activity since the last `lap`."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begin
+
+    def lap(self) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = {"seconds": now - self._start, **self.spent}
+        self._start, self.spent = now, {}
+        return {f"{k}_s" if k != "seconds" else k: v for k, v in seconds.items()}

@@ -1,0 +1,174 @@
+"""The train state and the one train step: pure, compiled once per stage.
+
+Shape suffixes: B batch, T length, D model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gamayun_jax import optim, sharding
+from gamayun_jax.checkpoint import TrainState
+from gamayun_jax.config import Config
+from gamayun_jax.losses import TokenWeights, weighted_loss
+from gamayun_jax.model import Transformer, unembedding
+
+# --- state ----------------------------------------------------------------------
+
+
+def init_state(cfg: Config, key: jax.Array) -> TrainState:
+    """A new state with boxed parameters (they carry their logical axes)."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    params = Transformer(cfg.model, cfg.compute).init(key, one, one, one)["params"]
+    opt_state = optim.make_optimizer(cfg.optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def abstract_state(cfg: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated.
+
+    The one source for initialisation, restore and ahead-of-time compilation.
+    """
+    init = functools.partial(init_state, cfg)
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    plain = jax.eval_shape(lambda key: nn.unbox(init(key)), jax.random.key(0))
+    shardings = sharding.logical_shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        plain,
+        shardings,
+    )
+
+
+def new_state(cfg: Config, mesh: Mesh) -> TrainState:
+    """Initialise on the devices, each its part: the state never exists unsharded."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+    init = jax.jit(lambda key: nn.unbox(init_state(cfg, key)), out_shardings=shardings)
+    return init(jax.random.key(cfg.seed))
+
+
+def reset_moments(cfg: Config, state: TrainState, abstract: TrainState) -> TrainState:
+    """The same parameters with the optimiser's state as at the start of a run."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
+    optimizer = optim.make_optimizer(cfg.optimizer)
+    init = jax.jit(optimizer.init, out_shardings=shardings)
+    return state.replace(opt_state=init(state.params))
+
+
+# --- step -----------------------------------------------------------------------
+
+
+def loss_sums(params, batch, cfg: Config, tables: TokenWeights):
+    """Numerator of the objective and all sums of one (micro)batch."""
+    x_BTD, _ = Transformer(cfg.model, cfg.compute).apply(
+        {"params": params}, batch["inputs"], batch["positions"], batch["segment_ids"]
+    )
+    return weighted_loss(
+        x_BTD,
+        unembedding(params),
+        batch,
+        tables,
+        cfg.optimizer.z_loss,
+        cfg.compute.loss_chunk,
+    )
+
+
+def gradient_sums(params, batch, cfg: Config, tables: TokenWeights):
+    """Gradient of the numerator and the sums, added over the microbatches."""
+    grad = jax.grad(loss_sums, has_aux=True)
+    count = cfg.compute.microbatches
+    if count == 1:
+        return grad(params, batch, cfg, tables)
+
+    def part(values_BT: jax.Array) -> jax.Array:
+        # Every count-th row, so that a device's rows stay on that device.
+        B, T = values_BT.shape
+        return jnp.moveaxis(values_BT.reshape(B // count, count, T), 1, 0)
+
+    def add(carry, microbatch):
+        new = grad(params, microbatch, cfg, tables)
+        return jax.tree.map(jnp.add, carry, new), None
+
+    parts = jax.tree.map(part, batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(lambda b: grad(params, b, cfg, tables), first),
+    )
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    cfg: Config,
+    stage: int,
+    tables: TokenWeights,
+    first_token: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One optimiser step; pure.
+
+    Args:
+      batch: see data.py.
+      stage: index into cfg.stages; its schedule gives the learning rate.
+      first_token: tokens trained before this run (of the run it was started from).
+
+    Returns:
+      The new state, and metrics: sums of weighted_loss, gradient norm, learning rate.
+    """
+    grads, sums = gradient_sums(state.params, batch, cfg, tables)
+    denominator = jnp.maximum(sums["denominator"], 1.0)
+    grads = jax.tree.map(lambda g: g / denominator, grads)
+    # Read at the middle of the step, so that no step has a rate of exactly 0.
+    tokens = first_token + (state.step + 0.5) * float(cfg.tokens_per_step)
+    begin, end = stage_tokens(cfg, stage, first_token)
+    rate = optim.learning_rate(cfg.stages[stage].schedule, tokens, begin, end)
+    updates, opt_state = optim.make_optimizer(cfg.optimizer).update(
+        grads, state.opt_state, state.params
+    )
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    metrics = {
+        **sums,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": rate,
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def stage_tokens(cfg: Config, stage: int, first_token: int) -> tuple[int, int]:
+    """First token and end of a stage, counted from the start of the whole history."""
+    begin = first_token + cfg.stage_start(stage) * cfg.tokens_per_step
+    return begin, begin + cfg.stage_steps()[stage] * cfg.tokens_per_step
+
+
+def compile_step(
+    cfg: Config,
+    mesh: Mesh,
+    abstract: TrainState,
+    stage: int,
+    tables: TokenWeights,
+    first_token: int,
+) -> Any:
+    """The train step compiled for a stage; the state's buffers are donated."""
+    shape = (cfg.data.batch_size, cfg.data.seq_len)
+    rows = sharding.batch_sharding(mesh)
+    names = ("inputs", "targets", "positions", "segment_ids", "language")
+    batch = {k: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for k in names}
+    batch["valid"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+
+    def step(state, batch):
+        return train_step(state, batch, cfg, stage, tables, first_token)
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return (
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        .lower(abstract, batch)
+        .compile()
+    )

@@ -1,0 +1,298 @@
+"""Training: from a config and a run folder, through the stages, to the last step."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from gamayun_jax import sharding
+from gamayun_jax.checkpoint import Checkpoints, TrainState
+from gamayun_jax.chips import chip_of
+from gamayun_jax.config import Config, UserError, from_json, to_json
+from gamayun_jax.corpus import Corpus, open_corpus
+from gamayun_jax.data import DataPlan, batches, make_plan
+from gamayun_jax.evaluate import HeldoutEvaluator
+from gamayun_jax.lineage import check_corpus, check_past, load_origin, new_lineage
+from gamayun_jax.losses import TokenWeights, make_token_weights
+from gamayun_jax.model import Transformer, flops_per_token
+from gamayun_jax.records import Clock, Interval, RunFolder
+from gamayun_jax.step import abstract_state, compile_step, new_state, reset_moments
+
+PREEMPTED = 3  # exit status of a run that was told to stop, saved, and can go on
+
+
+def stage_tables(
+    cfg: Config, corpus: Corpus, plan: DataPlan, stage: int
+) -> TokenWeights:
+    size: dict[str, list[int]] = {name: [0, 0] for name in cfg.languages}
+    for source in corpus.sources.values():
+        size[source.language][0] += source.bytes
+        size[source.language][1] += source.tokens
+    byte_lengths = np.zeros(cfg.model.vocab_size, np.int32)
+    known = corpus.tokenizer().byte_lengths()
+    byte_lengths[: len(known)] = known
+    return make_token_weights(
+        cfg.stages[stage].token_weights,
+        cfg.languages,
+        cfg.model.vocab_size,
+        plan.language_shares(cfg, stage),
+        byte_lengths,
+        {name: b / t for name, (b, t) in size.items() if t},
+    )
+
+
+def start_from(
+    cfg: Config, abstract: TrainState, store: Checkpoints, step: int, meta
+) -> TrainState:
+    """First state of a run that begins from another's checkpoint."""
+    former = from_json(meta["config"], f"{store.folder}/{step}")
+    if former.model != cfg.model:
+        raise UserError(
+            f"--init-from {store.folder}/{step} is another model: it has "
+            f"{former.model}, the config {cfg.model}"
+        )
+    state = store.restore(step, abstract)
+    state = state.replace(step=jnp.zeros_like(state.step))
+    if cfg.stages[0].transition.moments == "reset":
+        state = reset_moments(cfg, state, abstract)
+    return state
+
+
+def train(
+    cfg: Config,
+    workdir: Path,
+    init_from: Path | None = None,
+    log: Callable[[str], None] = tqdm.write,
+) -> int:
+    """Run all the stages of `cfg`, going on where the run folder stands.
+
+    Returns:
+      0 when the run is complete, PREEMPTED if a signal made it save and stop.
+
+    Raises:
+      UserError: config, corpus, devices or run folder do not fit.
+    """
+    mesh = sharding.make_mesh(cfg.mesh)
+    sharding.check_divisible(cfg, mesh)
+    corpus = open_corpus(Path(cfg.data.corpus))
+    check_corpus(cfg, corpus)
+    run = RunFolder(workdir, writer=jax.process_index() == 0)
+    try:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            return _train(cfg, mesh, corpus, run, init_from, log)
+    finally:
+        run.close()
+
+
+def _train(cfg: Config, mesh, corpus: Corpus, run: RunFolder, init_from, log) -> int:
+    changes = run.adopt_config(cfg)
+    ends = [cfg.stage_start(k + 1) for k in range(len(cfg.stages))]
+    store = Checkpoints(run.path / "checkpoints", cfg.checkpoint, forever=ends)
+    abstract = abstract_state(cfg, mesh)
+    step = store.latest()
+
+    # Where the run stands: its own checkpoint, another run's, or nowhere.
+    if step is not None:
+        meta = store.meta(step)
+        origin = meta["origin"]
+        plan = make_plan(cfg, corpus, origin and origin["cursors"])
+        check_past(cfg, plan, corpus, meta, f"{run.path}/checkpoints/{step}")
+        state = store.restore(step, abstract)
+        lineage = meta["lineage"]
+        interval = Interval(len(cfg.languages), meta["interval"])
+        lineage["events"].append({"event": "resumed", "step": step})
+        log(f"going on from step {step} of {cfg.total_steps} in {run.path}")
+    else:
+        origin = None
+        if init_from is not None:
+            sizes = corpus.examples(cfg.data.seq_len)
+            origin_store, origin_step, meta, origin = load_origin(init_from, sizes)
+            for name in origin["restarted"]:
+                log(f"source {name} is not what it was: its data begin anew")
+        plan = make_plan(cfg, corpus, origin and origin["cursors"])
+        step = 0
+        if origin is None:
+            state = new_state(cfg, mesh)
+        else:
+            state = start_from(cfg, abstract, origin_store, origin_step, meta)
+            origin_store.close()
+        lineage = new_lineage(cfg, corpus, plan, origin)
+        interval = Interval(len(cfg.languages))
+    for name, (old, new) in changes.items():
+        log(f"config change since the last start: {name}: {old!r} -> {new!r}")
+        lineage["events"].append(
+            {"event": "config", "step": step, "field": name, "old": old, "new": new}
+        )
+    run.write_lineage(lineage)
+    run.start_metrics(step, cfg.log.tensorboard)
+    first_token = origin["tokens"] if origin else 0
+    flops = flops_per_token(cfg.model, cfg.data.seq_len) * cfg.tokens_per_step
+    chip = chip_of(jax.devices()[0])
+    evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))
+    clock, stop = Clock(), StopSignal()
+    in_flight: list[tuple[int, dict[str, Any]]] = []
+
+    def tokens_at(step: int) -> int:
+        return first_token + step * cfg.tokens_per_step
+
+    def write_record(at: int) -> None:
+        """Record the interval that ends with step `at`."""
+        times = clock.lap()
+        busy = times["seconds"] - sum(
+            times.get(k, 0.0) for k in ("compile_s", "checkpoint_s", "evaluate_s")
+        )
+        steps = interval.sums["steps"]
+        rate = steps * cfg.tokens_per_step / max(busy, 1e-9)
+        peak = chip.flops * jax.device_count() if chip else None
+        mfu = flops * steps / max(busy, 1e-9) / peak if peak else None
+        stage = cfg.stages[cfg.stage_at(at - 1)]
+        record = {
+            "kind": "train",
+            "step": at,
+            "tokens": tokens_at(at),
+            "stage": stage.name,
+            **interval.record(cfg.languages),
+            "sources": {
+                k: {"tokens": n * cfg.data.seq_len} for k, n in plan.served(at).items()
+            },
+            "time": {**times, "tokens_per_s": rate, "mfu": mfu},
+        }
+        run.add(record)
+        flat = {"loss": record["loss"], "nll": record["nll"], "lr": record["lr"]}
+        flat |= {"grad_norm": record["grad_norm"], "tokens_per_s": rate, "mfu": mfu}
+        flat |= {f"nll/{k}": v["nll"] for k, v in record["languages"].items()}
+        run.scalars({f"train/{k}": v for k, v in flat.items()}, tokens_at(at))
+        left = (cfg.total_steps - at) * cfg.tokens_per_step / rate
+        log(
+            f"{stage.name:>8} step {at}/{cfg.total_steps}  tokens "
+            f"{tokens_at(at) / 1e6:.2f}M  loss {record['loss'] or math.nan:.4f}  "
+            f"lr {record['lr']:.2e}  {rate:,.0f} tokens/s"
+            + (f"  MFU {mfu:.1%}" if mfu is not None else "")
+            + f"  left {datetime.timedelta(seconds=round(left))}"
+        )
+
+    def drain(keep: int) -> None:
+        """Fetch metrics of all but the newest `keep` steps: the host reads one step
+        late, so that the device always has the next one queued."""
+        nonlocal interval
+        while len(in_flight) > keep:
+            at, metrics = in_flight.pop(0)
+            interval.add(jax.device_get(metrics))
+            if at % cfg.log.every_steps == 0 or at in ends:
+                write_record(at)
+                interval = Interval(len(cfg.languages))
+
+    def save(reason: str) -> None:
+        with clock.measure("checkpoint"):
+            entry = {"step": step, "tokens": tokens_at(step), "reason": reason}
+            entry["stage"] = cfg.stages[cfg.stage_at(max(step - 1, 0))].name
+            lineage["checkpoints"].append(entry)
+            run.sync()
+            run.write_lineage(lineage)
+            meta = dict(
+                step=step,
+                tokens=tokens_at(step),
+                config=to_json(cfg),
+                tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
+                consumed=plan.consumed(step),
+                curricula=[
+                    dict(
+                        first_example=s.first_example,
+                        curriculum=s.curriculum.to_json(),
+                        fingerprint=s.curriculum.fingerprint(
+                            max(0, step * cfg.data.batch_size - s.first_example)
+                        ),
+                    )
+                    for s in plan.segments
+                ],
+                origin=origin,
+                lineage=lineage,
+                interval=interval.to_json(),
+            )
+            store.save(state, step, meta)
+
+    def evaluate() -> None:
+        every = cfg.evaluation.every_steps
+        due = step == 0 or step in ends or (every and step % every == 0)
+        if not due or not evaluator.sets or run.has_evaluation(step):
+            return
+        drain(keep=0)
+        with clock.measure("evaluate"):
+            result = evaluator.run(state.params)
+        stage = cfg.stages[cfg.stage_at(max(step - 1, 0))].name
+        label = f"end of {stage}" if step in ends else "start" if step == 0 else ""
+        head = {"step": step, "tokens": tokens_at(step), "stage": stage, "label": label}
+        run.write_evaluation(step, {**head, **result})
+        for name, values in result["sets"].items():
+            for language, row in values["languages"].items():
+                bpb = {f"eval/{name}/bits_per_byte/{language}": row["bits_per_byte"]}
+                run.scalars(bpb, tokens_at(step))
+            macro = values["macro"]["bits_per_byte"]
+            log(f"{'eval':>8} step {step}  {name}: {macro:.3f} bits per byte (macro)")
+
+    compiled_stage = -1
+    data = batches(cfg, corpus, plan, sharding.batch_sharding(mesh), step)
+    bar = tqdm(total=cfg.total_steps, initial=step, unit="step", disable=None)
+    evaluate()
+    while step < cfg.total_steps:
+        stage = cfg.stage_at(step)
+        if stage != compiled_stage:
+            reset = cfg.stages[stage].transition.moments == "reset"
+            if reset and step and step == cfg.stage_start(stage):
+                state = reset_moments(cfg, state, abstract)
+            with clock.measure("compile"):
+                tables = stage_tables(cfg, corpus, plan, stage)
+                step_fn = compile_step(cfg, mesh, abstract, stage, tables, first_token)
+            compiled_stage = stage
+        with clock.measure("input"):
+            batch = next(data)
+        state, metrics = step_fn(state, batch)
+        step += 1
+        bar.update()
+        in_flight.append((step, metrics))
+        drain(keep=1)
+        due = step in ends or step % cfg.checkpoint.every_steps == 0
+        if due or stop.requested:
+            drain(keep=0)
+            save("stage end" if step in ends else "regular" if due else "signal")
+        evaluate()
+        if stop.requested:
+            break
+    with clock.measure("checkpoint"):
+        store.wait()
+    store.close()
+    bar.close()
+    stop.restore()
+    if step < cfg.total_steps:
+        log(f"stopped by a signal; saved at step {step}; the same command goes on")
+        return PREEMPTED
+    return 0
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop after this step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._former = {
+            s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,876 @@
+"""Corpus: nothing lost, nothing twice, the same bytes however it was built."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gamayun_jax import config as c
+from gamayun_jax import corpus, tokenizer
+from gamayun_jax.config import UserError
+
+ROOT = Path(__file__).parent.parent
+ALPHABETS = {
+    "en": "abcdefghij klmnop",
+    "ru": "абвгдежз иклмн",
+    "zh": "天地玄黄宇宙洪荒日月",
+}
+
+
+def some_texts(language, count, seed=0, words=40):
+    rng = random.Random(f"{language}{seed}")
+    lexicon = [
+        "".join(rng.choices(ALPHABETS[language], k=rng.randint(2, 7)))
+        for _ in range(150)
+    ]
+    return [
+        " ".join(rng.choices(lexicon, k=rng.randint(3, words))) + f".\n{i} {language}"
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path, texts):
+    rows = [t if isinstance(t, dict) else {"text": t} for t in texts]
+    data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zst":
+        data = zstandard.compress(data)
+    elif path.suffix == ".gz":
+        data = gzip.compress(data)
+    path.write_bytes(data)
+    return str(path)
+
+
+def make_config(sources, heldout=(), languages=("en", "ru", "zh"), **corpus_fields):
+    fields = dict(
+        tokenizer=c.TokenizerConfig(400, sample_bytes=30_000),
+        record_tokens=32,
+        shard_bytes=20_000,
+    )
+    mixture = c.MixtureConfig("natural")
+    return c.Config(
+        name="test",
+        languages=languages,
+        model=c.ModelConfig(400, 1, 8, 1, 1, 8, 8),
+        stages=(c.StageConfig("one", 1000, mixture, c.ScheduleConfig()),),
+        data=c.DataConfig(seq_len=16),
+        corpus=c.CorpusConfig(
+            tuple(sources), tuple(heldout), **{**fields, **corpus_fields}
+        ),
+    )
+
+
+def three_sources(folder, count=300):
+    held = {}
+    for language in ("en", "ru"):
+        units = [{"id": f"u{i}", "text": f"{language} unit {i}"} for i in range(5)]
+        held[language] = write_jsonl(folder / f"held.{language}.jsonl.zst", units)
+    texts = {k: some_texts(k, count) for k in ALPHABETS}
+    for part in range(3):
+        write_jsonl(folder / f"en/{part}.jsonl.gz", texts["en"][part::3])
+    return make_config(
+        (
+            c.SourceConfig("en/web", (str(folder / "en/*.jsonl.gz"),)),
+            c.SourceConfig(
+                "ru/web", (write_jsonl(folder / "ru.jsonl.zst", texts["ru"]),)
+            ),
+            c.SourceConfig(
+                "zh/books", (write_jsonl(folder / "zh.jsonl", texts["zh"]),)
+            ),
+        ),
+        (c.HeldoutConfig("units", held),),
+    )
+
+
+def one_source(path, **fields):
+    return make_config((c.SourceConfig("en/web", (str(path),)),), **fields)
+
+
+def build(cfg, out, workers=1):
+    return corpus.build(cfg, out, workers=workers, progress=False)
+
+
+def tree_hash(folder):
+    """One hash of all paths and bytes under a folder, hidden ones included."""
+    total = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        total.update(str(path.relative_to(folder)).encode())
+        if path.is_file():
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def documents_of(built, source):
+    """The documents of a source, from its records alone."""
+    t = built.tokenizer()
+    sizes = [s["records"] for s in built.manifest["sources"][source]["shards"]]
+    records = list(built.records(source))
+    texts, begin = [], 0
+    for size in sizes:
+        shard = records[begin : begin + size]
+        begin += size
+        for a, b in itertools.pairwise(shard):
+            assert a[-1] == b[0], "a record's last token is the next one's first"
+        stream = np.concatenate([*(r[:-1] for r in shard), shard[-1][-1:]])
+        stream = stream[stream != t.pad_id]
+        starts = np.flatnonzero(stream == t.bos_id)
+        for document in np.split(stream, starts)[1:]:
+            assert document[-1] == t.eos_id
+            texts.append(t.decode(document.tolist()))
+    return texts
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    cfg = three_sources(folder)
+    return cfg, build(cfg, folder / "out")
+
+
+# ------------------------------------------------------------------ the result
+
+
+def test_records_give_back_the_documents(built):
+    cfg, found = built
+    for source in cfg.corpus.sources:
+        expected = []
+        for document in corpus.read_documents(source):
+            expected.append(corpus.clean(document.text))
+        texts = documents_of(found, source.name)
+        assert texts == expected
+        info = found.sources[source.name]
+        row = found.manifest["sources"][source.name]
+        assert (info.language, info.domain) == tuple(source.name.split("/"))
+        assert info.documents == len(texts) == row["documents_read"] == 300
+        assert info.bytes == sum(len(t.encode()) for t in texts)
+        assert row["characters"] == sum(map(len, texts))
+        ids = [found.tokenizer().encode(t) for t in texts]
+        assert info.tokens == sum(len(i) + 2 for i in ids)
+        counts = np.bincount(np.concatenate(ids), minlength=400)
+        counts[[1, 2]] += len(texts)
+        assert found.token_counts(source.name).tolist() == counts.tolist()
+        assert len(info.shards) > 1
+    corpus.verify(found)
+
+
+def test_using_a_corpus(built):
+    _, found = built
+    records = found.records("ru/web")
+    assert len(records) == found.sources["ru/web"].records
+    assert records[0].dtype == np.int32
+    assert records[0].shape == (33,)
+    for i in (-1, len(records)):
+        with pytest.raises(IndexError):
+            records[i]
+    again = pickle.loads(pickle.dumps(found)).records("ru/web")
+    again = pickle.loads(pickle.dumps(again))
+    with ThreadPoolExecutor(8) as pool:
+        order = list(range(len(records))) * 4
+        random.Random(0).shuffle(order)
+        for i, record in zip(order, pool.map(again.__getitem__, order), strict=True):
+            assert (record == records[i]).all()
+    assert found.examples(16)["ru/web"] == 2 * len(records)
+    assert found.heldout_sets() == {"units": ["en", "ru"]}
+    assert found.heldout("units", "ru")[1] == ("u1", "ru unit 1")
+    for call in (
+        lambda: found.examples(5),
+        lambda: found.examples(64),
+        lambda: found.records("xx/web"),
+        lambda: found.token_counts("../x"),
+        lambda: found.heldout("units", "zh"),
+        lambda: found.heldout("none", "en"),
+    ):
+        with pytest.raises(UserError):
+            call()
+    table = corpus.inspect(found.folder)
+    assert "zh/books" in table
+    assert "5 units in en ru" in table
+
+
+def test_no_grain_no_jax_no_tensorflow_at_import():
+    code = (
+        "import sys, gamayun_jax.corpus; "
+        "print({'jax', 'grain', 'tensorflow', 'pyarrow', 'tensorflow_datasets'} "
+        "& set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set()", done
+
+
+def test_workers_and_places_do_not_matter(built, tmp_path):
+    cfg, found = built
+    for source in (Path(cfg.corpus.sources[1].files[0]).parent,):
+        moved = tmp_path / "moved"
+        moved.mkdir()
+        for path in source.iterdir():
+            if path.name != "out":
+                (moved / path.name).symlink_to(path)
+    build(three_sources_at(cfg, moved), tmp_path / "out", workers=2)
+    assert tree_hash(tmp_path / "out") == tree_hash(found.folder)
+
+
+def three_sources_at(cfg, folder):
+    """The same config with its files in another folder."""
+    old = str(Path(cfg.corpus.sources[1].files[0]).parent)
+    text = c.to_json(cfg).replace(old, str(folder))
+    return c.from_json(text)
+
+
+def test_finished_build_returns_at_once(built):
+    cfg, found = built
+    before = {p: p.stat().st_mtime_ns for p in found.folder.rglob("*")}
+    build(cfg, found.folder)
+    assert {p: p.stat().st_mtime_ns for p in found.folder.rglob("*")} == before
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 9),
+    st.sampled_from([1, 60, 10_000]),
+)
+def test_any_documents(built, tmp_path_factory, texts, record_tokens, shard_bytes):
+    """documents in == kept + duplicates + rejected; and the kept ones come back."""
+    folder = tmp_path_factory.mktemp("any")
+    texts = ["one that is always there", *texts]
+    cfg = one_source(
+        write_jsonl(folder / "a.jsonl", texts),
+        record_tokens=record_tokens,
+        shard_bytes=shard_bytes,
+        tokenizer=c.TokenizerConfig(
+            400, model=str(built[1].folder / "tokenizer.model")
+        ),
+    )
+    cfg = dataclasses.replace(cfg, data=c.DataConfig(seq_len=record_tokens))
+    found = build(cfg, folder / "out")
+    expected = list(dict.fromkeys(t for t in map(corpus.clean, texts) if t))
+    assert documents_of(found, "en/web") == expected
+    row = found.manifest["sources"]["en/web"]
+    empty = sum(not corpus.clean(t) for t in texts)
+    assert row["rejected"] == ({"empty": empty} if empty else {})
+    assert row["documents_read"] == len(texts)
+    assert row["duplicates"] == len(texts) - empty - len(expected)
+    corpus.verify(found)
+
+
+def test_duplicates_and_held_out(tmp_path):
+    e_composed, e_combining = "caf\u00e9 au lait", "cafe\u0301 au\u00ad lait  "
+    first = write_jsonl(tmp_path / "1.jsonl", [e_composed, "a b c", "HELD out"])
+    second = write_jsonl(tmp_path / "2.jsonl", ["new", "a b c ", e_combining, "new"])
+    held = write_jsonl(tmp_path / "h.jsonl", ["HELD\u200b out"])
+    cfg = make_config(
+        (c.SourceConfig("en/a", (first,)), c.SourceConfig("en/b", (second,))),
+        (c.HeldoutConfig("h", {"en": held}, parallel=False),),
+        tokenizer=c.TokenizerConfig(270),
+    )
+    found = build(cfg, tmp_path / "out")
+    assert documents_of(found, "en/a") == [e_composed, "a b c"]
+    assert documents_of(found, "en/b") == ["new"]
+    a, b = (found.manifest["sources"][k] for k in ("en/a", "en/b"))
+    assert (a["duplicates"], a["rejected"]) == (0, {"held out": 1})
+    assert (b["duplicates"], b["rejected"]) == (3, {})
+    assert found.heldout("h", "en") == [("0", "HELD out")]
+
+
+def test_vocabulary_beyond_16_bits_uses_32(tmp_path):
+    assert corpus.token_dtype(65_536) == "<u2"
+    assert corpus.token_dtype(65_537) == "<u4"
+    cfg = one_source(write_jsonl(tmp_path / "a.jsonl", some_texts("en", 50)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "token_dtype", lambda size: "<u4")
+        found = build(cfg, tmp_path / "out")
+    assert found.manifest["dtype"] == "uint32"
+    assert documents_of(found, "en/web") == some_texts("en", 50)
+
+
+def test_train_tokenizer_is_the_one_of_the_build(built, tmp_path):
+    cfg, found = built
+    out = corpus.train_tokenizer(cfg.corpus, tmp_path / "t.model", 1, progress=False)
+    assert tokenizer.Tokenizer(out).fingerprint == found.tokenizer().fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["t.model"]
+
+
+def test_sample_is_spread_over_the_source(built, tmp_path):
+    cfg, _ = built
+    item = corpus.expand(cfg.corpus.sources[1])[0]
+    corpus.scan(item, tmp_path / "0", 1, 5000)
+    files = corpus.select([("ru/web", tmp_path / "0")], {})
+    total = int(files[0].bytes.sum())
+    sample = list(corpus.sample_texts(files, total // 4))
+    assert 0.15 < sum(len(t.encode()) for t in sample) / total < 0.35
+    numbers = [int(t.split("\n")[1].split()[0]) for t in sample]
+    assert min(numbers) < 60
+    assert max(numbers) > 240
+
+
+# ------------------------------------------------------------------ restart
+
+BUILD = """
+import sys
+from pathlib import Path
+from gamayun_jax import config, corpus
+cfg = config.from_json(Path(sys.argv[1]).read_text())
+corpus.build(cfg, Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)
+"""
+
+
+def start_build(cfg, tmp_path, out, workers=2):
+    (tmp_path / "config.json").write_text(c.to_json(cfg))
+    command = [sys.executable, "-c", BUILD, tmp_path / "config.json", out, str(workers)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def children_of(pid):
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+
+
+def all_end(pids, seconds=10):
+    """Whether the processes end (one that nobody waits for counts as ended)."""
+
+    def runs(pid):
+        try:
+            return (
+                Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+            )
+        except OSError:
+            return False
+
+    for _ in range(seconds * 100):
+        if not any(map(runs, pids)):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def kill_at_points(built, tmp_path, points, workers):
+    """SIGKILL a build again and again, later each time; then let it finish."""
+    cfg, found = built
+    out = tmp_path / "out"
+    killed = 0
+    for files in points:
+        process = start_build(cfg, tmp_path, out, workers)
+        children = []
+        while process.poll() is None:
+            if out.exists() and sum(1 for _ in out.rglob("*")) >= files:
+                children = children_of(process.pid)
+                process.kill()
+                killed += 1
+                break
+            time.sleep(0.001)
+        process.communicate()
+        assert all_end(children), "workers outlive a killed build"
+        if not (out / "manifest.json").exists() and (out / ".work").exists():
+            with pytest.raises(UserError, match="unfinished"):
+                corpus.open_corpus(out)
+    build(cfg, out)
+    assert tree_hash(out) == tree_hash(found.folder)
+    return killed
+
+
+def test_killed_build_goes_on(built, tmp_path):
+    assert kill_at_points(built, tmp_path, [3, 30, 55], workers=2) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_many_points(built, tmp_path, workers):
+    rng = random.Random(workers)
+    points = sorted(rng.choices(range(1, 120), k=25))
+    assert kill_at_points(built, tmp_path, points, workers) >= 8
+
+
+def test_finished_shards_are_not_done_again(built, tmp_path, monkeypatch):
+    cfg, found = built
+    calls = []
+    tokenise = corpus.tokenise
+
+    def fails_at_third(*args):
+        calls.append(args[3])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return tokenise(*args)
+
+    monkeypatch.setattr(corpus, "tokenise", fails_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        build(cfg, tmp_path / "out")
+    done = {p: p.stat().st_ino for p in (tmp_path / "out").rglob("*.arrayrecord")}
+    assert len(done) == 2
+    monkeypatch.setattr(corpus, "tokenise", tokenise)
+    build(cfg, tmp_path / "out")
+    assert {p: p.stat().st_ino for p in done} == done
+    assert tree_hash(tmp_path / "out") == tree_hash(found.folder)
+
+
+def test_ctrl_c_is_clean(built, tmp_path):
+    cfg, found = built
+    out = tmp_path / "out"
+    process = start_build(cfg, tmp_path, out)
+    while not list(out.glob(".work/scan/*")) and process.poll() is None:
+        time.sleep(0.002)
+    children = children_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert errors.count("Traceback") == 1  # the parent's own, which the CLI catches
+    assert "KeyboardInterrupt" in errors
+    assert all_end(children)
+    build(cfg, out)
+    assert tree_hash(out) == tree_hash(found.folder)
+
+
+def test_dead_worker_is_said():
+    with corpus.Pool(2) as pool:
+        with pytest.raises(UserError, match="worker process"):
+            list(pool.run(os._exit, [(3,)]))
+
+
+def test_another_recipe_is_refused(built, tmp_path):
+    cfg, found = built
+    other = dataclasses.replace(
+        cfg, corpus=dataclasses.replace(cfg.corpus, min_chars=2)
+    )
+    with pytest.raises(UserError, match="another recipe"):
+        build(other, found.folder)
+    # What decides whether there is a corpus, not which, may change.
+    looser = dataclasses.replace(cfg.corpus, max_bad_share=0.5)
+    build(dataclasses.replace(cfg, corpus=looser), found.folder)
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    (tmp_path / "out" / ".work" / "recipe.json").write_text('{"recipe": "x"}')
+    with pytest.raises(UserError, match="unfinished one of another recipe"):
+        build(cfg, tmp_path / "out")
+    (tmp_path / "mine" / "sources").mkdir(parents=True)
+    with pytest.raises(UserError, match="no corpus"):
+        build(cfg, tmp_path / "mine")
+
+
+def test_changed_input_is_another_recipe(tmp_path):
+    path = tmp_path / "a.jsonl"
+    cfg = one_source(write_jsonl(path, some_texts("en", 30)))
+    cfg = dataclasses.replace(
+        cfg,
+        corpus=dataclasses.replace(cfg.corpus, tokenizer=c.TokenizerConfig(290)),
+    )
+    build(cfg, tmp_path / "out")
+    data = bytearray(path.read_bytes())
+    data[12] ^= 1  # same size
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="another recipe"):
+        build(cfg, tmp_path / "out")
+
+
+def test_two_builds_of_a_folder(built, tmp_path):
+    cfg, _ = built
+    with corpus.lock(tmp_path):
+        with pytest.raises(UserError, match="another process"):
+            build(cfg, tmp_path)
+
+
+# ------------------------------------------------------------------ reading
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"])),
+        st.text("ae\u0301\u00ad\u200b\ufeff \t\n\r\0\x85\u1100\u1161\u11a8"),
+    )
+)
+@example("e\u00ad\u0301")
+def test_clean(text):
+    found = corpus.clean(text)
+    assert corpus.clean(found) == found
+    assert unicodedata.is_normalized("NFC", found)
+    assert not corpus.DROPPED.search(found)
+    for line in found.split("\n"):
+        assert line == line.rstrip(" \t")
+    assert found == found.strip("\n")
+
+
+def test_clean_keeps_what_matters():
+    assert (
+        corpus.clean("\n  def f():\r\n\treturn  1 \t\n\n") == "  def f():\n\treturn  1"
+    )
+    assert corpus.clean("می\u200cخواهم 👩\u200d👩") == "می\u200cخواهم 👩\u200d👩"
+
+
+TEXTS = ["первый", "second\nline", "三", " \t 4 "]
+
+
+def read(*files, **fields):
+    return list(
+        corpus.read_documents(
+            c.SourceConfig("en/web", tuple(map(str, files)), **fields)
+        )
+    )
+
+
+@pytest.mark.parametrize("end", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_jsonl(tmp_path, end):
+    rows = [{"id": i, "body": t} for i, t in enumerate(TEXTS)]
+    found = read(write_jsonl(tmp_path / f"a.{end}", rows), text_field="body")
+    assert [d.text for d in found] == TEXTS
+    assert [(d.id, d.line, d.file) for d in found][2] == ("2", 3, f"a.{end}")
+
+
+@pytest.mark.parametrize("raw", [b"\xef\xbb\xbfa\r\n\r\n b\n", b"a\n\n b"])
+def test_txt(tmp_path, raw):
+    (tmp_path / "a.txt").write_bytes(raw)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(raw) + gzip.compress(b"c"))
+    frames = zstandard.compress(raw) + zstandard.compress(b"c")
+    (tmp_path / "c.txt.zst").write_bytes(frames)
+    last = "b" if raw.endswith(b"\n") else "bc"
+    tail = ["c"] if raw.endswith(b"\n") else []
+    assert [d.text for d in read(tmp_path / "a.txt")] == ["a", " b"]
+    for name in ("b.txt.gz", "c.txt.zst"):  # members and frames follow each other
+        assert [d.text for d in read(tmp_path / name)] == ["a", f" {last}", *tail]
+
+
+def test_parquet(tmp_path):
+    table = pyarrow.table({"text": [*TEXTS, None], "id": list("abcde"), "x": [1] * 5})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet")
+    assert [d.text for d in found[:4]] == TEXTS
+    assert found[1].id == "b"
+    assert found[4].reason == "no text"
+    assert [b.reason for b in read(tmp_path / "a.parquet", text_field="no")] == [
+        "no text"
+    ] * 5
+    (number,) = {b.reason for b in read(tmp_path / "a.parquet", text_field="x")}
+    assert number == "text is not a string"
+
+
+def test_globs_are_sorted_and_files_come_once(tmp_path):
+    for name in ("2024/b", "2024/a", "2025/a", "x[1]"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [name])
+    found = read(f"{tmp_path}/**/a.jsonl", f"{tmp_path}/2024/*.jsonl")
+    assert [d.text for d in found] == ["2024/a", "2025/a", "2024/b"]
+    assert found[0].file == "2024/a.jsonl"
+    assert [d.text for d in read(tmp_path / "x[1].jsonl")] == ["x[1]"]
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (("{}/none*.jsonl",), "no file matches"),
+        (("{}/a.csv",), "of no kind"),
+        (("{}/a.parquet.gz",), "of no kind"),
+        (("{}/folder.jsonl",), "not a file"),
+        ((), "has no files"),
+        (("tfds:{}",), "not tfds:FOLDER:SPLIT"),
+        (("tfds:{}/none:train",), "cannot be opened"),
+    ],
+)
+def test_bad_paths(tmp_path, files, says):
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.parquet.gz").touch()
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match=says) as error:
+        read(*(f.format(tmp_path) for f in files))
+    assert "en/web" in str(error.value)
+
+
+def test_bad_lines_are_counted_named_and_copied(tmp_path):
+    good = some_texts("en", 200)
+    bad = {
+        b"{not json": "not JSON",
+        b'{"text": "cut': "not JSON",
+        b"[" * 100_000: "not JSON",
+        b'"a string"': "not a JSON object",
+        b'{"txt": "no field"}': "no text",
+        b'{"text": null}': "no text",
+        b'{"text": 7}': "text is not a string",
+        b'{"text": ["a"]}': "text is not a string",
+        b'{"text": "\\ud800 alone"}': "lone surrogates",
+        b'{"text": "\xff\xfe"}': "not UTF-8",
+        '{"text": "UTF-16"}'.encode("utf-16"): "not UTF-8",
+        b'{"text": " \\n\\u0000"}': "empty",
+        b'{"text": "ab"}': "too short",
+    }
+    with open(write_jsonl(tmp_path / "a.jsonl", good), "ab") as f:
+        f.write(b"\n".join(bad) + b"\n")
+    cfg = one_source(tmp_path / "a.jsonl", max_bad_share=0.1, min_chars=3)
+    found = build(cfg, tmp_path / "out")
+    assert documents_of(found, "en/web") == good
+    row = found.manifest["sources"]["en/web"]
+    expected = {r: list(bad.values()).count(r) for r in sorted(set(bad.values()))}
+    assert row["rejected"] == expected
+    with open(tmp_path / "out/rejected/en.web.jsonl") as f:
+        rejected = [json.loads(line) for line in f]
+    assert [r["reason"] for r in rejected] == list(bad.values())
+    assert [r["line"] for r in rejected] == list(range(201, 201 + len(bad)))
+    assert rejected[0]["file"] == "a.jsonl"
+    assert rejected[0]["text"] == "{not json"
+    # The same with a smaller limit is an error that names the first.
+    strict = dataclasses.replace(
+        cfg, corpus=dataclasses.replace(cfg.corpus, max_bad_share=0.01)
+    )
+    with pytest.raises(UserError, match=r"11 of 213 .*a\.jsonl:201: not JSON") as e:
+        build(strict, tmp_path / "strict")
+    assert "\n" not in str(e.value)
+    assert (tmp_path / "strict/rejected/en.web.jsonl").exists()
+    # Short and empty ones are no sign of broken input.
+    many = [*some_texts("en", 150), *[" ", "a"] * 40]
+    cfg = one_source(write_jsonl(tmp_path / "b.jsonl", many), min_chars=3)
+    row = build(cfg, tmp_path / "b").manifest["sources"]["en/web"]
+    assert row["rejected"] == {"empty": 40, "too short": 40}
+
+
+@pytest.mark.parametrize("end", ["gz", "zst"])
+def test_truncated_and_corrupt_streams(tmp_path, end):
+    path = tmp_path / f"a.jsonl.{end}"
+    texts = some_texts("en", 3000, words=200)
+    whole = Path(write_jsonl(path, texts)).read_bytes()
+    for size in (0, 1, 5, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        *found, last = read(path)
+        assert last.reason in ("truncated file", "corrupt file")
+        assert [d.text for d in found] == texts[: len(found)]
+        assert last.line == len(found) + 1
+    assert len(found) > 1500
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes(2000) + whole[middle + 2000 :])
+    assert read(path)[-1].reason == "corrupt file"
+    path.write_bytes(b'{"text": "not compressed"}\n' * 9)
+    assert [b.reason for b in read(path)] == ["corrupt file"]
+    # A source that is cut in half is not silently half a source.
+    path.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="corrupt file"):
+        build(one_source(path), tmp_path / "out")
+
+
+def test_broken_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = some_texts("en", 2000)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    whole = path.read_bytes()
+    for data in (b"", b"PAR1", b'{"text": 1}\n', whole[: len(whole) // 2]):
+        path.write_bytes(data)
+        assert [b.reason for b in read(path)] == ["corrupt file"]
+    path.write_bytes(whole[:50] + bytes(5000) + whole[5050:])
+    assert read(path)[-1].reason == "corrupt file"
+
+
+@pytest.mark.parametrize("end", ["txt", "txt.gz", "txt.zst"])
+def test_huge_lines_are_not_held(tmp_path, end, monkeypatch):
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT", 100_000)
+    raw = b"first\n" + b"x" * 30_000_000 + b"\nlast"
+    raw = {"txt.gz": gzip.compress, "txt.zst": zstandard.compress}.get(end, bytes)(raw)
+    path = tmp_path / f"a.{end}"
+    path.write_bytes(raw)
+    first, bad, last = read(path)
+    assert (first.text, last.text, last.line) == ("first", "last", 3)
+    assert (bad.reason, bad.line) == ("too long", 2)
+    assert len(bad.excerpt) == corpus.EXCERPT
+
+
+@settings(max_examples=100)
+@given(st.binary(max_size=60), st.integers(1, 9))
+def test_lines_do_not_depend_on_blocks(raw, size):
+    parts = [raw[i : i + size] for i in range(0, len(raw), size)]
+    assert list(corpus.lines(parts)) == list(corpus.lines([raw]))
+    expected = raw.split(b"\n")
+    expected = expected if expected[-1] else expected[:-1]
+    found = [line for _, line in corpus.lines(parts)]
+    assert found == [line.removesuffix(b"\r") for line in expected]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tfds(tmp_path):
+    """A real array_record data set, written and read by tfds without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    texts = some_texts("ru", 120)
+
+    class Texts(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"text": tfds.features.Text(), "n": np.int32}
+            features = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, text in enumerate(texts):
+                yield i, {"text": text, "n": i}
+
+    made = Texts(data_dir=tmp_path, file_format="array_record")
+    made.download_and_prepare()
+    folder = str(made.data_path)
+    found = read(f"tfds:{folder}:train")
+    assert sorted(d.text for d in found) == sorted(texts)
+    assert len(read(f"tfds:{folder}:train[:25%]")) == 30
+    wrong = read(f"tfds:{folder}:train", text_field="n")
+    assert {b.reason for b in wrong} == {"text is not a string"}
+    for split in ("none", "train[:", "train[:x]"):
+        with pytest.raises(UserError, match="cannot be opened|not tfds"):
+            read(f"tfds:{folder}:{split}")
+    cfg = make_config((c.SourceConfig("ru/tfds", (f"tfds:{folder}:train",)),))
+    result = build(cfg, tmp_path / "out", workers=2)
+    assert documents_of(result, "ru/tfds") == [d.text for d in found]
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+def test_bad_recipes(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", some_texts("en", 50))
+
+    def source(name):
+        return c.SourceConfig(name, (path,))
+
+    def held(**files):
+        return (c.HeldoutConfig("h", files),)
+
+    two = write_jsonl(tmp_path / "two.jsonl", ["a", "b"])
+    three = write_jsonl(tmp_path / "three.jsonl", ["a", "b", "c"])
+    named = write_jsonl(
+        tmp_path / "n.jsonl", [{"id": "x", "text": "a"}, {"id": "y", "text": "b"}]
+    )
+    broken = write_jsonl(tmp_path / "broken.jsonl", ["a", {"no": 1}])
+    blank = write_jsonl(tmp_path / "blank.jsonl", ["a", " "])
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    en = (source("en/web"),)
+    for cfg, says in (
+        (make_config(()), "at least one source"),
+        (make_config((*en, *en)), "twice"),
+        (make_config((source("en"),)), "<language>/<domain>"),
+        (make_config((source("en/../x"),)), "<language>/<domain>"),
+        (make_config((source("en/a b"),)), "<language>/<domain>"),
+        (make_config((source("xx/web"),)), "not in languages"),
+        (make_config(en, held(xx=two)), "not in languages"),
+        (make_config(en, held()), "no files"),
+        (make_config(en, held(en=two, ru=three)), "3 units and en 2"),
+        (make_config(en, held(en=two, ru=named)), "id 'x' at unit 1"),
+        (make_config(en, held(en=broken)), "broken.jsonl:2"),
+        (make_config(en, held(en=blank)), "blank.jsonl:2"),
+        (make_config(en, held(en=empty)), "empty"),
+        (make_config(en, held(en=str(tmp_path / "none.jsonl"))), "no file matches"),
+        (make_config(en, (c.HeldoutConfig("../h", {"en": two}),)), "letters"),
+        (make_config(en, (*held(en=two), *held(en=two))), "same name"),
+        (make_config(en, record_tokens=0), "record_tokens"),
+        (make_config(en, record_tokens=24), "multiple of data.seq_len"),
+        (make_config(en, shard_bytes=0), "shard_bytes"),
+        (make_config(en, max_bad_share=2.0), "max_bad_share"),
+        (make_config(en, tokenizer=c.TokenizerConfig(60_000)), "too large"),
+        (make_config(en, tokenizer=c.TokenizerConfig(400, {"de": 1})), "'de'"),
+        (make_config(en, tokenizer=c.TokenizerConfig(400, model=path)), "a.jsonl"),
+        (make_config(en, min_chars=10_000), "no document left"),
+        (one_source(empty), "no documents"),
+    ):
+        out = tmp_path / hashlib.sha256(says.encode()).hexdigest()[:8] / str(id(cfg))
+        with pytest.raises(UserError, match=says) as error:
+            build(cfg, out)
+        assert "\n" not in str(error.value)
+        assert not (out / "manifest.json").exists()
+
+
+def test_ready_tokenizer_of_another_size(built, tmp_path):
+    cfg, found = built
+    model = c.TokenizerConfig(500, model=str(found.folder / "tokenizer.model"))
+    with pytest.raises(UserError, match="400 pieces"):
+        build(one_source(cfg.corpus.sources[2].files[0], tokenizer=model), tmp_path)
+
+
+def test_damaged_corpora(built, tmp_path):
+    _, found = built
+    with pytest.raises(UserError, match="gamayun corpus build"):
+        corpus.open_corpus(tmp_path / "none")
+
+    def copy(name):
+        folder = tmp_path / name
+        subprocess.run(["cp", "-r", found.folder, folder], check=True)
+        return folder, next(folder.glob("sources/en/web/*0.arrayrecord"))
+
+    def edit(folder, change):
+        path = folder / "manifest.json"
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+
+    folder, _ = copy("json")
+    (folder / "manifest.json").write_text('{"format": 1, "sour')
+    with pytest.raises(UserError, match="cannot be read"):
+        corpus.open_corpus(folder)
+    for key in ("sources", "record_tokens", "dtype", "tokenizer", "heldout", "recipe"):
+        folder, _ = copy(f"without-{key}")
+        edit(folder, lambda d, key=key: d.pop(key))
+        with pytest.raises(UserError, match=key):
+            corpus.open_corpus(folder)
+    folder, _ = copy("format")
+    edit(folder, lambda d: d.update(format=2))
+    with pytest.raises(UserError, match="format 2"):
+        corpus.open_corpus(folder)
+    folder, shard = copy("missing")
+    shard.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        corpus.open_corpus(folder)
+    folder, shard = copy("truncated")
+    shard.write_bytes(shard.read_bytes()[:-70_000])
+    with pytest.raises(UserError, match="damaged|has .* records"):
+        corpus.open_corpus(folder)
+    folder, shard = copy("flipped")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="sha256|found"):
+        corpus.verify(corpus.open_corpus(folder))
+    folder, _ = copy("other-tokenizer")
+    tokenizer.train(
+        {"en": ["a b c d"] * 9}, c.TokenizerConfig(267), folder / "tokenizer.model"
+    )
+    with pytest.raises(UserError, match="is not the one"):
+        corpus.open_corpus(folder).tokenizer()
+    folder, _ = copy("heldout")
+    path = folder / "heldout/units.en.jsonl"
+    path.write_text(path.read_text().replace("unit 1", "unit 9"))
+    with pytest.raises(UserError, match=r"units\.en"):
+        corpus.verify(corpus.open_corpus(folder))
+    path.write_text("")
+    with pytest.raises(UserError, match="lost units"):
+        corpus.open_corpus(folder).heldout("units", "en")
+
+
+def test_full_disk_is_said(built, tmp_path, monkeypatch):
+    cfg, _ = built
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(corpus, "scan", full)
+    with pytest.raises(UserError, match="No space left"):
+        build(cfg, tmp_path / "out")

@@ -1,0 +1,270 @@
+"""The loop through real files: stages, resume, transition, refusals."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gamayun_jax import checkpoint, train
+from gamayun_jax.config import MixtureConfig, TransitionConfig, UserError
+from gamayun_jax.data import make_plan
+from gamayun_jax.step import abstract_state
+
+
+def quiet(text):
+    pass
+
+
+def state_of(run, cfg, step):
+    """The saved state as host arrays."""
+    from gamayun_jax.sharding import make_mesh
+
+    store = checkpoint.Checkpoints(run / "checkpoints", read_only=True)
+    state = store.restore(step, abstract_state(cfg, make_mesh(cfg.mesh)))
+    store.close()
+    return jax.tree.leaves(jax.device_get(state))
+
+
+def records(run):
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["time"]
+    return lines
+
+
+def evaluations(run):
+    return {p.name: p.read_text() for p in sorted((run / "eval").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory):
+    """A run of both stages that nothing interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    assert train.train(config, run, log=quiet) == 0
+    return run
+
+
+def stop_at(step):
+    """A log function that sends SIGTERM once the given record is written."""
+
+    def log(text):
+        if f"step {step}/" in text and "eval" not in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return log
+
+
+def test_a_run_records_itself(straight, config):
+    found = records(straight)
+    assert [r["step"] for r in found] == [4, 7, 8, 12, 13]
+    assert [r["stage"] for r in found] == ["align", "align", *["enrich"] * 3]
+    lineage = json.loads((straight / "lineage.json").read_text())
+    assert [c["step"] for c in lineage["checkpoints"]] == [3, 6, 7, 9, 12, 13]
+    assert lineage["stages"][1]["start_tokens"] == 7 * 8 * 64
+    labels = [json.loads(t)["label"] for t in evaluations(straight).values()]
+    assert sorted(labels) == ["end of align", "end of enrich", "start"]
+
+
+def test_shares_read_back_from_the_records_are_the_curriculum_s(
+    straight, config, corpus
+):
+    """Counted on the device from what was trained on, not from the plan."""
+    plan = make_plan(config, corpus)
+    for stage in ("align", "enrich"):
+        steps = [r["step"] for r in records(straight) if r["stage"] == stage]
+        first = 0 if stage == "align" else 7
+        served, before = plan.served(steps[-1]), plan.served(first)
+        for language in config.languages:
+            got = sum(
+                r["languages"][language]["tokens"]
+                for r in records(straight)
+                if r["stage"] == stage
+            )
+            name = f"{language}/help"
+            assert got == (served[name] - before[name]) * 64
+    align = plan.served(7)
+    assert [align[f"{k}/help"] for k in ("en", "ru", "tr")] == pytest.approx(
+        [22.4, 22.4, 11.2], abs=1
+    )
+
+
+@pytest.mark.parametrize("step", [4, 7, 8])
+def test_resume_is_bit_exact(step, straight, config, tmp_path):
+    """Stopped inside stage 1, at the boundary, inside stage 2."""
+    run = tmp_path / "run"
+    assert train.train(config, run, log=stop_at(step)) == train.PREEMPTED
+    assert train.train(config, run, log=quiet) == 0
+    for a, b in zip(
+        state_of(straight, config, 13), state_of(run, config, 13), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert records(run) == records(straight)
+    assert evaluations(run) == evaluations(straight)
+
+
+def test_a_finished_run_has_nothing_left_to_do(straight, config):
+    before = records(straight)
+    assert train.train(config, straight, log=quiet) == 0
+    assert records(straight) == before
+
+
+def test_the_transition_resets_or_keeps_the_moments(straight, config, tmp_path):
+    """Adam's own count tells: 13 updates if kept, 6 if reset at the boundary."""
+
+    def counts(run, cfg):
+        scalars = [int(x) for x in state_of(run, cfg, 13) if np.ndim(x) == 0]
+        return sorted(scalars)
+
+    assert counts(straight, config) == [6, 13]
+    enrich = dataclasses.replace(config.stages[1], transition=TransitionConfig("keep"))
+    keep = dataclasses.replace(config, stages=(config.stages[0], enrich))
+    run = tmp_path / "keep"
+    assert train.train(keep, run, log=quiet) == 0
+    assert counts(run, keep) == [13, 13]
+    # The learning rate follows tokens either way.
+    rates = [r["lr"] for r in records(run)]
+    assert rates == [r["lr"] for r in records(straight)]
+    assert rates[1] == pytest.approx(3e-3)
+    assert 0 < rates[-1] < 3e-4
+
+
+def test_init_from_goes_on_with_parameters_tokens_and_cursors(
+    straight, config, corpus, tmp_path
+):
+    stage = dataclasses.replace(
+        config.stages[1],
+        mixture=MixtureConfig("explicit", {"en/help": 0.5, "ru/help": 0.5}),
+        transition=TransitionConfig("keep", "continue"),
+    )
+    second = dataclasses.replace(config, name="second", stages=(stage,))
+    run = tmp_path / "second"
+    origin = straight / "checkpoints" / "7"
+    assert train.train(second, run, origin, log=quiet) == 0
+    first = records(run)[0]
+    assert first["tokens"] == (7 + 4) * 8 * 64
+    meta = checkpoint.Checkpoints(run / "checkpoints", read_only=True).meta(6)
+    start = make_plan(config, corpus).consumed(7)
+    assert meta["origin"]["cursors"] == start
+    assert meta["consumed"]["en/help"] == start["en/help"] + 24
+    assert meta["consumed"]["tr/help"] == start["tr/help"]
+    # It really began from those parameters: its first loss is near the last one there,
+    # and far from a fresh model's.
+    before = [r["nll"] for r in records(straight)]
+    assert abs(first["nll"] - before[1]) < abs(first["nll"] - np.log(512))
+    lineage = json.loads((run / "lineage.json").read_text())
+    assert lineage["init_from"]["lineage"]["run"] == "small"
+
+    restart = dataclasses.replace(
+        second,
+        stages=(
+            dataclasses.replace(stage, transition=TransitionConfig("reset", "restart")),
+        ),
+    )
+    plan = make_plan(restart, corpus, start)
+    assert plan.consumed(0)["en/help"] == 0
+
+
+def test_future_stages_may_change_and_the_past_may_not(straight, config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    for step in (12, 13):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    first, second = config.stages
+    past = dataclasses.replace(
+        first, mixture=MixtureConfig("explicit", {"en/help": 0.9, "ru/help": 0.1})
+    )
+    with pytest.raises(UserError, match="share of en/help in align was 0.4"):
+        train.train(dataclasses.replace(config, stages=(past, second)), run, log=quiet)
+    third = dataclasses.replace(
+        second, name="third", tokens=8 * 64, mixture=first.mixture,
+        schedule=dataclasses.replace(second.schedule, decay_tokens=0),
+    )  # fmt: skip
+    longer = dataclasses.replace(config, stages=(first, second, third))
+    assert train.train(longer, run, log=quiet) == 0
+    assert records(run)[-1]["step"] == 14
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seed", 1, "seed was 0"),
+        ("model.d_ff", 128, "model.d_ff was 64"),
+        ("data.batch_size", 16, "data.batch_size was 8"),
+    ],
+)
+def test_what_a_run_cannot_change(straight, config, replace, field, value, message):
+    with pytest.raises(UserError, match=message):
+        train.train(replace(config, field, value), straight, log=quiet)
+
+
+def test_a_harmless_change_goes_on_with_a_note(straight, config, replace, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    seen = []
+    changed = replace(config, "checkpoint.keep", 19)
+    assert train.train(changed, run, log=seen.append) == 0
+    assert any("checkpoint.keep: 20 -> 19" in text for text in seen)
+    lineage = json.loads((run / "lineage.json").read_text())
+    assert lineage["events"][-1]["field"] == "checkpoint.keep"
+
+
+def test_a_truncated_checkpoint_is_named(straight, config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    folder = run / "checkpoints" / "13" / "params"
+    largest = max(
+        (p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/13 cannot be read.*step 12"):
+        train.train(config, run, log=quiet)
+
+
+def test_two_runs_in_one_folder(straight, config):
+    from gamayun_jax.records import RunFolder
+
+    held = RunFolder(straight)
+    try:
+        with pytest.raises(UserError, match="in use by another process"):
+            train.train(config, straight, log=quiet)
+    finally:
+        held.close()
+
+
+def test_batch_and_mesh_that_do_not_fit(config, replace, tmp_path):
+    with pytest.raises(UserError, match="use a multiple of 8"):
+        train.train(replace(config, "data.batch_size", 12), tmp_path)
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        train.train(replace(config, "mesh.tensor", 3), tmp_path)
+
+
+def test_a_corpus_of_another_tokenizer(config, replace, tmp_path):
+    other = replace(config, "corpus.tokenizer.vocab_size", 500)
+    with pytest.raises(UserError, match="another tokenizer"):
+        train.train(other, tmp_path)
+
+
+def test_a_missing_corpus(config, replace, tmp_path):
+    lost = replace(config, "data.corpus", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="gamayun corpus build"):
+        train.train(lost, tmp_path)
+
+
+def test_an_epoch_cap(config, replace, tmp_path):
+    capped = replace(config, "data.max_epochs_of", {"tr/help": 0.001})
+    with pytest.raises(UserError, match="'tr/help' would be seen"):
+        train.train(capped, tmp_path)
+
+
+def test_only_stage_ends_and_the_newest_are_kept(config, replace, tmp_path):
+    run = Path(tmp_path / "run")
+    few = replace(config, "checkpoint.keep", 1)
+    assert train.train(few, run, log=quiet) == 0
+    kept = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
+    assert kept == [7, 13]
