@@ -136,9 +136,29 @@ def run_curriculum(args: argparse.Namespace) -> int:
     return 0
 
 
+def join_cluster(args: argparse.Namespace) -> None:
+    """Make this process one of several that train together.
+
+    Must come before anything touches a device.
+    """
+    import jax
+
+    explicit = (args.coordinator, args.num_processes, args.process_id)
+    if args.distributed:
+        jax.distributed.initialize()
+    elif any(x is not None for x in explicit):
+        if any(x is None for x in explicit):
+            raise UserError(
+                "--coordinator, --num-processes and --process-id belong together: give "
+                "all three, or --distributed where the cluster tells them (TPU, Slurm)"
+            )
+        jax.distributed.initialize(*explicit)
+
+
 def run_train(args: argparse.Namespace) -> int:
     from gamayun_jax import train
 
+    join_cluster(args)
     return train.train(load(args), args.workdir, args.init_from)
 
 
@@ -227,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = add(
         of_corpus, "inspect", run_corpus_inspect, "Print what a corpus folder holds."
     )
-    inspect.add_argument("folder", type=Path)
+    inspect.add_argument("folder", type=Path, help="corpus folder, only read")
 
     tokenizer = commands.add_parser("tokenizer", help="SentencePiece tokenizers.")
     of_tokenizer = tokenizer.add_subparsers(metavar="COMMAND", required=True)
@@ -276,6 +296,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RUN|CHECKPOINT",
         help="begin a new run from a former one's parameters",
     )
+
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="several hosts, found from the environment (TPU pods, Slurm)",
+    )
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts")
+    train.add_argument("--num-processes", type=int, help="with --coordinator")
+    train.add_argument("--process-id", type=int, help="with --coordinator; from 0")
 
     evaluate = add(
         commands,

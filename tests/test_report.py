@@ -1,8 +1,19 @@
 """report.py: the page and tables of made-up runs, whole, damaged and hostile."""
 
+import copy
 import json
+import math
 import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+
+import pytest
+
+from gamayun_jax import report
+from gamayun_jax.config import UserError
 
 LANGUAGES = ("en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr")
 SOURCES = (*(f"{k}/help" for k in LANGUAGES), "en/hq")
@@ -145,3 +156,253 @@ def write_run(folder: Path, files: dict, tail: str = "") -> Path:
             text = json.dumps(content)
         (folder / name).write_text(text, encoding="utf-8")
     return folder
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page; fails on what would load or run."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        assert tag not in ("img", "link", "iframe", "object", "base", "form", "b\n")
+        for name, value in attrs:
+            assert not name.startswith("on"), (tag, name)
+            assert name not in ("src", "srcset", "action", "ping")
+            if name in ("href", "xlink:href"):
+                assert value.startswith("#")
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page_of(out: Path, *runs: Path) -> Page:
+    path = report.write_report(runs, out)
+    assert path == out / "index.html"
+    assert [p.name for p in out.iterdir()] == ["index.html"]
+    return Page(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "balanced", records(every=20))
+
+
+def test_one_run(run, tmp_path):
+    page = page_of(tmp_path, run)
+    text = " ".join(page.text)
+    assert page.tags.count("script") == 1
+    for word in ("balanced", "2.36M", "2.1B", "align → enrich", "end of enrich"):
+        assert word in text, word
+    for k in LANGUAGES:  # a row in both sets' tables, and labels in figures
+        assert page.text.count(k) >= 5, k
+    for name in ("help", "udhr"):
+        assert f"Held-out set “{name}” by language" in text
+    bpb = records(every=20)["eval/1000.json"]["sets"]["udhr"]["languages"]["ko"]
+    assert f"{bpb['bits_per_byte']:.3f}" in page.text
+    assert "Not recorded" not in text
+    assert "unreadable" not in text
+    assert "url(" not in re.sub(r"url\(#", "", page.source)
+    assert len(page.source) < 2_000_000
+    # The page's own colours, in both modes, and no others.
+    assert not set(re.findall(r"(?:fill|stroke): (#\w+)", page.source)) - {"#000000"}
+
+
+def test_same_records_same_page(run, tmp_path):
+    first = page_of(tmp_path / "a", run).source
+    assert page_of(tmp_path / "b", run).source == first
+
+
+def test_several_runs(run, tmp_path):
+    files = records(quality=2.6, every=20, evals=(0, 400, 800, 1000))
+    other = write_run(tmp_path / "other", files)
+    page = page_of(tmp_path / "out", run, other)
+    text = " ".join(page.text)
+    for words in ("Runs compared on “help”", "Runs compared on “udhr”", "− balanced",
+                  "other: Lineage", "balanced: Curriculum"):  # fmt: skip
+        assert words in text, words
+    a = records(every=20)["eval/1000.json"]["sets"]["help"]["languages"]["ru"]
+    b = files["eval/1000.json"]["sets"]["help"]["languages"]["ru"]
+    delta = b["bits_per_byte"] - a["bits_per_byte"]
+    error = math.sqrt(2) * 0.012
+    cell = re.search(
+        rf'<td class="(\w+)" data-v="{re.escape(str(delta))}">([^<]*)<small>([^<]*)',
+        page.source,
+    )
+    assert cell is not None
+    assert cell[1] == "better"
+    assert cell[2] == f"−{-delta:.3f}"
+    assert cell[3] == f" ±{error:.3f}"
+
+
+def test_change_is_marked_beyond_two_errors():
+    old = {"bits_per_byte": 2.0, "bits_per_byte_se": 0.03}
+    for value, verdict in ((1.91, "same"), (1.89, "better"), (2.11, "worse")):
+        new = {"bits_per_byte": value, "bits_per_byte_se": 0.04}
+        assert report.change(new, old)[1:] == (pytest.approx(0.05), verdict)
+    assert report.change({}, old) is None
+
+
+def replace_strings(value, text: str):
+    """Every text in a record, keys that are names included, gets `text` appended."""
+    if isinstance(value, str):
+        return value + text
+    if isinstance(value, list):
+        return [replace_strings(v, text) for v in value]
+    if isinstance(value, dict):
+        names = (*LANGUAGES, *SOURCES, "help", "udhr")
+        return {
+            k + text if k in names else k: replace_strings(v, text)
+            for k, v in value.items()
+        }
+    return value
+
+
+def test_names_are_data(tmp_path):
+    evil = (
+        "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&$x^{$\\frac\n\ud800"
+    )
+    hostile = replace_strings(records(every=50), evil)
+    for line in hostile["metrics.jsonl"]:
+        line["kind"] = "train"
+    origin = {"checkpoint": evil, "run": evil, "restarted": [evil], "lineage": {}}
+    origin["lineage"] = copy.deepcopy(hostile["lineage.json"])
+    hostile["lineage.json"]["init_from"] = origin
+    folder = write_run(tmp_path / "a<b>&c", hostile, tail="<script>")
+    other = write_run(tmp_path / "<script>x", records(every=50))
+    for out, runs in (("one", [folder]), ("two", [folder, other])):
+        page = page_of(tmp_path / out, *runs)
+        assert page.tags.count("script") == 1
+        assert "img" not in page.tags
+        assert "<script>alert" in "".join(page.text)
+        assert "$x^{$" in "".join(page.text)  # is no formula
+        report.run_table(folder)
+
+
+def test_torn_and_unknown_lines(tmp_path):
+    files = records(every=50)
+    files["metrics.jsonl"][3:3] = [{"kind": "later"}, 7, None, ["x"]]
+    page = page_of(tmp_path / "out", write_run(tmp_path / "r", files, '{"kind": "tra'))
+    assert "unreadable lines of metrics.jsonl left out: 1" in " ".join(page.text)
+
+
+def damaged(seed: int) -> dict:
+    """A run's records with 4, 12, ... fields dropped or of another type."""
+    rng = random.Random(seed)
+    files = records(every=100)
+    junk = [None, "text", [], {}, -1, 1e300, float("nan"), 10**400, True, [{"x": 1}]]
+    for _ in range(4 * 3 ** (seed % 5)):
+        part, last = files, rng.choice([*files])
+        while isinstance(part[last], dict | list) and part[last]:
+            part = part[last]
+            last = rng.choice([*part] if isinstance(part, dict) else range(len(part)))
+            if rng.random() < 0.15:
+                break
+        if part is files:
+            continue
+        if isinstance(part, dict) and rng.random() < 0.5:
+            del part[last]
+        else:
+            part[last] = copy.deepcopy(rng.choice(junk))
+    return files
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_damaged_fields_leave_gaps(run, tmp_path, seed):
+    """Whatever is dropped or of another type, there is a page and a table."""
+    folder = write_run(tmp_path / "r", damaged(seed))
+    page_of(tmp_path / "out", *([folder], [run, folder])[seed % 2])
+    report.run_table(folder)
+
+
+def test_missing_files_leave_labelled_gaps(tmp_path):
+    folder = write_run(tmp_path / "r", {"config.json": {}})
+    text = " ".join(page_of(tmp_path / "out", folder).text)
+    assert text.count("Not recorded in this run") == 5
+    assert report.run_table(folder) == "no evaluation in this run"
+
+
+def test_no_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="is no run folder.*give the --workdir"):
+            report.write_report([folder], tmp_path / "out")
+    folder = write_run(tmp_path / "r", {"config.json": {}})
+    (folder / "lineage.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"lineage\.json is damaged.*restore"):
+        report.write_report([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_run_stays_small(tmp_path):
+    line = records(every=1000)["metrics.jsonl"][0]
+    lines = [{**line, "step": k, "tokens": 1000 * k} for k in range(1, 5001)]
+    files = {**records(), "metrics.jsonl": lines}
+    page = page_of(tmp_path / "out", write_run(tmp_path / "r", files))
+    assert len(page.source) < 1_000_000
+
+
+def test_language_table():
+    files = records()
+    evals = [files[f"eval/{k}.json"] for k in (0, 800, 1000)]
+    table = report.language_table(evals, LANGUAGES[::-1])
+    lines = table.splitlines()
+    assert 80 <= max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines[2:16]] == [
+        *LANGUAGES[::-1], "macro", "micro"
+    ]  # fmt: skip
+    assert len({len(line) for line in lines[1:14]}) == 1
+    assert "end of align" in lines[1]
+    assert "below xz -9e: 12 of 12 languages" in lines
+    assert "held-out set 'udhr'" in table
+    many = report.language_table(evals * 3).splitlines()
+    assert max(map(len, many)) <= 104
+    assert report.language_table([]) == ""
+
+
+def test_curriculum_figure_and_table(tmp_path):
+    points = records()["lineage.json"]["curriculum"]["shares"]
+    figure = report.curriculum_figure(points)
+    figure.savefig(tmp_path / "c.png", dpi=50)
+    assert (tmp_path / "c.png").stat().st_size > 5000
+    labels = {t.get_text() for t in figure.axes[0].texts}
+    assert set(SOURCES) <= labels
+    stages = records()["lineage.json"]["stages"]
+    figure = report.curriculum_figure(points, LANGUAGES, stages)
+    assert {"align", "enrich"} <= {t.get_text() for t in figure.axes[0].texts}
+    rows = [
+        {"phase": p, "source": s, "share": 0.5, "examples": 8, "epochs": 1.5,
+         "epochs_total": 2.5}
+        for p in ("align", "enrich") for s in ("en/hq", "ru/web")
+    ]  # fmt: skip
+    table = report.curriculum_table(rows, 256).splitlines()
+    assert len(table) == 6
+    assert table[1].split() == ["align", "en/hq", "50.00%", "2.05k", "1.50", "2.50"]
+
+
+def test_numbers():
+    found = [report.short(x) for x in (0, 391, 999.6, 2_100_000, 999_999, 1.5e12, None)]
+    assert found == ["0", "391", "1k", "2.1M", "1M", "1.5T", "–"]
+    assert report.plain("a\x00b\ud800" + "x" * 99, 10) == "a b xxxxx…"
+
+
+def test_loss_points_do_not_blend_stages(tmp_path):
+    lines = [
+        {"kind": "train", "tokens": k, "stage": "a" if k < 500 else "b",
+         "languages": {"en": {"nll": 5.0 if k < 500 else 3.0, "targets": 9}}}
+        for k in range(1000)
+    ]  # fmt: skip
+    folder = write_run(tmp_path / "r", {"metrics.jsonl": lines})
+    raw, smooth = report.loss_points(report.read_run(folder), "en")
+    assert len(raw) <= 250
+    assert {y for _, y in raw + smooth} == {5.0, 3.0}
+
+
+def test_import_is_light():
+    code = "import sys, gamayun_jax.report as r; print([m for m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not {"'jax'", "'matplotlib'"} & set(out.stdout.strip("[]\n").split(", "))

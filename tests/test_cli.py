@@ -1,0 +1,109 @@
+"""The command line: help, one-line errors with exit status 2, and a small run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gamayun_jax import cli
+from gamayun_jax.config import to_dict
+
+
+def commands(parser, names=()):
+    """Every leaf command of the parser, as a list of words."""
+    groups = [a for a in parser._actions if getattr(a, "choices", None)]
+    groups = [a for a in groups if isinstance(a.choices, dict)]
+    if not groups:
+        yield names
+    for group in groups:
+        for name, sub in group.choices.items():
+            yield from commands(sub, (*names, name))
+
+
+@pytest.mark.parametrize("words", list(commands(cli.build_parser())))
+def test_every_command_says_what_it_reads_and_writes(words, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main([*words, "--help"])
+    assert e.value.code == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys; from gamayun_jax import cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture
+def experiment(config, tmp_path):
+    """The small config as an experiment file."""
+    path = tmp_path / "small.py"
+    text = json.dumps(to_dict(config))
+    path.write_text(
+        "import json\nfrom gamayun_jax.config import from_json\n"
+        f"def get_config():\n    return from_json({text!r})\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "sed=1"], "Did you mean 'seed'"),
+        (["--set", "data.corpus=nowhere"], "gamayun corpus build"),
+        (["--set", "corpus.tokenizer.vocab_size=300"], "another tokenizer"),
+        (["--set", "data.batch_size=12"], "use a multiple of 8"),
+        (["--set", "data.max_epochs=0.001"], "over its cap of 0.001 epochs"),
+        (["--init-from", "nowhere"], "has no checkpoint"),
+        (["--set", "stages.align.mixture.shares.xx/*=0.1"], "matches no source"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(experiment, tmp_path, capsys, words, message):
+    run = str(tmp_path / "run")
+    assert cli.main(["train", str(experiment), "--workdir", run, *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("gamayun: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_curriculum_prints_the_table_and_draws_it(experiment, tmp_path, capsys):
+    picture = tmp_path / "curriculum.png"
+    assert cli.main(["curriculum", str(experiment), "--out", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "align" in out
+    assert "tr/help" in out
+    assert "20.00%" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_eval_report(experiment, tmp_path, capsys):
+    run = tmp_path / "run"
+    train = ["train", str(experiment), "--workdir", str(run)]
+    short = ["--set", "stages.align.tokens=1024", "--set", "stages.enrich.tokens=1024"]
+    short += ["--set", "stages.enrich.schedule.decay_tokens=512"]
+    short += ["--set", "stages.enrich.mixture.ramp_tokens=0"]
+    short += ["--set", "stages.align.schedule.warmup_tokens=512"]
+    short += ["--set", "stages.enrich.schedule.warmup_tokens=512"]
+    assert cli.main([*train, *short]) == 0
+    out = tmp_path / "eval"
+    assert cli.main(["eval", str(run), "--out", str(out), "--languages", "ru"]) == 0
+    table = capsys.readouterr().out
+    assert "xz -9e" in table
+    found = json.loads((out / "eval.json").read_text())["sets"]["udhr"]["languages"]
+    at_the_end = json.loads((run / "eval" / "4.json").read_text())
+    same = at_the_end["sets"]["udhr"]["languages"]["ru"]
+    assert found["ru"]["bits"] == pytest.approx(same["bits"], rel=1e-5)
+    assert list(found) == ["ru"]
+    assert cli.main(["report", str(run)]) == 0
+    page = (run / "report" / "index.html").read_text()
+    assert "end of align" in page
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert cli.main(["eval", str(tmp_path)]) == 2
+
+
+def test_corpus_inspect_and_tokenizer_report(config, capsys):
+    assert cli.main(["corpus", "inspect", config.data.corpus]) == 0
+    assert "tr/help" in capsys.readouterr().out
+    assert cli.main(["tokenizer", "report", config.data.corpus]) == 0
+    assert "bytes/token" in capsys.readouterr().out

@@ -1,0 +1,147 @@
+"""Batches: documents kept apart, and the same rows for any number of hosts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gamayun_jax import data, sharding
+from gamayun_jax.config import TransitionConfig, UserError
+from gamayun_jax.data import host_rows, local_batches, make_batch, make_plan
+
+BOS, PAD, EOS = 1, 0, 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.sampled_from([BOS, EOS, 5, 6, 7]), min_size=9, max_size=9),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 9),
+)
+def test_a_batch_by_hand(rows, padding):
+    tokens = np.array(rows, np.int32)
+    tokens[-1, 9 - padding :] = PAD
+    batch = make_batch(tokens, np.arange(len(rows), dtype=np.int32), BOS, PAD)
+    for r, row in enumerate(tokens.tolist()):
+        segment, position = 1, -1
+        for t in range(8):
+            if row[t] == BOS:
+                segment += t > 0
+                position = -1
+            position += 1
+            is_pad = row[t] == PAD
+            assert batch["inputs"][r, t] == row[t]
+            assert batch["targets"][r, t] == row[t + 1]
+            assert batch["segment_ids"][r, t] == (0 if is_pad else segment)
+            assert batch["positions"][r, t] == (0 if is_pad else position)
+            assert batch["valid"][r, t] == (row[t + 1] not in (PAD, BOS))
+            assert batch["language"][r, t] == r
+    assert {v.dtype.name for k, v in batch.items()} == {"int32", "float32"}
+
+
+def read(config, corpus, plan, rows, first=0, steps=13):
+    source = iter(local_batches(config, corpus, plan, rows, first))
+    return [next(source) for _ in range(steps - first)]
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_the_global_batch_does_not_depend_on_the_hosts(config, corpus, hosts):
+    plan = make_plan(config, corpus)
+    whole = read(config, corpus, plan, np.arange(8))
+    per = 8 // hosts
+    parts = [
+        read(config, corpus, plan, np.arange(h * per, (h + 1) * per))
+        for h in range(hosts)
+    ]
+    for step, batch in enumerate(whole):
+        for key, values in batch.items():
+            joined = np.concatenate([p[step][key] for p in parts])
+            np.testing.assert_array_equal(joined, values)
+
+
+def test_reading_from_the_middle(config, corpus):
+    plan = make_plan(config, corpus)
+    whole, rest = (read(config, corpus, plan, np.arange(8), k) for k in (0, 9))
+    for a, b in zip(whole[9:], rest, strict=True):
+        np.testing.assert_array_equal(a["inputs"], b["inputs"])
+
+
+def test_an_epoch_serves_every_record_once_and_the_next_in_another_order(
+    config, corpus, replace
+):
+    size = corpus.sources["tr/help"].records
+    steps = -(-2 * size // 8)
+    stage = dataclasses.replace(
+        config.stages[0],
+        tokens=steps * 8 * 64,
+        mixture=dataclasses.replace(config.stages[0].mixture, shares={"tr/help": 1.0}),
+    )
+    cfg = dataclasses.replace(config, stages=(stage,))
+    plan = make_plan(cfg, corpus)
+    batches = read(cfg, corpus, plan, np.arange(8), steps=steps)
+    inputs = np.concatenate([b["inputs"] for b in batches])
+    epochs = [
+        [row.tobytes() for row in inputs[k * size : (k + 1) * size]] for k in (0, 1)
+    ]
+    records = corpus.records("tr/help")
+    everything = sorted(records[i][:-1].tobytes() for i in range(size))
+    assert sorted(epochs[0]) == sorted(epochs[1]) == everything
+    assert epochs[0] != epochs[1]
+
+
+def test_every_token_of_a_source_is_a_target_once(corpus):
+    """But for the first of each shard, which nothing precedes."""
+    tokenizer = corpus.tokenizer()
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    records = corpus.records("tr/help")
+    for i in range(len(records)):
+        np.add.at(counts, records[i][1:], 1)
+    counts[tokenizer.pad_id] = 0
+    counts[tokenizer.bos_id] += len(corpus.sources["tr/help"].shards)
+    np.testing.assert_array_equal(counts, corpus.token_counts("tr/help"))
+
+
+def test_cursors_restart_where_the_transition_says_so(config, corpus):
+    second = dataclasses.replace(
+        config.stages[1], transition=TransitionConfig(cursors="restart")
+    )
+    cfg = dataclasses.replace(config, stages=(config.stages[0], second))
+    going_on, again = make_plan(config, corpus), make_plan(cfg, corpus)
+    assert len(again.segments) == 2
+    assert again.consumed(7) == going_on.consumed(7)
+    before = going_on.consumed(7)
+    after_on, after_again = going_on.consumed(13), again.consumed(13)
+    served = again.served(13)
+    for name in before:
+        assert after_again[name] == served[name] - before[name]
+        assert after_on[name] >= before[name]
+    assert sum(served.values()) == 13 * 8
+
+
+def test_rows_of_this_host_cover_the_batch():
+    mesh = jax.make_mesh(
+        (2, 2, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
+    rows = sharding.batch_sharding(mesh)
+    np.testing.assert_array_equal(host_rows(8, rows), np.arange(8))
+    values = np.arange(16, dtype=np.int32).reshape(8, 2)
+    made = data.global_batch({"x": values}, np.arange(8), 8, rows)["x"]
+    np.testing.assert_array_equal(made, values)
+    assert made.sharding.is_equivalent_to(rows, 2)
+
+
+def test_a_language_that_the_config_lacks(config, corpus):
+    cfg = dataclasses.replace(config, languages=("en", "ru"))
+    with pytest.raises(UserError, match="'tr/help' in language 'tr'"):
+        make_plan(cfg, corpus)
+
+
+def test_a_seq_len_that_does_not_divide(config, corpus, replace):
+    with pytest.raises(UserError, match="divide"):
+        make_plan(replace(config, "data.seq_len", 48), corpus)

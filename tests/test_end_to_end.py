@@ -1,0 +1,133 @@
+"""Whole processes: killed at any time, and a changing number of them."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gamayun_jax import checkpoint
+from gamayun_jax.config import to_dict
+from gamayun_jax.sharding import make_mesh
+from gamayun_jax.step import abstract_state
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def experiment(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment") / "small.py"
+    path.write_text(
+        "from gamayun_jax.config import from_json\n"
+        f"def get_config():\n    return from_json({json.dumps(to_dict(config))!r})\n"
+    )
+    return path
+
+
+def start(experiment, run, devices, *words):
+    env = dict(os.environ, XLA_FLAGS="", JAX_NUM_CPU_DEVICES=str(devices))
+    command = [sys.executable, "-m", "gamayun_jax", "train", str(experiment)]
+    return subprocess.Popen(
+        [*command, "--workdir", str(run), *words],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(process, status=0):
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == status, out[-3000:]
+    return out
+
+
+def outcome(run, config):
+    """Final state, records without their times, and evaluations."""
+    store = checkpoint.Checkpoints(run / "checkpoints", read_only=True)
+    state = store.restore(13, abstract_state(config, make_mesh(config.mesh)))
+    store.close()
+    records = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    for r in records:
+        del r["time"]
+    evals = {p.name: json.loads(p.read_text()) for p in (run / "eval").glob("*.json")}
+    return jax.tree.leaves(jax.device_get(state)), records, evals
+
+
+def assert_same(a, b):
+    for x, y in zip(a[0], b[0], strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert a[1:] == b[1:]
+
+
+@pytest.fixture(scope="module")
+def straight(experiment, config, tmp_path_factory):
+    run = tmp_path_factory.mktemp("straight") / "run"
+    finish(start(experiment, run, 2))
+    return outcome(run, config)
+
+
+def test_killed_at_random_moments(experiment, config, straight, tmp_path):
+    """SIGKILL during start, compilation, steps, saves, evaluations, the transition."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    run = tmp_path / "run"
+    for _ in range(6):
+        process = start(experiment, run, 2)
+        time.sleep(rng.uniform(3.0, 16.0))
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+    finish(start(experiment, run, 2))
+    assert_same(outcome(run, config), straight)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start_pair(experiment, run):
+    port = f"localhost:{free_port()}"
+    words = ("--coordinator", port, "--num-processes", "2", "--process-id")
+    return [start(experiment, run, 1, *words, str(i)) for i in range(2)]
+
+
+def wait_for_step(run, step):
+    for _ in range(2400):
+        if (run / "checkpoints" / str(step)).is_dir():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no checkpoint at step {step}")
+
+
+def test_one_process_then_two_then_one(experiment, config, straight, tmp_path):
+    """Always two devices in all, so that sums are of the same two numbers."""
+    run = tmp_path / "run"
+    process = start(experiment, run, 2)
+    wait_for_step(run, 3)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 3)
+    pair = start_pair(experiment, run)
+    wait_for_step(run, 9)
+    for p in pair:
+        p.kill()
+    for p in pair:
+        p.communicate()
+    finish(start(experiment, run, 2))
+    assert_same(outcome(run, config), straight)
+
+
+def test_two_processes_from_start_to_end(experiment, config, straight, tmp_path):
+    run = Path(tmp_path) / "run"
+    for p in start_pair(experiment, run):
+        finish(p)
+    assert_same(outcome(run, config), straight)
