@@ -29,7 +29,7 @@ def load(args: argparse.Namespace) -> Config:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus, report, train
+    from gamayun_jax import corpus_build, report, train
 
     if not TINY.exists():
         raise UserError(
@@ -41,7 +41,7 @@ def run_demo(args: argparse.Namespace) -> int:
         cfg = lengthen(cfg, args.long)
     folder = Path(cfg.data.corpus)
     print(f"1/3 corpus and tokenizer -> {folder}", flush=True)
-    corpus.build(cfg, folder)
+    corpus_build.build(cfg, folder)
     print(f"2/3 training, two stages -> {args.workdir}", flush=True)
     status = train.train(cfg, args.workdir)
     if status:
@@ -80,9 +80,9 @@ def lengthen(cfg: Config, factor: float) -> Config:
 
 
 def run_corpus_build(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus
+    from gamayun_jax import corpus, corpus_build
 
-    corpus.build(load(args), args.out, workers=args.workers)
+    corpus_build.build(load(args), args.out, workers=args.workers)
     print(corpus.inspect(args.out))
     return 0
 
@@ -102,9 +102,9 @@ def run_corpus_debian(args: argparse.Namespace) -> int:
 
 
 def run_tokenizer_train(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus
+    from gamayun_jax import corpus_build
 
-    path = corpus.train_tokenizer(load(args).corpus, args.out)
+    path = corpus_build.train_tokenizer(load(args).corpus, args.out)
     print(path)
     return 0
 

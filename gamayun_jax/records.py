@@ -22,24 +22,10 @@ from typing import Any
 import numpy as np
 
 from gamayun_jax.config import Config, UserError, from_json, to_dict, to_json
+from gamayun_jax.files import write_json, write_text
 
 # What a run cannot change on its way: its state or its past would not fit any more.
 FIXED = ("model", "languages", "data.seq_len", "data.batch_size", "seed")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, data: Any) -> None:
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, text + "\n")
 
 
 def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
@@ -115,7 +101,7 @@ class RunFolder:
                         "another --workdir"
                     )
         if self.writer:
-            write_atomic(path, to_json(cfg))
+            write_text(path, to_json(cfg))
         return changes
 
     def lineage(self) -> dict[str, Any]:
@@ -148,7 +134,7 @@ class RunFolder:
                 if not line.endswith("\n") or record["step"] > step:
                     break
                 kept.append(line)
-        write_atomic(path, "".join(kept))
+        write_text(path, "".join(kept))
         self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from tensorboardX import SummaryWriter

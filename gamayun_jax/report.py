@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gamayun_jax.config import UserError
-from gamayun_jax.records import write_atomic
+from gamayun_jax.files import write_text
 
 # Of languages, in the order of the config: on white, and on black.
 # fmt: off
@@ -354,7 +354,7 @@ def token_axis(ax: Any, stages: Sequence[Span], names: bool = True) -> None:
 def label_ends(ax: Any, ends: Sequence[tuple[str, float, str]]) -> None:
     """Write names at the right end of lines, (name, y, colour), moved apart."""
     low, high = ax.get_ylim()
-    gap = (high - low) * 0.165 / ax.figure.get_figheight()
+    gap = (high - low) * 0.178 / ax.figure.get_figheight()
     ends = sorted(ends, key=lambda end: end[1])
     places = [y for _, y, _ in ends]
     for _ in range(300):
@@ -545,11 +545,11 @@ def horizontal(ax: Any, ticks: int) -> None:
 @styled
 def sources_figure(run: Run, languages: Sequence[str]) -> Any:
     """Tokens and epochs of each source by stage, and a tick for what was served."""
-    planned: dict[tuple[str, str, str], float] = {}
+    planned: dict[tuple[str, str, str], float | None] = {}
     for r in rows(run.lineage, "curriculum", "table"):
         for key in ("tokens", "epochs"):
             where = (key, str(get(r, "source")), str(get(r, "phase")))
-            planned[where] = max(0.0, num(r, key) or 0.0)
+            planned[where] = num(r, key)
     phases = list(dict.fromkeys(phase for _, _, phase in planned))
     names = list(dict.fromkeys(source for _, source, _ in planned))
     order = [*languages, *(s.split("/")[0] for s in names)]
@@ -559,11 +559,13 @@ def sources_figure(run: Run, languages: Sequence[str]) -> Any:
         for i, name in enumerate(names):
             colour = colours_of(languages).get(name.split("/")[0], INK)
             end = 0.0
-            for k, phase in enumerate(phases):
-                width, alpha = planned.get((key, name, phase), 0.0), (0.9, 0.5)[k % 2]
+            parts = [planned.get((key, name, phase)) for phase in phases]
+            for width, alpha in zip(parts, itertools.cycle((0.9, 0.5)), strict=False):
+                width = max(0.0, width or 0.0)
                 ax.barh(i, width, left=end, height=0.66, color=colour, alpha=alpha)
                 end += width
             text = short(end) if key == "tokens" else f"{end:.2f}"
+            text = "–" if parts.count(None) == len(parts) else text
             for m in run.metrics[-1:] if key == "tokens" else ():
                 served = num(m, "sources", name, "tokens")
                 if served is not None:
@@ -990,5 +992,5 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         f"<script>{SORT}</script></body></html>\n"
     )
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "index.html", page)
+    write_text(out / "index.html", page)
     return out / "index.html"

@@ -25,6 +25,7 @@ import pytest
 
 from gamayun_jax import config as c
 from gamayun_jax import corpus as corpus_module
+from gamayun_jax import corpus_build
 
 LANGUAGES = ("en", "ru", "tr")
 
@@ -97,7 +98,7 @@ def small_config(folder: Path) -> c.Config:
 def config(tmp_path_factory: pytest.TempPathFactory) -> c.Config:
     """`small_config` with its corpus built."""
     cfg = small_config(tmp_path_factory.mktemp("corpus") / "corpus")
-    corpus_module.build(cfg, Path(cfg.data.corpus), workers=1, progress=False)
+    corpus_build.build(cfg, Path(cfg.data.corpus), workers=1, progress=False)
     return cfg
 
 

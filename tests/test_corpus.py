@@ -27,7 +27,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gamayun_jax import config as c
-from gamayun_jax import corpus, tokenizer
+from gamayun_jax import corpus, corpus_build, corpus_jobs, documents, files, tokenizer
 from gamayun_jax.config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,7 @@ def one_source(path, **fields):
 
 
 def build(cfg, out, workers=1):
-    return corpus.build(cfg, out, workers=workers, progress=False)
+    return corpus_build.build(cfg, out, workers=workers, progress=False)
 
 
 def tree_hash(folder):
@@ -155,8 +155,8 @@ def test_records_give_back_the_documents(built):
     cfg, found = built
     for source in cfg.corpus.sources:
         expected = []
-        for document in corpus.read_documents(source):
-            expected.append(corpus.clean(document.text))
+        for document in documents.read_documents(source):
+            expected.append(documents.clean(document.text))
         texts = documents_of(found, source.name)
         assert texts == expected
         info = found.sources[source.name]
@@ -270,10 +270,10 @@ def test_any_documents(built, tmp_path_factory, texts, record_tokens, shard_byte
     )
     cfg = dataclasses.replace(cfg, data=c.DataConfig(seq_len=record_tokens))
     found = build(cfg, folder / "out")
-    expected = list(dict.fromkeys(t for t in map(corpus.clean, texts) if t))
+    expected = list(dict.fromkeys(t for t in map(documents.clean, texts) if t))
     assert documents_of(found, "en/web") == expected
     row = found.manifest["sources"]["en/web"]
-    empty = sum(not corpus.clean(t) for t in texts)
+    empty = sum(not documents.clean(t) for t in texts)
     assert row["rejected"] == ({"empty": empty} if empty else {})
     assert row["documents_read"] == len(texts)
     assert row["duplicates"] == len(texts) - empty - len(expected)
@@ -304,7 +304,8 @@ def test_vocabulary_beyond_16_bits_uses_32(tmp_path):
     assert corpus.token_dtype(65_537) == "<u4"
     cfg = one_source(write_jsonl(tmp_path / "a.jsonl", some_texts("en", 50)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "token_dtype", lambda size: "<u4")
+        for module in (corpus_jobs, corpus_build):
+            patch.setattr(module, "token_dtype", lambda size: "<u4")
         found = build(cfg, tmp_path / "out")
     assert found.manifest["dtype"] == "uint32"
     assert documents_of(found, "en/web") == some_texts("en", 50)
@@ -312,18 +313,20 @@ def test_vocabulary_beyond_16_bits_uses_32(tmp_path):
 
 def test_train_tokenizer_is_the_one_of_the_build(built, tmp_path):
     cfg, found = built
-    out = corpus.train_tokenizer(cfg.corpus, tmp_path / "t.model", 1, progress=False)
+    out = corpus_build.train_tokenizer(
+        cfg.corpus, tmp_path / "t.model", 1, progress=False
+    )
     assert tokenizer.Tokenizer(out).fingerprint == found.tokenizer().fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["t.model"]
 
 
 def test_sample_is_spread_over_the_source(built, tmp_path):
     cfg, _ = built
-    item = corpus.expand(cfg.corpus.sources[1])[0]
-    corpus.scan(item, tmp_path / "0", 1, 5000)
-    files = corpus.select([("ru/web", tmp_path / "0")], {})
+    item = documents.expand(cfg.corpus.sources[1])[0]
+    corpus_jobs.scan(item, tmp_path / "0", 1, 5000)
+    files = corpus_jobs.select([("ru/web", tmp_path / "0")], {})
     total = int(files[0].bytes.sum())
-    sample = list(corpus.sample_texts(files, total // 4))
+    sample = list(corpus_jobs.sample_texts(files, total // 4))
     assert 0.15 < sum(len(t.encode()) for t in sample) / total < 0.35
     numbers = [int(t.split("\n")[1].split()[0]) for t in sample]
     assert min(numbers) < 60
@@ -335,9 +338,9 @@ def test_sample_is_spread_over_the_source(built, tmp_path):
 BUILD = """
 import sys
 from pathlib import Path
-from gamayun_jax import config, corpus
+from gamayun_jax import config, corpus_build
 cfg = config.from_json(Path(sys.argv[1]).read_text())
-corpus.build(cfg, Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)
+corpus_build.build(cfg, Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)
 """
 
 
@@ -379,12 +382,12 @@ def kill_at_points(built, tmp_path, points, workers):
     cfg, found = built
     out = tmp_path / "out"
     killed = 0
-    for files in points:
+    for count in points:
         process = start_build(cfg, tmp_path, out, workers)
         children = []
         while process.poll() is None:
             # os.walk doesn't mind folders that vanish while it looks.
-            if sum(len(d) + len(f) for _, d, f in os.walk(out)) >= files:
+            if sum(len(d) + len(f) for _, d, f in os.walk(out)) >= count:
                 children = children_of(process.pid)
                 process.kill()
                 killed += 1
@@ -415,7 +418,7 @@ def test_killed_at_many_points(built, tmp_path, workers):
 def test_finished_shards_are_not_done_again(built, tmp_path, monkeypatch):
     cfg, found = built
     calls = []
-    tokenise = corpus.tokenise
+    tokenise = corpus_jobs.tokenise
 
     def fails_at_third(*args):
         calls.append(args[3])
@@ -423,12 +426,12 @@ def test_finished_shards_are_not_done_again(built, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return tokenise(*args)
 
-    monkeypatch.setattr(corpus, "tokenise", fails_at_third)
+    monkeypatch.setattr(corpus_build, "tokenise", fails_at_third)
     with pytest.raises(KeyboardInterrupt):
         build(cfg, tmp_path / "out")
     done = {p: p.stat().st_ino for p in (tmp_path / "out").rglob("*.arrayrecord")}
     assert len(done) == 2
-    monkeypatch.setattr(corpus, "tokenise", tokenise)
+    monkeypatch.setattr(corpus_build, "tokenise", tokenise)
     build(cfg, tmp_path / "out")
     assert {p: p.stat().st_ino for p in done} == done
     assert tree_hash(tmp_path / "out") == tree_hash(found.folder)
@@ -452,7 +455,7 @@ def test_ctrl_c_is_clean(built, tmp_path):
 
 
 def test_dead_worker_is_said():
-    with corpus.Pool(2) as pool:
+    with corpus_jobs.Pool(2) as pool:
         with pytest.raises(UserError, match="worker process"):
             list(pool.run(os._exit, [(3,)]))
 
@@ -493,7 +496,7 @@ def test_changed_input_is_another_recipe(tmp_path):
 
 def test_two_builds_of_a_folder(built, tmp_path):
     cfg, _ = built
-    with corpus.lock(tmp_path):
+    with files.lock(tmp_path):
         with pytest.raises(UserError, match="another process"):
             build(cfg, tmp_path)
 
@@ -510,10 +513,10 @@ def test_two_builds_of_a_folder(built, tmp_path):
 )
 @example("e\u00ad\u0301")
 def test_clean(text):
-    found = corpus.clean(text)
-    assert corpus.clean(found) == found
+    found = documents.clean(text)
+    assert documents.clean(found) == found
     assert unicodedata.is_normalized("NFC", found)
-    assert not corpus.DROPPED.search(found)
+    assert not documents.DROPPED.search(found)
     for line in found.split("\n"):
         assert line == line.rstrip(" \t")
     assert found == found.strip("\n")
@@ -521,9 +524,10 @@ def test_clean(text):
 
 def test_clean_keeps_what_matters():
     assert (
-        corpus.clean("\n  def f():\r\n\treturn  1 \t\n\n") == "  def f():\n\treturn  1"
+        documents.clean("\n  def f():\r\n\treturn  1 \t\n\n")
+        == "  def f():\n\treturn  1"
     )
-    assert corpus.clean("می\u200cخواهم 👩\u200d👩") == "می\u200cخواهم 👩\u200d👩"
+    assert documents.clean("می\u200cخواهم 👩\u200d👩") == "می\u200cخواهم 👩\u200d👩"
 
 
 TEXTS = ["первый", "second\nline", "三", " \t 4 "]
@@ -531,7 +535,7 @@ TEXTS = ["первый", "second\nline", "三", " \t 4 "]
 
 def read(*files, **fields):
     return list(
-        corpus.read_documents(
+        documents.read_documents(
             c.SourceConfig("en/web", tuple(map(str, files)), **fields)
         )
     )
@@ -685,7 +689,7 @@ def test_broken_parquet(tmp_path):
 
 @pytest.mark.parametrize("end", ["txt", "txt.gz", "txt.zst"])
 def test_huge_lines_are_not_held(tmp_path, end, monkeypatch):
-    monkeypatch.setattr(corpus, "MAX_DOCUMENT", 100_000)
+    monkeypatch.setattr(documents, "MAX_DOCUMENT", 100_000)
     raw = b"first\n" + b"x" * 30_000_000 + b"\nlast"
     raw = {"txt.gz": gzip.compress, "txt.zst": zstandard.compress}.get(end, bytes)(raw)
     path = tmp_path / f"a.{end}"
@@ -693,17 +697,17 @@ def test_huge_lines_are_not_held(tmp_path, end, monkeypatch):
     first, bad, last = read(path)
     assert (first.text, last.text, last.line) == ("first", "last", 3)
     assert (bad.reason, bad.line) == ("too long", 2)
-    assert len(bad.excerpt) == corpus.EXCERPT
+    assert len(bad.excerpt) == documents.EXCERPT
 
 
 @settings(max_examples=100)
 @given(st.binary(max_size=60), st.integers(1, 9))
 def test_lines_do_not_depend_on_blocks(raw, size):
     parts = [raw[i : i + size] for i in range(0, len(raw), size)]
-    assert list(corpus.lines(parts)) == list(corpus.lines([raw]))
+    assert list(documents.lines(parts)) == list(documents.lines([raw]))
     expected = raw.split(b"\n")
     expected = expected if expected[-1] else expected[:-1]
-    found = [line for _, line in corpus.lines(parts)]
+    found = [line for _, line in documents.lines(parts)]
     assert found == [line.removesuffix(b"\r") for line in expected]
 
 
@@ -872,6 +876,6 @@ def test_full_disk_is_said(built, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus, "scan", full)
+    monkeypatch.setattr(corpus_build, "scan", full)
     with pytest.raises(UserError, match="No space left"):
         build(cfg, tmp_path / "out")

@@ -1,0 +1,504 @@
+"""Building a corpus: from a recipe and its documents to a finished folder.
+
+Three steps, each in parallel and each restartable (see corpus_jobs): scan the input
+files, find the duplicates, tokenise into shards; the manifest is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures.thread import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gamayun_jax.config import Config, CorpusConfig, SourceConfig, UserError
+from gamayun_jax.corpus import FORMAT, Corpus, open_corpus, token_dtype
+from gamayun_jax.corpus_jobs import (
+    Heldout,
+    Part,
+    Pool,
+    fit_tokenizer,
+    plan_shards,
+    scan,
+    select,
+    tokenise,
+)
+from gamayun_jax.documents import (
+    HARMLESS,
+    NAME,
+    BadDocument,
+    Input,
+    clean,
+    expand,
+    read_documents,
+)
+from gamayun_jax.files import atomic, file_sha256, lock, read_json, write_json
+from gamayun_jax.tokenizer import Tokenizer
+
+
+def check_recipe(cfg: Config) -> None:
+    """Raise UserError for what a corpus config's field types cannot say."""
+    corpus = cfg.corpus
+    names = [s.name for s in corpus.sources]
+    if not names:
+        raise UserError("corpus.sources is empty: a corpus needs at least one source")
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"corpus.sources has {twice!r} twice: give all files in one")
+    for name in names:
+        parts = name.split("/")
+        if len(parts) != 2 or not all(NAME.fullmatch(p) for p in parts):
+            raise UserError(
+                f"corpus.sources: {name!r} is not <language>/<domain> in letters, "
+                "digits, - and _"
+            )
+    heldout = {h.name: h for h in corpus.heldout}
+    if len(heldout) < len(corpus.heldout):
+        raise UserError(
+            "corpus.heldout: two sets have the same name; give each its own"
+        )
+    for name in heldout:
+        if not NAME.fullmatch(name):
+            raise UserError(f"corpus.heldout: {name!r} is not letters, digits, - and _")
+    used = {n.split("/")[0] for n in names}
+    for language in sorted(used | {k for h in corpus.heldout for k in h.files}):
+        if language not in cfg.languages:
+            raise UserError(
+                f"corpus has language {language!r}, which is not in languages "
+                f"({', '.join(cfg.languages)}): add it there"
+            )
+    for field in ("record_tokens", "shard_bytes"):
+        if getattr(corpus, field) < 1:
+            raise UserError(f"corpus.{field}={getattr(corpus, field)}: give 1 or more")
+    if not 0 <= corpus.max_bad_share <= 1:
+        raise UserError(
+            f"corpus.max_bad_share={corpus.max_bad_share}: give a share from 0 to 1"
+        )
+    if corpus.record_tokens % cfg.data.seq_len:
+        raise UserError(
+            f"corpus.record_tokens={corpus.record_tokens} is not a multiple of "
+            f"data.seq_len={cfg.data.seq_len}: make it one"
+        )
+
+
+def read_heldout(cfg: CorpusConfig) -> Heldout:
+    """Set -> language -> (id, cleaned text) in the order given.
+
+    Raises:
+      UserError: any unit that cannot be read, or parallel files that do not match.
+    """
+    sets: Heldout = {}
+    for spec in cfg.heldout:
+        found: dict[str, list[tuple[str, str]]] = {}
+        for language, file in spec.files.items():
+            at = f"held-out set {spec.name!r}, language {language}: {file}"
+            units = found.setdefault(language, [])
+            for unit in read_documents(SourceConfig(f"{language}/heldout", (file,))):
+                if isinstance(unit, BadDocument):
+                    raise UserError(
+                        f"{at}:{unit.line}: {unit.reason} {unit.detail}".rstrip()
+                    )
+                text = clean(unit.text)
+                if not text:
+                    raise UserError(f"{at}:{unit.line} has no text: take the unit out")
+                units.append((str(len(units)) if unit.id is None else unit.id, text))
+            if not units:
+                raise UserError(f"{at} is empty: take it out of corpus.heldout")
+        if not found:
+            raise UserError(f"held-out set {spec.name!r} has no files: give some")
+        sets[spec.name] = found
+        (first, units), *others = found.items()
+        for language, those in others if spec.parallel else ():
+            ids, their_ids = [i for i, _ in units], [i for i, _ in those]
+            if ids == their_ids:
+                continue
+            at = f"held-out set {spec.name!r} is parallel, but {language}"
+            if len(ids) != len(their_ids):
+                raise UserError(
+                    f"{at} has {len(their_ids)} units and {first} {len(ids)}: give the "
+                    "same units in the same order, or set parallel=False"
+                )
+            k = next(k for k in range(len(ids)) if ids[k] != their_ids[k])
+            raise UserError(
+                f"{at} has id {their_ids[k]!r} at unit {k + 1}, where {first} has "
+                f"{ids[k]!r}: order them alike, or set parallel=False"
+            )
+    return sets
+
+
+def check_model(cfg: CorpusConfig) -> None:
+    """Raise UserError if a ready tokenizer is not one that the config describes."""
+    if not cfg.tokenizer.model:
+        return
+    size = Tokenizer(cfg.tokenizer.model).vocab_size
+    if size != cfg.tokenizer.vocab_size:
+        raise UserError(
+            f"tokenizer {cfg.tokenizer.model} has {size} pieces, but "
+            f"corpus.tokenizer.vocab_size={cfg.tokenizer.vocab_size}: set it to that"
+        )
+
+
+def describe_inputs(files: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """What the recipe and the manifest say of each (name, path)."""
+
+    def describe(file: tuple[str, str]) -> dict[str, Any]:
+        name, path = file
+        try:
+            size, sha = os.path.getsize(path), file_sha256(path)
+        except OSError as e:
+            raise UserError(f"input {path} cannot be read: {e.strerror or e}") from e
+        return {"file": name, "sha256": sha, "bytes": size}
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(describe, files))
+
+
+def recipe_of(
+    cfg: Config, inputs: Sequence[Input]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All that decides the bytes of the corpus, and the description of its inputs.
+
+    Names of folders are not part of it: a copied corpus is the same corpus. Neither
+    is `max_bad_share`: it decides if there is a corpus, not which.
+    """
+    files: list[tuple[str, str]] = []
+    for item in inputs:
+        for path in item.files:
+            single = item.kind != "tfds"
+            files.append(
+                (item.name if single else f"{item.name}/{Path(path).name}", path)
+            )
+    ends = [len(files)]
+    for spec in cfg.corpus.heldout:
+        files += [(Path(path).name, path) for path in spec.files.values()]
+    ends.append(len(files))
+    model = cfg.corpus.tokenizer.model
+    if model:
+        files.append((Path(model).name, model))
+    described = describe_inputs(files)
+    corpus = cfg.corpus
+    recipe = {
+        "format": FORMAT,
+        "languages": list(cfg.languages),
+        "sources": [
+            [i.source, i.text_field, i.kind, i.split, i.name, len(i.files)]
+            for i in inputs
+        ],
+        "heldout": [[h.name, h.parallel, list(h.files)] for h in corpus.heldout],
+        "tokenizer": [
+            corpus.tokenizer.vocab_size,
+            None if model else sorted(corpus.tokenizer.shares.items()),
+            None if model else corpus.tokenizer.sample_bytes,
+        ],
+        "record_tokens": corpus.record_tokens,
+        "shard_bytes": corpus.shard_bytes,
+        "min_chars": corpus.min_chars,
+        "inputs": described,
+    }
+    return recipe, described
+
+
+def build(
+    cfg: Config, out: Path, workers: int | None = None, progress: bool = True
+) -> Corpus:
+    """Build the corpus of `cfg.corpus` in the folder `out`, or go on with it.
+
+    Kill it at any time and run it again: finished work is kept and the result is the
+    same. `workers` is the number of processes (default: the cores of this machine).
+    Progress and what was left out go to stderr.
+
+    Raises:
+      UserError: bad config or input, a folder that holds another corpus, a full disk.
+    """
+    out = Path(out)
+    check_recipe(cfg)
+    inputs = [item for source in cfg.corpus.sources for item in expand(source)]
+    heldout = read_heldout(cfg.corpus)
+    check_model(cfg.corpus)
+    recipe, described = recipe_of(cfg, inputs)
+    text = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with lock(out):
+            if not find_former(out, fingerprint):
+                with Pool(workers) as pool:
+                    manifest = make(cfg, out, inputs, heldout, pool, progress)
+                manifest |= {"recipe": fingerprint, "inputs": described}
+                write_json(out / "manifest.json", manifest)
+            shutil.rmtree(out / ".work", ignore_errors=True)
+    except OSError as e:
+        where = f" ({e.filename})" if e.filename else ""
+        raise UserError(
+            f"corpus {out} cannot be written: {e.strerror or e}{where}; what is "
+            "finished is kept, run it again"
+        ) from e
+    return open_corpus(out)
+
+
+def find_former(out: Path, fingerprint: str) -> bool:
+    """True if the corpus is there already; else make `out` ready to build in.
+
+    Raises:
+      UserError: it holds a corpus, or a part of one, of another recipe.
+    """
+    mark = out / ".work" / "recipe.json"
+    for path, what in (
+        (out / "manifest.json", "a corpus"),
+        (mark, "an unfinished one"),
+    ):
+        if path.exists():
+            former = read_json(path).get("recipe")
+            if former != fingerprint:
+                raise UserError(
+                    f"{out} holds {what} of another recipe (config or input files "
+                    "differ): give another --out, or delete it first"
+                )
+            return path.name == "manifest.json"
+    for name in ("sources", "heldout", "rejected", "tokenizer.model"):
+        if (out / name).exists():
+            raise UserError(
+                f"{out} has {name!r} in it, but no corpus: give another --out"
+            )
+    write_json(mark, {"recipe": fingerprint})
+    return False
+
+
+def make(
+    cfg: Config,
+    out: Path,
+    inputs: Sequence[Input],
+    heldout: Heldout,
+    pool: Pool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Everything of a build but the manifest, which it returns."""
+    corpus = cfg.corpus
+    in_heldout = {}
+    for spec in corpus.heldout:
+        rows: dict[str, Any] = {}
+        for language, units in heldout[spec.name].items():
+            path = out / "heldout" / f"{spec.name}.{language}.jsonl"
+            with atomic(path) as temporary:
+                lines_of = [
+                    json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n"
+                    for i, t in units
+                ]
+                temporary.write_text("".join(lines_of), "utf-8")
+            rows[language] = {
+                "units": len(units),
+                "bytes": sum(len(t.encode()) for _, t in units),
+                "sha256": file_sha256(path),
+            }
+        in_heldout[spec.name] = {"parallel": spec.parallel, "languages": rows}
+
+    counts, scanned = scan_all(corpus, inputs, out / ".work" / "scan", pool, progress)
+    merge_rejected(inputs, out)
+    check_bad(corpus, counts, out / "rejected")
+    files = select(scanned, heldout)
+
+    sources: dict[str, dict[str, Any]] = {}
+    for name, row in counts.items():
+        of_source = [f for f in files if f.source == name]
+        language, domain = name.split("/")
+        held = sum(f.held_out for f in of_source)
+        kept = sum(int(f.keep.sum()) for f in of_source)
+        row["rejected"] |= {"held out": held} if held else {}
+        duplicates = sum(f.duplicates for f in of_source)
+        assert row["read"] == kept + duplicates + sum(row["rejected"].values()), name
+        if not kept:
+            raise UserError(
+                f"source {name} has no document left: {row['read']} read, {duplicates} "
+                f"duplicates, rejected {row['rejected'] or 0}; see {out / 'rejected'}"
+            )
+        sources[name] = {
+            "language": language,
+            "domain": domain,
+            "documents_read": row["read"],
+            "documents": kept,
+            "characters": sum(int(f.characters[f.keep].sum()) for f in of_source),
+            "bytes": sum(int(f.bytes[f.keep].sum()) for f in of_source),
+            "tokens": 0,
+            "records": 0,
+            "shards": [],
+            "rejected": row["rejected"],
+            "duplicates": duplicates,
+        }
+    model = out / "tokenizer.model"
+    if not model.exists():
+        if corpus.tokenizer.model:
+            Tokenizer(corpus.tokenizer.model).save(model)
+        else:
+            list(pool.run(fit_tokenizer, [(corpus, files, model)]))
+    tokenizer = Tokenizer(model)
+
+    plan = plan_shards(files, corpus.shard_bytes)
+    tokenise_all(corpus, out, sources, plan, tokenizer.vocab_size, pool, progress)
+    return {
+        "format": FORMAT,
+        "record_tokens": corpus.record_tokens,
+        "dtype": "uint16" if token_dtype(tokenizer.vocab_size) == "<u2" else "uint32",
+        "languages": list(cfg.languages),
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "sources": sources,
+        "heldout": in_heldout,
+    }
+
+
+def scan_all(
+    cfg: CorpusConfig, inputs: Sequence[Input], work: Path, pool: Pool, progress: bool
+) -> tuple[dict[str, dict[str, Any]], list[tuple[str, Path]]]:
+    """Counts by source, and (source, folder of the scan) of each input."""
+    folders = [work / str(i) for i in range(len(inputs))]
+    sizes = [sum(os.path.getsize(p) for p in item.files) for item in inputs]
+    jobs = [
+        (item, folder, cfg.min_chars, cfg.shard_bytes)
+        for item, folder in zip(inputs, folders, strict=True)
+    ]
+    results: list[dict[str, Any]] = [{}] * len(jobs)
+    with progress_bar("read", sum(sizes), progress) as bar:
+        documents = 0
+        for i, done in pool.run(scan, jobs):
+            results[i] = done
+            documents += done["read"]
+            bar.set_postfix_str(f"{documents} documents", refresh=False)
+            bar.update(sizes[i])
+    counts: dict[str, dict[str, Any]] = {}
+    for item, done in zip(inputs, results, strict=True):
+        row = counts.setdefault(item.source, {"read": 0, "rejected": {}, "bad": ""})
+        row["read"] += done["read"]
+        row["rejected"] = dict(
+            sorted((Counter(row["rejected"]) + Counter(done["rejected"])).items())
+        )
+        row["bad"] = row["bad"] or done["bad"]
+        if done["bad"] and progress:
+            print(
+                f"left out of {item.source}: {done['rejected']}, first: {done['bad']}",
+                file=sys.stderr,
+            )
+    return counts, [(i.source, f) for i, f in zip(inputs, folders, strict=True)]
+
+
+def progress_bar(what: str, size: int, progress: bool) -> tqdm:
+    return tqdm(
+        total=size,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        file=sys.stderr,
+    )
+
+
+def merge_rejected(inputs: Sequence[Input], out: Path) -> None:
+    """rejected/<lang>.<domain>.jsonl from the scans, for sources that have some."""
+    for source in dict.fromkeys(item.source for item in inputs):
+        parts = [
+            out / ".work" / "scan" / str(i) / "rejected.jsonl"
+            for i, item in enumerate(inputs)
+            if item.source == source
+        ]
+        if any(p.stat().st_size for p in parts):
+            path = out / "rejected" / f"{source.replace('/', '.')}.jsonl"
+            with atomic(path) as temporary, open(temporary, "wb") as f:
+                for part in parts:
+                    with open(part, "rb") as rows:
+                        shutil.copyfileobj(rows, f)
+
+
+def check_bad(cfg: CorpusConfig, counts: Mapping[str, Any], rejected: Path) -> None:
+    for name, row in counts.items():
+        if not row["read"]:
+            raise UserError(f"source {name} has no documents: check its files")
+        reasons = {k: n for k, n in row["rejected"].items() if k not in HARMLESS}
+        bad = sum(reasons.values())
+        if bad > cfg.max_bad_share * row["read"]:
+            listed = ", ".join(f"{n} {k}" for k, n in reasons.items())
+            raise UserError(
+                f"source {name}: {bad} of {row['read']} documents cannot be used "
+                f"({listed}), first {row['bad']}; all are in "
+                f"{rejected / name.replace('/', '.')}.jsonl; correct the source, or "
+                f"raise corpus.max_bad_share={cfg.max_bad_share}"
+            )
+
+
+def tokenise_all(
+    cfg: CorpusConfig,
+    out: Path,
+    sources: dict[str, dict[str, Any]],
+    plan: Mapping[str, list[list[Part]]],
+    vocab_size: int,
+    pool: Pool,
+    progress: bool,
+) -> None:
+    """Write all shards and token counts; fill in `sources`."""
+    jobs, owners = [], []
+    for name, shards in plan.items():
+        for number, parts in enumerate(shards):
+            file = f"sources/{name}/{number:05d}.arrayrecord"
+            marker = out / ".work" / "shards" / name / f"{number:05d}.json"
+            owners.append((name, file, marker))
+            jobs.append(
+                (out / "tokenizer.model", parts, cfg.record_tokens, out / file, marker)
+            )
+    results: list[dict[str, Any]] = [{}] * len(jobs)
+    total = sum(s["bytes"] for s in sources.values())
+    with progress_bar("tokenise", total, progress) as bar:
+        documents = 0
+        for i, done in pool.run(tokenise, jobs):
+            results[i] = done
+            documents += done["documents"]
+            bar.set_postfix_str(f"{documents} documents", refresh=False)
+            bar.update(done["bytes"])
+    totals = {name: np.zeros(vocab_size, np.int64) for name in sources}
+    seen: dict[str, Counter[str]] = {name: Counter() for name in sources}
+    for (name, file, marker), done in zip(owners, results, strict=True):
+        totals[name] += np.load(marker.with_suffix(".npy"))
+        seen[name].update({k: done[k] for k in ("documents", "characters", "bytes")})
+        shard = {"file": file} | {k: done[k] for k in ("records", "tokens", "sha256")}
+        sources[name]["shards"].append(shard)
+        sources[name]["tokens"] += done["tokens"]
+        sources[name]["records"] += done["records"]
+    for name, source in sources.items():
+        assert all(seen[name][k] == source[k] for k in seen[name]), name
+        path = out / "sources" / name / "token_counts.npy"
+        with atomic(path) as temporary, open(temporary, "wb") as f:
+            np.save(f, totals[name])
+    # Temporary files of jobs that were killed.
+    for stray in (*out.glob(".*.tmp"), *out.glob("*/**/.*.tmp")):
+        stray.unlink(missing_ok=True)
+
+
+def train_tokenizer(
+    cfg: CorpusConfig, out: Path, workers: int | None = None, progress: bool = True
+) -> Path:
+    """Train the tokenizer that `build` would, without the corpus; returns its path."""
+    out = Path(out)
+    inputs = [item for source in cfg.sources for item in expand(source)]
+    if not inputs:
+        raise UserError("corpus.sources is empty: the tokenizer needs text")
+    heldout = read_heldout(cfg)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=out.parent) as work:
+        with Pool(workers) as pool:
+            counts, scanned = scan_all(cfg, inputs, Path(work), pool, progress)
+            check_bad(cfg, counts, Path(work))
+            list(pool.run(fit_tokenizer, [(cfg, select(scanned, heldout), out)]))
+    return out
