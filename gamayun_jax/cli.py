@@ -29,7 +29,7 @@ def load(args: argparse.Namespace) -> Config:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus_build, report, train
+    from gamayun_jax import corpus_build, report, runs, train
 
     if not TINY.exists():
         raise UserError(
@@ -48,7 +48,7 @@ def run_demo(args: argparse.Namespace) -> int:
         return status
     print("3/3 report", flush=True)
     page = report.write_report([args.workdir], args.workdir / "report")
-    print(report.run_table(args.workdir))
+    print(runs.run_table(args.workdir))
     print(f"\nreport: {page}")
     return 0
 
@@ -122,15 +122,16 @@ def run_tokenizer_report(args: argparse.Namespace) -> int:
 
 
 def run_curriculum(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus, data, lineage, report
+    from gamayun_jax import corpus, data, figures, lineage, runs
 
     cfg = load(args)
     plan = data.make_plan(cfg, corpus.open_corpus(Path(cfg.data.corpus)))
     rows = [row for s in plan.segments for row in s.curriculum.table()]
-    print(report.curriculum_table(rows, cfg.data.seq_len))
+    print(runs.curriculum_table(rows, cfg.data.seq_len))
     if args.out:
         points = lineage.share_points(cfg, plan)
-        figure = report.curriculum_figure(points)
+        stages = lineage.stage_spans(cfg)
+        figure = figures.curriculum_figure(points, cfg.languages, stages)
         figure.savefig(args.out, dpi=150)
         print(f"picture: {args.out}")
     return 0
@@ -163,7 +164,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from gamayun_jax import evaluate, report
+    from gamayun_jax import evaluate, runs
 
     result = evaluate.evaluate_checkpoint(
         args.model, args.corpus, args.languages, args.batch_size
@@ -172,7 +173,7 @@ def run_eval(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=1, ensure_ascii=False)
         (args.out / "eval.json").write_text(text + "\n", encoding="utf-8")
-    print(report.language_table([result]))
+    print(runs.language_table([result]))
     return 0
 
 
@@ -245,7 +246,11 @@ def build_parser() -> argparse.ArgumentParser:
     debian.add_argument("--work", type=Path, help="downloads (default: OUT/downloads)")
     debian.add_argument("--languages", nargs="+", help="default: all 12")
     inspect = add(
-        of_corpus, "inspect", run_corpus_inspect, "Print what a corpus folder holds."
+        of_corpus,
+        "inspect",
+        run_corpus_inspect,
+        "Print what a corpus folder holds: documents, bytes, tokens, rejected and "
+        "repeated ones per source, and how the text begins.",
     )
     inspect.add_argument("folder", type=Path, help="corpus folder, only read")
 

@@ -442,12 +442,12 @@ def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
             x, y = getattr(a, key), getattr(b, key)
             if x != y:
                 lines.append(f"{key} of {a.name} was {x} and is {y}")
-    x, y = old.consumed(example), new.consumed(example)
-    for name in {**x, **y}:
-        if x.get(name, 0) != y.get(name, 0):
+    was, would = old.consumed(example), new.consumed(example)
+    for name in {**was, **would}:
+        if was.get(name, 0) != would.get(name, 0):
             lines.append(
-                f"{name}: {x.get(name, 0)} examples were served, "
-                f"{y.get(name, 0)} would have been"
+                f"{name}: {was.get(name, 0)} examples were served, "
+                f"{would.get(name, 0)} would have been"
             )
     return lines or ["the order of sources differs"]
 

@@ -293,7 +293,7 @@ def global_batch(
     def assemble(values: np.ndarray) -> jax.Array:
         shape = (batch_size, *values.shape[1:])
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
+        def piece(index: Any) -> np.ndarray:
             begin, end, _ = index[0].indices(batch_size)
             at = int(np.searchsorted(rows, begin))
             return values[at : at + end - begin]

@@ -171,8 +171,11 @@ class HeldoutEvaluator:
         unigram = unigram_bits(corpus)
         length = cfg.data.seq_len
         self._units: dict[tuple[str, str], range] = {}
-        self._baselines: dict[tuple[str, str], dict[str, float]] = {}
-        sizes, tokens, cut, parts = [], [], [], []
+        self._baselines: dict[tuple[str, str], dict[str, float | None]] = {}
+        sizes: list[int] = []
+        tokens: list[int] = []
+        cut: list[bool] = []
+        parts: list[Window] = []
         for name, found in self.sets.items():
             for language in found:
                 units = choose(corpus.heldout(name, language), cfg.evaluation.max_units)

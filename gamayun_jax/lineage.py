@@ -34,7 +34,6 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
             return "not installed as a package"
 
     first = origin["tokens"] if origin else 0
-    bounds = [stage_tokens(cfg, k, first) for k in range(len(cfg.stages))]
     keys = ("documents", "bytes", "tokens")
     return {
         "run": cfg.name,
@@ -58,16 +57,22 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
             ],
             "shares": share_points(cfg, plan, first),
         },
-        "stages": [
-            {"name": s.name, "start_tokens": begin, "end_tokens": end}
-            for s, (begin, end) in zip(cfg.stages, bounds, strict=True)
-        ],
+        "stages": stage_spans(cfg, first),
         "transitions": {s.name: to_dict(s.transition) for s in cfg.stages},
         "checkpoints": [],
         "events": [],
         "versions": {p: version(p) for p in packages}
         | {"python": platform.python_version()},
     }
+
+
+def stage_spans(cfg: Config, first: int = 0) -> list[dict[str, Any]]:
+    """Name, first token and end of each stage; `first`: tokens before this run."""
+    spans = []
+    for k, stage in enumerate(cfg.stages):
+        begin, end = stage_tokens(cfg, k, first)
+        spans.append({"name": stage.name, "start_tokens": begin, "end_tokens": end})
+    return spans
 
 
 def share_points(cfg: Config, plan: DataPlan, first: int = 0) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def _param(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     std: float,
-) -> jax.Array:
+) -> Any:
     init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
     return module.param(name, init, shape, jnp.float32)
 
@@ -81,7 +81,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        scale: Any = self.param("scale", init, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(
             jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps
@@ -110,7 +110,7 @@ class Attention(nn.Module):
             y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH.astype(self.dtype))
             if cfg.qkv_bias:
                 init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, None))
-                bias = self.param(f"{name}_bias", init, (heads, H), jnp.float32)
+                bias: Any = self.param(f"{name}_bias", init, (heads, H), jnp.float32)
                 y_BTNH += _like(bias.astype(self.dtype), y_BTNH)
             return y_BTNH
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gamayun_jax import report
+from gamayun_jax import figures, report, runs
 from gamayun_jax.config import UserError
 
 LANGUAGES = ("en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr")
@@ -244,8 +244,8 @@ def test_change_is_marked_beyond_two_errors():
     old = {"bits_per_byte": 2.0, "bits_per_byte_se": 0.03}
     for value, verdict in ((1.91, "same"), (1.89, "better"), (2.11, "worse")):
         new = {"bits_per_byte": value, "bits_per_byte_se": 0.04}
-        assert report.change(new, old)[1:] == (pytest.approx(0.05), verdict)
-    assert report.change({}, old) is None
+        assert runs.change(new, old)[1:] == (pytest.approx(0.05), verdict)
+    assert runs.change({}, old) is None
 
 
 def replace_strings(value, text: str):
@@ -279,7 +279,7 @@ def test_names_are_data(tmp_path):
     assert page.tags.count("script") == 1
     assert "img" not in page.tags
     assert "<script>alert" in "".join(page.text)
-    report.run_table(folder)
+    runs.run_table(folder)
 
 
 def test_torn_and_unknown_lines(tmp_path):
@@ -315,14 +315,14 @@ def test_damaged_fields_leave_gaps(run, tmp_path, seed):
     """Whatever is dropped or of another type, there is a page and a table."""
     folder = write_run(tmp_path / "r", damaged(seed))
     page_of(tmp_path / "out", *([folder], [run, folder])[seed % 2])
-    report.run_table(folder)
+    runs.run_table(folder)
 
 
 def test_missing_files_leave_labelled_gaps(tmp_path):
     folder = write_run(tmp_path / "r", {"config.json": {}})
     text = " ".join(page_of(tmp_path / "out", folder).text)
     assert text.count("Not recorded in this run") == 5
-    assert report.run_table(folder) == "no evaluation in this run"
+    assert runs.run_table(folder) == "no evaluation in this run"
 
 
 def test_no_run(tmp_path):
@@ -347,7 +347,7 @@ def test_long_run_stays_small(tmp_path):
 def test_language_table():
     files = records()
     evals = [files[f"eval/{k}.json"] for k in (0, 800, 1000)]
-    table = report.language_table(evals, LANGUAGES[::-1])
+    table = runs.language_table(evals, LANGUAGES[::-1])
     lines = table.splitlines()
     assert 80 <= max(map(len, lines)) <= 100
     assert [line.split()[0] for line in lines[2:16]] == [
@@ -357,35 +357,35 @@ def test_language_table():
     assert "end of align" in lines[1]
     assert "below xz -9e: 12 of 12 languages" in lines
     assert "held-out set 'udhr'" in table
-    many = report.language_table(evals * 3).splitlines()
+    many = runs.language_table(evals * 3).splitlines()
     assert max(map(len, many)) <= 104
-    assert report.language_table([]) == ""
+    assert runs.language_table([]) == ""
 
 
 def test_curriculum_figure_and_table(tmp_path):
     points = records()["lineage.json"]["curriculum"]["shares"]
-    figure = report.curriculum_figure(points)
+    figure = figures.curriculum_figure(points)
     figure.savefig(tmp_path / "c.png", dpi=50)
     assert (tmp_path / "c.png").stat().st_size > 5000
     labels = {t.get_text() for t in figure.axes[0].texts}
     assert set(SOURCES) <= labels
     stages = records()["lineage.json"]["stages"]
-    figure = report.curriculum_figure(points, LANGUAGES, stages)
+    figure = figures.curriculum_figure(points, LANGUAGES, stages)
     assert {"align", "enrich"} <= {t.get_text() for t in figure.axes[0].texts}
     rows = [
         {"phase": p, "source": s, "share": 0.5, "examples": 8, "epochs": 1.5,
          "epochs_total": 2.5}
         for p in ("align", "enrich") for s in ("en/hq", "ru/web")
     ]  # fmt: skip
-    table = report.curriculum_table(rows, 256).splitlines()
+    table = runs.curriculum_table(rows, 256).splitlines()
     assert len(table) == 6
     assert table[1].split() == ["align", "en/hq", "50.00%", "2.05k", "1.50", "2.50"]
 
 
 def test_numbers():
-    found = [report.short(x) for x in (0, 391, 999.6, 2_100_000, 999_999, 1.5e12, None)]
+    found = [runs.short(x) for x in (0, 391, 999.6, 2_100_000, 999_999, 1.5e12, None)]
     assert found == ["0", "391", "1k", "2.1M", "1M", "1.5T", "–"]
-    assert report.plain("a\x00b\ud800" + "x" * 99, 10) == "a b xxxxx…"
+    assert runs.plain("a\x00b\ud800" + "x" * 99, 10) == "a b xxxxx…"
 
 
 def test_loss_points_do_not_blend_stages(tmp_path):
@@ -395,7 +395,7 @@ def test_loss_points_do_not_blend_stages(tmp_path):
         for k in range(1000)
     ]  # fmt: skip
     folder = write_run(tmp_path / "r", {"metrics.jsonl": lines})
-    raw, smooth = report.loss_points(report.read_run(folder), "en")
+    raw, smooth = figures.loss_points(runs.read_run(folder), "en")
     assert len(raw) <= 250
     assert {y for _, y in raw + smooth} == {5.0, 3.0}
 
