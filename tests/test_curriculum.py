@@ -73,8 +73,8 @@ def test_counts_positions_and_random_access(c):
 def test_counts_are_within_one_of_the_integral_at_block_boundaries(c):
     first = 0
     for phase in c.phases:
-        weights = [phase.weights.get(n, 0.0) for n in c.names]
-        whole = cu.quantise(np.array(weights) / sum(weights))
+        weights = np.array([phase.weights.get(n, 0.0) for n in c.names])
+        whole = cu.quantise(weights / weights.sum())
         assert whole.sum() == cu.ONE
         before = c.counts_at(first)
         for done in {*range(0, phase.examples, c.block_examples), phase.examples}:
