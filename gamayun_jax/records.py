@@ -2,6 +2,7 @@
 
 config.json     the resolved config of the last start
 lineage.json    where the run comes from and what happened to it
+parameters.txt  names, shapes and sizes of the parameters
 metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash
 events.*        the same for TensorBoard
 eval/<step>.json
@@ -111,6 +112,10 @@ class RunFolder:
     def write_lineage(self, lineage: Mapping[str, Any]) -> None:
         if self.writer:
             write_json(self.path / "lineage.json", lineage)
+
+    def write_parameters(self, overview: str) -> None:
+        if self.writer:
+            write_text(self.path / "parameters.txt", overview + "\n")
 
     def has_evaluation(self, step: int) -> bool:
         return (self.path / "eval" / f"{step}.json").exists()

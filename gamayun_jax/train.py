@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.parameter_overview import get_parameter_overview
 from tqdm import tqdm
 
-from gamayun_jax import sharding
+from gamayun_jax import optim, sharding
 from gamayun_jax.checkpoint import Checkpoints, TrainState
 from gamayun_jax.chips import chip_of
 from gamayun_jax.config import Config, UserError, from_json, to_json
@@ -26,7 +27,13 @@ from gamayun_jax.lineage import check_corpus, check_past, load_origin, new_linea
 from gamayun_jax.losses import TokenWeights, make_token_weights
 from gamayun_jax.model import Transformer, flops_per_token
 from gamayun_jax.records import Clock, Interval, RunFolder
-from gamayun_jax.step import abstract_state, compile_step, new_state, reset_moments
+from gamayun_jax.step import (
+    abstract_state,
+    compile_step,
+    new_state,
+    reset_moments,
+    stage_tokens,
+)
 
 PREEMPTED = 3  # exit status of a run that was told to stop, saved, and can go on
 
@@ -133,9 +140,15 @@ def _train(cfg: Config, mesh, corpus: Corpus, run: RunFolder, init_from, log) ->
         lineage["events"].append(
             {"event": "config", "step": step, "field": name, "old": old, "new": new}
         )
-    run.write_lineage(lineage)
-    run.start_metrics(step, cfg.log.tensorboard)
     first_token = origin["tokens"] if origin else 0
+    for k, declared in enumerate(cfg.stages):
+        begin, end = stage_tokens(cfg, k, first_token)
+        where = f"stages.{declared.name}.schedule"
+        optim.check_schedule(declared.schedule, where, begin, end)
+    run.write_lineage(lineage)
+    overview = get_parameter_overview(abstract.params, include_stats=False)
+    run.write_parameters(overview)
+    run.start_metrics(step, cfg.log.tensorboard)
     flops = flops_per_token(cfg.model, cfg.data.seq_len) * cfg.tokens_per_step
     chip = chip_of(jax.devices()[0])
     evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))
