@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with status 2.
     """
 
+    def __init__(self, message: str):
+        # Parts of a message come from files and from other errors: keep it one line.
+        super().__init__(" ".join(message.splitlines()))
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -38,6 +43,18 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_len: int
+
+
+MODEL_SIZES = (
+    "vocab_size",
+    "num_layers",
+    "d_model",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "d_ff",
+    "max_seq_len",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,11 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
+        for name in MODEL_SIZES:
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"model.{name}={getattr(self, name)} must be greater than 0"
+                )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} is not a multiple of "
@@ -210,6 +232,8 @@ class TransitionConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
+    """One segment of training: how long, on what, at which rate, with which weights."""
+
     name: str
     tokens: int
     mixture: MixtureConfig
@@ -241,6 +265,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When checkpoints are written and which of them stay."""
+
     every_steps: int = 1000
     keep: int = 3  # the newest; stage ends are kept forever
     keep_every_steps: int = 0  # besides, one every so many steps forever (0: none)
@@ -248,6 +274,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """Evaluation on the held-out sets during training."""
+
     every_steps: int = 0  # 0: only before the first step and at the stages' ends
     batch_size: int = 32
     max_units: int = 0  # per language and set; 0: all
@@ -255,12 +283,16 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
+    """The records of a run: metrics.jsonl, console, TensorBoard."""
+
     every_steps: int = 10
     tensorboard: bool = True
 
 
 @dataclass(frozen=True)
 class Config:
+    """Everything that decides a run; checked as a whole when it is made."""
+
     name: str
     languages: tuple[str, ...]
     model: ModelConfig
@@ -318,6 +350,31 @@ CHOICES = {
     "transition.cursors": ("continue", "restart"),
 }
 
+POSITIVE = (
+    "data.batch_size",
+    "data.seq_len",
+    "data.block_examples",
+    "data.prefetch",
+    "data.max_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "evaluation.batch_size",
+    "log.every_steps",
+    "compute.microbatches",
+    "corpus.record_tokens",
+    "corpus.shard_bytes",
+    "optimizer.clip_norm",
+    "optimizer.eps",
+)
+AT_LEAST_0 = (
+    "compute.loss_chunk",
+    "checkpoint.keep_every_steps",
+    "evaluation.every_steps",
+    "evaluation.max_units",
+    "optimizer.weight_decay",
+    "optimizer.z_loss",
+)
+
 
 def validate(cfg: Config) -> None:
     """Check what one field's type cannot say; raises UserError naming the field."""
@@ -344,18 +401,22 @@ def validate(cfg: Config) -> None:
         raise UserError(f"languages={cfg.languages}: list each language once")
     if len({s.name for s in cfg.stages}) < len(cfg.stages):
         raise UserError("stages: two stages have the same name; give each its own")
-    for name in ("batch_size", "seq_len", "block_examples", "prefetch"):
-        positive(f"data.{name}", getattr(cfg.data, name))
-    for name in ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff"):
-        positive(f"model.{name}", getattr(cfg.model, name))
-    positive("checkpoint.every_steps", cfg.checkpoint.every_steps)
-    positive("checkpoint.keep", cfg.checkpoint.keep)
-    positive("log.every_steps", cfg.log.every_steps)
-    positive("compute.microbatches", cfg.compute.microbatches)
+    for name in POSITIVE:
+        positive(name, attrgetter(name)(cfg))
+    for name in AT_LEAST_0:
+        share(name, attrgetter(name)(cfg))
+    for name in ("optimizer.b1", "optimizer.b2"):
+        if not 0 <= attrgetter(name)(cfg) < 1:
+            raise UserError(f"{name}={attrgetter(name)(cfg)} must be in [0, 1)")
+    if not 0 <= cfg.seed < 2**31:
+        raise UserError(f"seed={cfg.seed} must be in [0, 2**31)")
     for stage in cfg.stages:
         at = f"stages.{stage.name}"
         positive(f"{at}.tokens", stage.tokens)
         positive(f"{at}.schedule.peak", stage.schedule.peak)
+        for name in ("peak", "warmup_tokens", "decay_tokens", "floor"):
+            share(f"{at}.schedule.{name}", getattr(stage.schedule, name))
+        share(f"{at}.mixture.ramp_tokens", stage.mixture.ramp_tokens)
         for part in ("mixture", "token_weights", "schedule", "transition"):
             for key in CHOICES:
                 if key.startswith(part + "."):
@@ -407,14 +468,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         spec.loader.exec_module(module)
     except SyntaxError as e:
         raise UserError(f"config {path}, line {e.lineno}: {e.msg}") from e
-    except (ImportError, NameError, TypeError, AttributeError) as e:
-        raise UserError(f"config {path} fails to load: {e}") from e
+    except UserError:
+        raise
+    except Exception as e:  # whatever the file does
+        raise UserError(f"config {path} fails to load: {type(e).__name__}: {e}") from e
     if not hasattr(module, "get_config"):
         raise UserError(f"config {path} does not define get_config() -> Config")
     try:
         cfg = module.get_config()
-    except (NameError, TypeError, AttributeError) as e:
-        raise UserError(f"config {path}: get_config() fails: {e}") from e
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(
+            f"config {path}: get_config() fails: {type(e).__name__}: {e}"
+        ) from e
     if not isinstance(cfg, Config):
         raise UserError(
             f"config {path}: get_config() returned {type(cfg).__name__}, not Config"
@@ -431,7 +498,7 @@ def set_field(cfg: Config, override: str) -> Config:
       UserError: unknown field (with its neighbours) or a value of another type.
     """
     key, eq, text = override.partition("=")
-    if not eq:
+    if not eq or not key.strip():
         raise UserError(f"--set {override!r}: write field=value, e.g. seed=1")
     return _set(cfg, Config, key.strip().split("."), text, key)
 
@@ -450,7 +517,7 @@ def _set(obj: Any, hint: Any, keys: list[str], text: str, full: str) -> Any:
         names = [getattr(x, "name", str(i)) for i, x in enumerate(obj)]
         if key in names:
             i = names.index(key)
-        elif key.isdigit() and int(key) < len(obj):
+        elif key.isdecimal() and int(key) < len(obj):
             i = int(key)
         else:
             raise unknown_field(full, key, names)
@@ -521,6 +588,8 @@ def decode(value: Any, hint: Any, where: str) -> Any:
             raise UserError(f"{where}: expected an object, got {value!r}")
         return {str(k): decode(v, args[1], f"{where}[{k!r}]") for k, v in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isnan(value) or value == -math.inf:
+            raise UserError(f"{where}: {value} is not a number to compute with")
         return float(value)
     if hint is float and value in ("inf", "Infinity"):
         return math.inf
@@ -547,6 +616,7 @@ def to_dict(obj: Any) -> Any:
 
 
 def to_json(cfg: Config) -> str:
+    """The resolved configuration as indented JSON; `from_json` reads it back."""
     return json.dumps(to_dict(cfg), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -556,4 +626,6 @@ def from_json(text: str, where: str = "config") -> Config:
         data = json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f"{where} is not JSON: {e}") from e
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} is not a JSON object")
     return decode(data, Config, "")

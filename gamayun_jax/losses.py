@@ -78,6 +78,10 @@ def make_token_weights(
                     f"token_weights.weights gives {name!r} {share:g} of the objective, "
                     "but the mixture never samples it: give it a share or weight 0"
                 )
+        if not target.sum() > 0:
+            raise UserError(
+                "token_weights.weights are 0 for every language: no token would train"
+            )
         sampled = q > 0
         by_language = np.where(sampled, target / np.where(sampled, q, 1.0), 0.0)
         by_language /= float(q @ by_language)

@@ -95,6 +95,8 @@ def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions (GQA: arXiv 2305.13245)."""
+
     cfg: ModelConfig
     dtype: jnp.dtype
 
@@ -221,7 +223,12 @@ class Transformer(nn.Module):
             _param(
                 self, "unembedding", (cfg.vocab_size, cfg.d_model), axes, cfg.init_std
             )
-        x_BTD = jnp.take(embedding_VD.astype(dtype), tokens_BT, axis=0)
+        # Gathered over fsdp like any other weight. Left to itself, the partitioner
+        # looks up the whole global batch on every device.
+        table_VD = nn.with_logical_constraint(
+            embedding_VD.astype(dtype), ("vocab", "act_embed")
+        )
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
 
         angle_BTH = positions_BT[..., None].astype(jnp.float32) * _like(

@@ -37,11 +37,12 @@ def learning_rate(
       stage_start, stage_end: in tokens; with position "restart" the schedule counts
         from `stage_start`, with "global" from 0.
     """
-    start = stage_start if cfg.position == "restart" else 0
+    # Floats: JAX takes an integer for an int32, and 2**31 tokens are soon trained.
+    start = float(stage_start if cfg.position == "restart" else 0)
+    total, warmup = stage_end - start, float(cfg.warmup_tokens)
     t = jnp.asarray(tokens, jnp.float32) - start
-    total = float(stage_end - start)
-    warm = jnp.minimum(1.0, t / cfg.warmup_tokens) if cfg.warmup_tokens else 1.0
-    span = total - cfg.warmup_tokens if cfg.kind == "cosine" else cfg.decay_tokens
+    warm = jnp.minimum(1.0, t / warmup) if warmup else 1.0
+    span = total - warmup if cfg.kind == "cosine" else float(cfg.decay_tokens)
     if not span:
         return jnp.asarray(cfg.peak * warm, jnp.float32)
     done = jnp.clip((t - (total - span)) / span, 0.0, 1.0)

@@ -26,6 +26,7 @@ def gamayun_1p5b() -> ModelConfig:
 
 
 def llama3p2_1b() -> ModelConfig:
+    """Llama 3.2 1B: 1.236B parameters, grouped-query attention, tied embeddings."""
     return ModelConfig(
         vocab_size=128_256,
         num_layers=16,
@@ -42,6 +43,7 @@ def llama3p2_1b() -> ModelConfig:
 
 
 def qwen2p5_1p5b() -> ModelConfig:
+    """Qwen2.5 1.5B: 1.544B parameters, biases on q, k and v."""
     return ModelConfig(
         vocab_size=151_936,
         num_layers=28,
@@ -58,6 +60,7 @@ def qwen2p5_1p5b() -> ModelConfig:
 
 
 def qwen3_1p7b() -> ModelConfig:
+    """Qwen3 1.7B: 1.721B parameters, norms on q and k, no biases."""
     return ModelConfig(
         vocab_size=151_936,
         num_layers=28,

@@ -78,6 +78,7 @@ def check_divisible(cfg: Config, mesh: Mesh) -> None:
 
 
 def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
+    """Raise UserError where the model's sizes do not divide over the mesh."""
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     for name, ways, axis in (
         ("num_heads", tensor, "tensor"),
@@ -105,4 +106,5 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import signal
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu.parameter_overview import get_parameter_overview
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gamayun_jax import optim, sharding
@@ -93,18 +96,34 @@ def train(
     sharding.check_divisible(cfg, mesh)
     corpus = open_corpus(Path(cfg.data.corpus))
     check_corpus(cfg, corpus)
-    run = RunFolder(workdir, writer=jax.process_index() == 0)
-    try:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-            return _train(cfg, mesh, corpus, run, init_from, log)
-    finally:
-        run.close()
+    first = jax.process_index() == 0
+    run = RunFolder(workdir, writer=first)
+    ends = [cfg.stage_start(k + 1) for k in range(len(cfg.stages))]
+    with (
+        jax.set_mesh(mesh),
+        nn.logical_axis_rules(sharding.RULES),
+        contextlib.closing(run),
+        contextlib.closing(
+            Checkpoints(run.path / "checkpoints", cfg.checkpoint, forever=ends)
+        ) as store,
+        StopSignal() as stop,
+    ):
+        report = log if first else lambda text: None
+        return _train(cfg, mesh, corpus, run, store, stop, init_from, report)
 
 
-def _train(cfg: Config, mesh, corpus: Corpus, run: RunFolder, init_from, log) -> int:
+def _train(
+    cfg: Config,
+    mesh: Mesh,
+    corpus: Corpus,
+    run: RunFolder,
+    store: Checkpoints,
+    stop: StopSignal,
+    init_from: Path | None,
+    log: Callable[[str], None],
+) -> int:
     changes = run.adopt_config(cfg)
     ends = [cfg.stage_start(k + 1) for k in range(len(cfg.stages))]
-    store = Checkpoints(run.path / "checkpoints", cfg.checkpoint, forever=ends)
     abstract = abstract_state(cfg, mesh)
     step = store.latest()
 
@@ -152,7 +171,7 @@ def _train(cfg: Config, mesh, corpus: Corpus, run: RunFolder, init_from, log) ->
     flops = flops_per_token(cfg.model, cfg.data.seq_len) * cfg.tokens_per_step
     chip = chip_of(jax.devices()[0])
     evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))
-    clock, stop = Clock(), StopSignal()
+    clock = Clock()
     in_flight: list[tuple[int, dict[str, Any]]] = []
 
     def tokens_at(step: int) -> int:
@@ -255,7 +274,8 @@ def _train(cfg: Config, mesh, corpus: Corpus, run: RunFolder, init_from, log) ->
 
     compiled_stage = -1
     data = batches(cfg, corpus, plan, sharding.batch_sharding(mesh), step)
-    bar = tqdm(total=cfg.total_steps, initial=step, unit="step", disable=None)
+    hidden = None if run.writer else True  # None: shown on a terminal
+    bar = tqdm(total=cfg.total_steps, initial=step, unit="step", disable=hidden)
     evaluate()
     while step < cfg.total_steps:
         stage = cfg.stage_at(step)
@@ -275,17 +295,16 @@ def _train(cfg: Config, mesh, corpus: Corpus, run: RunFolder, init_from, log) ->
         in_flight.append((step, metrics))
         drain(keep=1)
         due = step in ends or step % cfg.checkpoint.every_steps == 0
-        if due or stop.requested:
+        stopping = stop.agreed(step)
+        if due or stopping:
             drain(keep=0)
             save("stage end" if step in ends else "regular" if due else "signal")
         evaluate()
-        if stop.requested:
+        if stopping:
             break
     with clock.measure("checkpoint"):
         store.wait()
-    store.close()
     bar.close()
-    stop.restore()
     if step < cfg.total_steps:
         log(f"stopped by a signal; saved at step {step}; the same command goes on")
         return PREEMPTED
@@ -293,19 +312,30 @@ def _train(cfg: Config, mesh, corpus: Corpus, run: RunFolder, init_from, log) ->
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after this step; a second one stops at once."""
+    """SIGTERM and SIGINT ask for a stop after this step; a second one stops at once.
 
-    def __init__(self) -> None:
+    With several processes SIGTERM is left to JAX's preemption service, which lets all
+    of them stop after the same step whichever got the signal.
+    """
+
+    def __enter__(self) -> StopSignal:
         self.requested = False
-        self._former = {
-            s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._alone = jax.process_count() == 1
+        signals = [signal.SIGINT, *([signal.SIGTERM] if self._alone else [])]
+        self._former = {s: signal.signal(s, self._handle) for s in signals}
+        return self
+
+    def agreed(self, step: int) -> bool:
+        """Whether all processes stop after step number `step`."""
+        if self._alone:
+            return self.requested
+        return multihost_utils.reached_preemption_sync_point(step)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
 
-    def restore(self) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)

@@ -3,8 +3,11 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Little is computed here and much compiled: LLVM's optimisation would take half the
+# time. XLA_FLAGS=--xla_backend_optimization_level=3 brings it back.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 
 import tempfile
@@ -19,15 +22,29 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 import dataclasses
+import functools
+import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from flax import linen as nn
 
 from gamayun_jax import config as c
 from gamayun_jax import corpus as corpus_module
-from gamayun_jax import corpus_build
+from gamayun_jax import corpus_build, sharding, step
+from gamayun_jax.checkpoint import TrainState
+from gamayun_jax.losses import TokenWeights
 
 LANGUAGES = ("en", "ru", "tr")
+# Every size divides over 8 devices, and no other size is a multiple of the length,
+# so that an array in a compiled program is known by its shape.
+WIDE = c.ModelConfig(
+    vocab_size=200, num_layers=3, d_model=48, num_heads=16, num_kv_heads=8,
+    head_dim=10, d_ff=56, max_seq_len=64, qk_norm=True,
+)  # fmt: skip
+ROWS, LENGTH = 24, 23
 
 
 def small_config(folder: Path) -> c.Config:
@@ -117,3 +134,84 @@ def replace():
         return dataclasses.replace(obj, **{name: new})
 
     return set_path
+
+
+def random_batch(rows: int, length: int, vocab: int) -> dict[str, np.ndarray]:
+    """A batch as data.py makes it, of one document a row and random ids."""
+    rng = np.random.default_rng(1)
+    shape = (rows, length)
+    return {
+        "inputs": rng.integers(0, vocab, shape).astype(np.int32),
+        "targets": rng.integers(0, vocab, shape).astype(np.int32),
+        "language": np.repeat(rng.integers(0, 3, (rows, 1)), length, 1).astype("i4"),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones(shape, np.int32),
+        "valid": (rng.random(shape) > 0.3).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="session", name="random_batch")
+def _random_batch():
+    return random_batch
+
+
+class OnMesh(NamedTuple):
+    """What `gradients_on` gives: host arrays, and the program they came from."""
+
+    gradients: Any
+    sums: Any
+    hlo: str
+
+
+@pytest.fixture(scope="session")
+def wide_config() -> c.Config:
+    """A config whose model and batch divide over any mesh of eight devices."""
+    cfg = small_config(Path("nowhere"))
+    data = dataclasses.replace(cfg.data, batch_size=ROWS, seq_len=LENGTH)
+    optimizer = dataclasses.replace(cfg.optimizer, z_loss=1e-3)
+    return dataclasses.replace(cfg, model=WIDE, data=data, optimizer=optimizer)
+
+
+def mesh_of(sizes: tuple[int, int, int]) -> jax.sharding.Mesh:
+    """A mesh of as many of the devices as the sizes need."""
+    devices = jax.devices()[: math.prod(sizes)]
+    return sharding.make_mesh(c.MeshConfig(*sizes), devices)
+
+
+@pytest.fixture(scope="session")
+def new_states(wide_config: c.Config) -> list[TrainState]:
+    """The wide config's initial state on 2 x 2 x 2 devices and on one."""
+    return [step.new_state(wide_config, mesh_of(s)) for s in ((2, 2, 2), (1, 1, 1))]
+
+
+@pytest.fixture(scope="session")
+def gradients_on(wide_config: c.Config, new_states: list[TrainState]):
+    """gradients_on((data, fsdp, tensor), microbatches): one batch, made once each."""
+    batch = random_batch(ROWS, LENGTH, WIDE.vocab_size)
+    tables = TokenWeights(
+        np.float32([0.5, 1, 2]), np.linspace(0, 2, WIDE.vocab_size, dtype=np.float32)
+    )
+    params = jax.device_get(new_states[-1].params)
+
+    @functools.cache
+    def run(sizes: tuple[int, int, int], microbatches: int = 1) -> OnMesh:
+        compute = dataclasses.replace(wide_config.compute, microbatches=microbatches)
+        cfg = dataclasses.replace(wide_config, compute=compute)
+        mesh = mesh_of(sizes)
+        layout = jax.tree.map(
+            lambda x: x.sharding, step.abstract_state(cfg, mesh).params
+        )
+        placed = (
+            jax.device_put(params, layout),
+            jax.device_put(batch, sharding.batch_sharding(mesh)),
+        )
+
+        def gradients(params, batch):
+            return step.gradient_sums(params, batch, cfg, tables)
+
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            step_fn = jax.jit(gradients, out_shardings=(layout, None))
+            program = step_fn.lower(*placed).compile()
+            return OnMesh(*jax.device_get(program(*placed)), program.as_text())
+
+    return run

@@ -126,6 +126,18 @@ def test_one_process_then_two_then_one(experiment, config, straight, tmp_path):
     assert_same(outcome(run, config), straight)
 
 
+def test_a_signal_to_one_process_stops_both(experiment, config, straight, tmp_path):
+    run = tmp_path / "run"
+    pair = start_pair(experiment, run)
+    wait_for_step(run, 3)
+    pair[1].send_signal(signal.SIGTERM)
+    for p in pair:
+        finish(p, 3)
+    for p in start_pair(experiment, run):
+        finish(p)
+    assert_same(outcome(run, config), straight)
+
+
 def test_two_processes_from_start_to_end(experiment, config, straight, tmp_path):
     run = Path(tmp_path) / "run"
     for p in start_pair(experiment, run):

@@ -1,17 +1,13 @@
 """Weights and loss against float64, and equal under any way to cut the batch."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gamayun_jax import sharding
-from gamayun_jax.config import MeshConfig, TokenWeightConfig, UserError
+from gamayun_jax.config import TokenWeightConfig, UserError
 from gamayun_jax.losses import (
     TokenWeights,
     head_loss,
@@ -19,7 +15,6 @@ from gamayun_jax.losses import (
     token_weights,
     weighted_loss,
 )
-from gamayun_jax.step import gradient_sums, new_state
 
 B, T, D, V = 4, 12, 8, 17
 LANGUAGES = ("en", "ru", "tr")
@@ -66,23 +61,38 @@ def test_head_loss_and_gradients(chunk, z):
     np.testing.assert_allclose(loss(jnp.float32(x), jnp.float32(w))[0], want[0], 1e-5)
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_gradients_equal_those_of_a_naive_loss(chunk):
+    """Also where the loss is scaled, and with nll as a metric that has no gradient."""
+    x, w, targets, weights = case(1)
+    weights, z = jnp.float32(weights), 0.01
+
+    def ours(x, w):
+        loss, nll = head_loss(x, w, targets, weights, z, chunk)
+        return 0.25 * loss + jnp.sum(nll)
+
+    def naive(x, w):
+        logits = jnp.einsum("btd,vd->btv", x, w)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        nll = -jnp.take_along_axis(
+            jax.nn.log_softmax(logits), targets[..., None], axis=-1
+        )[..., 0]
+        return 0.25 * jnp.sum(weights * (nll + z * lse**2))
+
+    args = (jnp.float32(x), jnp.float32(w))
+    pairs = zip(
+        jax.jit(jax.grad(ours, (0, 1)))(*args),
+        jax.jit(jax.grad(naive, (0, 1)))(*args),
+        strict=True,
+    )
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_chunk_that_does_not_divide():
     x, w, targets, weights = case()
     with pytest.raises(UserError, match="does not divide"):
         head_loss(x, w, targets, weights, 0.0, 5)
-
-
-def batch_of(seed=0):
-    rng = np.random.default_rng(seed)
-    shape = (B, T)
-    return {
-        "inputs": rng.integers(0, V, shape).astype(np.int32),
-        "targets": rng.integers(0, V, shape).astype(np.int32),
-        "language": np.repeat(rng.integers(0, 3, (B, 1)), T, 1).astype(np.int32),
-        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), shape),
-        "segment_ids": np.ones(shape, np.int32),
-        "valid": (rng.random(shape) > 0.2).astype(np.float32),
-    }
 
 
 positive = st.floats(0.01, 1.0)
@@ -112,18 +122,44 @@ def test_language_weights_have_mean_one_under_the_mixture(weights, shares):
     )
 
 
-def test_byte_weights():
-    lengths = np.arange(V)
-    q = {"en": 0.5, "ru": 0.5, "tr": 0.0}
+@settings(max_examples=30, deadline=None)
+@given(st.lists(positive, min_size=3, max_size=3), st.integers(0, 2**32 - 1))
+def test_byte_weights_have_mean_one_and_count_bytes(shares, seed):
+    """Over the tokens of the mixture, for any tokenizer and any languages."""
+    rng = np.random.default_rng(seed)
+    q = np.array(shares) / sum(shares)
+    lengths = np.r_[0, 0, rng.integers(1, 9, V - 2)]  # two ids that spell nothing
+    p_GV = rng.dirichlet(np.ones(V), 3)  # each language's frequencies of tokens
     found = make_token_weights(
-        TokenWeightConfig("bytes"), LANGUAGES, V, q, lengths, {"en": 4.0, "ru": 6.0}
+        TokenWeightConfig("bytes"),
+        LANGUAGES,
+        V,
+        dict(zip(LANGUAGES, q.tolist(), strict=True)),
+        lengths,
+        dict(zip(LANGUAGES, (p_GV @ lengths).tolist(), strict=True)),
     )
-    np.testing.assert_allclose(found.token, lengths / 5.0, rtol=1e-6)
     np.testing.assert_array_equal(found.language, 1)
+    assert q @ p_GV @ found.token == pytest.approx(1, rel=1e-5)
+    # A language's share of the objective is its share of the bytes.
+    objective = q * (p_GV @ found.token)
+    in_bytes = q * (p_GV @ lengths)
+    np.testing.assert_allclose(objective, in_bytes / in_bytes.sum(), rtol=1e-5)
 
 
-def test_a_token_s_weight_is_the_product_and_zero_where_invalid():
-    batch = batch_of()
+def test_without_a_scheme_every_token_weighs_one():
+    found = make_token_weights(TokenWeightConfig(), LANGUAGES, V, {"en": 1.0})
+    np.testing.assert_array_equal(np.concatenate(found), 1)
+
+
+def test_a_language_that_is_never_sampled_may_have_no_target():
+    shares = {"en": 0.25, "ru": 0.75, "tr": 0.0}
+    weights = TokenWeightConfig("target_share", {"en": 0.5, "ru": 0.5, "tr": 0.0})
+    found = make_token_weights(weights, LANGUAGES, V, shares)
+    np.testing.assert_allclose(found.language, [2, 2 / 3, 0], rtol=1e-6)
+
+
+def test_a_token_s_weight_is_the_product_and_zero_where_invalid(random_batch):
+    batch = random_batch(B, T, V)
     tables = TokenWeights(np.float32([1, 2, 3]), np.linspace(0, 2, V, dtype=np.float32))
     got = token_weights(batch, tables)
     want = tables.language[batch["language"]] * tables.token[batch["targets"]]
@@ -135,75 +171,63 @@ def test_weights_that_cannot_be():
     one = TokenWeightConfig("target_share", {"en": 0.5, "ru": 0.5, "tr": 0.0})
     with pytest.raises(UserError, match="'ru' 0.5 of the objective"):
         make_token_weights(one, LANGUAGES, V, q)
-    none = TokenWeightConfig("static", dict.fromkeys(LANGUAGES, 0.0))
-    with pytest.raises(UserError, match="no token would train"):
-        make_token_weights(none, LANGUAGES, V, q)
-
-
-def test_sums_add_over_any_split_of_the_batch():
-    x, w, *_ = case()
-    batch = batch_of()
-    tables = TokenWeights(np.float32([1, 2, 3]), np.ones(V, np.float32))
-    whole = weighted_loss(jnp.float32(x), jnp.float32(w), batch, tables)[1]
-    parts = [
-        weighted_loss(
-            jnp.float32(x[rows]), jnp.float32(w),
-            {k: v[rows] for k, v in batch.items()}, tables,
-        )[1]
-        for rows in (slice(0, 1), slice(1, 4))
-    ]  # fmt: skip
-    added = jax.tree.map(jnp.add, *parts)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(added), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
-    assert whole["languages"]["tokens"].sum() == B * T
-    assert whole["languages"]["targets"].sum() == batch["valid"].sum()
-
-
-def gradients(config, mesh_config, microbatches, devices=None):
-    """Sums and gradients of one batch of the small config's model under a mesh."""
-    cfg = dataclasses.replace(
-        config,
-        mesh=mesh_config,
-        model=dataclasses.replace(config.model, vocab_size=512, num_kv_heads=2),
-        compute=dataclasses.replace(config.compute, microbatches=microbatches),
-    )
-    rng = np.random.default_rng(1)
-    shape = (8, 16)
-    batch = {
-        "inputs": rng.integers(0, 512, shape).astype(np.int32),
-        "targets": rng.integers(0, 512, shape).astype(np.int32),
-        "language": np.repeat(rng.integers(0, 3, (8, 1)), 16, 1).astype(np.int32),
-        "positions": np.broadcast_to(np.arange(16, dtype=np.int32), shape),
-        "segment_ids": np.ones(shape, np.int32),
-        "valid": (rng.random(shape) > 0.5).astype(np.float32),
-    }
-    tables = TokenWeights(np.float32([1, 2, 3]), np.ones(512, np.float32))
-    mesh = sharding.make_mesh(mesh_config, devices)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        state = new_state(cfg, mesh)
-        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        step = jax.jit(lambda p, b: gradient_sums(p, b, cfg, tables))
-        return jax.device_get(step(state.params, batch))
-
-
-@pytest.fixture(scope="module")
-def one_device(config):
-    return gradients(config, MeshConfig(1, 1, 1), 1, jax.devices()[:1])
+    for scheme in ("static", "target_share"):
+        none = TokenWeightConfig(scheme, dict.fromkeys(LANGUAGES, 0.0))
+        with pytest.raises(UserError, match="no token would train"):
+            make_token_weights(none, LANGUAGES, V, q)
+    with pytest.raises(UserError, match="needs the corpus's tokenizer"):
+        make_token_weights(TokenWeightConfig("bytes"), LANGUAGES, V, q)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "microbatches"),
+    "cuts",
     [
+        [np.s_[:1], np.s_[1:]],
+        [np.s_[:, :5], np.s_[:, 5:]],
+        [np.s_[:2, :3], np.s_[:2, 3:], np.s_[2:, :3], np.s_[2:, 3:]],
+    ],
+)
+def test_sums_add_over_any_split_of_the_batch(cuts, random_batch):
+    x, w, *_ = case()
+    batch = random_batch(B, T, V)
+    tables = TokenWeights(np.float32([1, 2, 3]), np.ones(V, np.float32))
+
+    def sums(cut):
+        part = {k: v[cut] for k, v in batch.items()}
+        return weighted_loss(jnp.float32(x[cut]), jnp.float32(w), part, tables)[1]
+
+    whole, added = sums(np.s_[:]), jax.tree.map(lambda *a: sum(a), *map(sums, cuts))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(added), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    _, nll, *_ = reference(x, w, batch["targets"], batch["valid"], 0)
+    for i in range(3):
+        of_language = batch["language"] == i
+        found = [whole["languages"][k][i] for k in ("nll", "targets", "tokens")]
+        wanted = (nll * batch["valid"], batch["valid"], np.ones((B, T)))
+        np.testing.assert_allclose(
+            found, [(a * of_language).sum() for a in wanted], rtol=1e-5
+        )
+    assert whole["denominator"] == batch["valid"].sum()
+    weights = batch["valid"] * tables.language[batch["language"]]
+    np.testing.assert_allclose(whole["numerator"], (weights * nll).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "microbatches"),
+    [
+        ((1, 1, 1), 3),
         ((2, 2, 2), 1),
         ((8, 1, 1), 1),
         ((1, 8, 1), 1),
-        ((4, 1, 2), 2),
-        ((1, 4, 2), 2),
+        ((1, 1, 8), 1),
+        ((4, 2, 1), 3),
     ],
 )
 def test_any_sharding_and_microbatching_gives_the_same(
-    config, one_device, mesh, microbatches
+    gradients_on, sizes, microbatches
 ):
-    found = gradients(config, MeshConfig(*mesh), microbatches)
-    for a, b in zip(jax.tree.leaves(one_device), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    alone, found = gradients_on((1, 1, 1)), gradients_on(sizes, microbatches)
+    assert found.sums["denominator"] == alone.sums["denominator"]
+    leaves = zip(jax.tree.leaves(alone[:2]), jax.tree.leaves(found[:2]), strict=True)
+    for a, b in leaves:
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
