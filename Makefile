@@ -1,7 +1,7 @@
 # make demo: set up, then the whole path on the embedded corpus (minutes)
 # make test: set up, then the tests
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
@@ -10,6 +10,8 @@ BIN = $(VENV)/bin
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  (echo "Python 3.11 or newer is needed; say which with make PYTHON=..." >&2; exit 1)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -76,8 +76,14 @@ class Checkpoints:
         )
 
     def meta(self, step: int) -> dict[str, Any]:
-        restored = self._read(step, meta=ocp.args.JsonRestore())
-        return restored["meta"]
+        """The JSON item; UserError if another version of this project wrote it."""
+        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        if meta.get("format") != FORMAT:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} has format "
+                f"{meta.get('format')}, this version reads {FORMAT}"
+            )
+        return meta
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state at `step`, on the shardings of `abstract`; every leaf checked."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -37,7 +39,7 @@ def run_demo(args: argparse.Namespace) -> int:
             "installed with `pip install -e .` (make demo does it)"
         )
     cfg = load_config(TINY, args.set)
-    if args.long:
+    if args.long != 1.0:
         cfg = lengthen(cfg, args.long)
     folder = Path(cfg.data.corpus)
     print(f"1/3 corpus and tokenizer -> {folder}", flush=True)
@@ -51,6 +53,27 @@ def run_demo(args: argparse.Namespace) -> int:
     print(runs.run_table(args.workdir))
     print(f"\nreport: {page}")
     return 0
+
+
+def positive(kind: type) -> Any:
+    """An argument type: a finite number greater than 0."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (value > 0 and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in its messages
+    return parse
+
+
+def picture(text: str) -> Path:
+    """An argument type: the name of a picture in a format that matplotlib writes."""
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .png, .svg or .pdf")
+    return path
 
 
 def lengthen(cfg: Config, factor: float) -> Config:
@@ -67,7 +90,9 @@ def lengthen(cfg: Config, factor: float) -> Config:
                 s.mixture, ramp_tokens=times(s.mixture.ramp_tokens)
             ),
             schedule=dataclasses.replace(
-                s.schedule, decay_tokens=times(s.schedule.decay_tokens)
+                s.schedule,
+                warmup_tokens=times(s.schedule.warmup_tokens),
+                decay_tokens=times(s.schedule.decay_tokens),
             ),
         )
         for s in cfg.stages
@@ -146,7 +171,13 @@ def join_cluster(args: argparse.Namespace) -> None:
 
     explicit = (args.coordinator, args.num_processes, args.process_id)
     if args.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as e:
+            raise UserError(
+                f"--distributed finds no cluster in the environment ({e}): leave it "
+                "out on one host, or give --coordinator, --num-processes, --process-id"
+            ) from e
     elif any(x is not None for x in explicit):
         if any(x is None for x in explicit):
             raise UserError(
@@ -219,7 +250,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--workdir", type=Path, default=Path("runs/demo"))
     demo.add_argument(
-        "--long", type=float, default=0, metavar="N", help="train N times as long"
+        "--long",
+        type=positive(float),
+        default=1.0,
+        metavar="N",
+        help="train N times as long",
     )
     add_set(demo)
 
@@ -234,7 +269,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_config(build)
     build.add_argument("--out", type=Path, required=True, help="corpus folder to write")
-    build.add_argument("--workers", type=int, help="processes (default: the cores)")
+    build.add_argument(
+        "--workers", type=positive(int), help="processes (default: the cores)"
+    )
     debian = add(
         of_corpus,
         "debian",
@@ -284,7 +321,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Preview a config's curriculum: tokens and epochs per source and stage.",
     )
     add_config(curriculum)
-    curriculum.add_argument("--out", type=Path, metavar="PNG", help="draw it")
+    curriculum.add_argument("--out", type=picture, metavar="PNG", help="draw it")
 
     train = add(
         commands,
@@ -321,7 +358,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", type=Path, help="run folder or checkpoint")
     evaluate.add_argument("--corpus", type=Path, help="default: the run's own")
     evaluate.add_argument("--languages", nargs="+", help="default: all")
-    evaluate.add_argument("--batch-size", type=int, help="rows per step")
+    evaluate.add_argument("--batch-size", type=positive(int), help="rows per step")
     evaluate.add_argument("--out", type=Path, help="folder for eval.json")
 
     report = add(
@@ -338,14 +375,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = build_parser().parse_args(argv)
+    # Libraries' warnings are not for the user of the command line.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         return args.run(args)
     except UserError as e:
         print(f"gamayun: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("gamayun: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        name = f"{e.filename}: " if e.filename else ""
+        print(f"gamayun: {name}{e.strerror or e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gamayun: interrupted", file=sys.stderr)
+        return 130

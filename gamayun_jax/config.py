@@ -44,6 +44,17 @@ class RopeScaling:
     high_freq_factor: float
     original_max_len: int
 
+    def __post_init__(self):
+        if not (
+            self.factor > 0
+            and self.original_max_len > 0
+            and 0 < self.low_freq_factor < self.high_freq_factor
+        ):
+            raise UserError(
+                f"model.rope_scaling: {self}: factor and original_max_len must be "
+                "greater than 0, and low_freq_factor below high_freq_factor"
+            )
+
 
 MODEL_SIZES = (
     "vocab_size",
@@ -102,7 +113,6 @@ class ComputeConfig:
 
     # "auto": bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32.
     dtype: str = "auto"
-    attention: str = "auto"  # auto | xla | splash (TPU) | cudnn (GPU)
     remat: str = "none"  # none | minimal | full: what the backward pass recomputes
     scan_layers: bool = True  # one compiled layer body instead of num_layers copies
     # Positions per chunk of the output head; 0 computes all logits at once.
@@ -338,7 +348,6 @@ class Config:
 
 CHOICES = {
     "compute.dtype": ("auto", "float32", "bfloat16"),
-    "compute.attention": ("auto", "xla", "splash", "cudnn"),
     "compute.remat": ("none", "minimal", "full"),
     "mixture.scheme": ("natural", "temperature", "unimax", "explicit"),
     "mixture.ramp": ("step", "linear", "cosine"),
@@ -355,6 +364,7 @@ POSITIVE = (
     "data.seq_len",
     "data.block_examples",
     "data.prefetch",
+    "data.threads",
     "data.max_epochs",
     "checkpoint.every_steps",
     "checkpoint.keep",
@@ -376,6 +386,13 @@ AT_LEAST_0 = (
 )
 
 
+def language_domain(
+    languages: Mapping[str, float], domains: Mapping[str, float]
+) -> dict[str, float]:
+    """Shares as a product: {"ru": .3} x {"web": .8} -> {"ru/web": .24}."""
+    return {f"{a}/{b}": x * y for a, x in languages.items() for b, y in domains.items()}
+
+
 def validate(cfg: Config) -> None:
     """Check what one field's type cannot say; raises UserError naming the field."""
 
@@ -393,7 +410,7 @@ def validate(cfg: Config) -> None:
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{where}={value} must be a finite number of at least 0")
 
-    for name in ("dtype", "attention", "remat"):
+    for name in ("dtype", "remat"):
         choice(f"compute.{name}", getattr(cfg.compute, name), f"compute.{name}")
     if not cfg.stages:
         raise UserError("stages is empty: a config needs at least one stage")
@@ -410,6 +427,8 @@ def validate(cfg: Config) -> None:
             raise UserError(f"{name}={attrgetter(name)(cfg)} must be in [0, 1)")
     if not 0 <= cfg.seed < 2**31:
         raise UserError(f"seed={cfg.seed} must be in [0, 2**31)")
+    for key, value in cfg.data.max_epochs_of.items():
+        positive(f"data.max_epochs_of[{key!r}]", value)
     for stage in cfg.stages:
         at = f"stages.{stage.name}"
         positive(f"{at}.tokens", stage.tokens)

@@ -13,11 +13,12 @@ deadline first finds it (Tijdeman, "The chairman assignment problem", 1980; Baru
 al., "Proportionate progress", 1996). Hence, at every block boundary of a phase, counts
 since the phase began are within 1 of the integral, add up exactly, and never go back.
 
-Every phase starts afresh from whole counts, because a decision must not depend on
-phases that may still be edited, and without that knowledge nobody stays within 1
-across a change: four sources at 1/4 must give two of them their example by the second
-place; if the next phase then serves only the other two, or only these, one is late or
-early by more.
+Prolonging a phase re-maps nothing but its last block, if that was a short one, for
+deadlines look beyond the end. Every phase starts afresh from whole counts, because a
+decision must not depend on phases that may still be edited, and without that knowledge
+nobody stays within 1 across a change: four sources at 1/4 must give two of them their
+example by the second place; if the next phase then serves only the other two, or only
+these, one is late or early by more.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class Curriculum:
       seed: of the interleaving inside blocks.
       block_examples: length of a block; counts are exact at its ends.
       start: name -> position at which a former run left the source.
+      before: weights at the end of that run, from which a first phase's ramp starts.
     """
 
     phases: tuple[Phase, ...]
@@ -151,6 +153,7 @@ class Curriculum:
     seed: int = 0
     block_examples: int = 1024
     start: Mapping[str, int] = field(default_factory=dict)
+    before: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.block_examples < 1:
@@ -177,6 +180,9 @@ class Curriculum:
     @cached_property
     def _blocks(self) -> tuple[Blocks, ...]:
         found, start, former = [], 0, None
+        left = np.array([self.before.get(n, 0.0) for n in self.names], np.float64)
+        if left.sum() > 0:
+            former = left / left.sum()
         for p in self.phases:
             final = np.array([p.weights.get(n, 0.0) for n in self.names], np.float64)
             final = final / final.sum()
@@ -361,6 +367,7 @@ class Curriculum:
             "seed": self.seed,
             "block_examples": self.block_examples,
             "start": dict(self.start),
+            "before": dict(self.before),
         }
 
     @classmethod
@@ -410,13 +417,18 @@ def near(name: str, known: Any) -> str:
     return f" (there are: {', '.join(sorted(known))})"
 
 
-def check_epochs(curriculum: Curriculum, caps: Mapping[str, float]) -> None:
-    """Raise UserError if the whole curriculum repeats a source beyond its cap."""
-    for name, epochs in curriculum.epochs().items():
-        cap = caps.get(name, math.inf)
-        if epochs > cap + 1e-9:
+def check_epochs(epochs: Mapping[str, float], caps: Mapping[str, float]) -> None:
+    """Raise UserError if a source would be passed over more often than its cap."""
+    for name in caps:
+        if name not in epochs:
             raise UserError(
-                f"source {name!r} would be seen {epochs:.2f} times, over its cap of "
+                f"data.max_epochs_of names {name!r}, no source{near(name, epochs)}"
+            )
+    for name, passes in epochs.items():
+        cap = caps.get(name, math.inf)
+        if passes > cap + 1e-9:
+            raise UserError(
+                f"source {name!r} would be seen {passes:.2f} times, over its cap of "
                 f"{cap:g} epochs: lower its share, shorten the stages, add text, or "
                 "raise data.max_epochs (or data.max_epochs_of for this source)"
             )
@@ -450,13 +462,6 @@ def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
                 f"{would.get(name, 0)} would have been"
             )
     return lines or ["the order of sources differs"]
-
-
-def language_domain(
-    languages: Mapping[str, float], domains: Mapping[str, float]
-) -> dict[str, float]:
-    """Product shares: {"ru": .3} x {"web": .8} -> {"ru/web": .24}."""
-    return {f"{a}/{b}": x * y for a, x in languages.items() for b, y in domains.items()}
 
 
 def mixture_shares(

@@ -105,14 +105,18 @@ def stage_shares(stage: StageConfig, tokens: Mapping[str, int]) -> dict[str, flo
         return mixture_shares(
             tokens, mix.scheme, mix.shares, mix.alpha, mix.max_epochs, stage.tokens
         )
-    except ValueError as e:
+    except UserError as e:
         raise UserError(f"stages.{stage.name}.mixture: {e}") from e
 
 
 def make_plan(
-    cfg: Config, corpus: Corpus, start: Mapping[str, int] | None = None
+    cfg: Config, corpus: Corpus, origin: Mapping[str, Any] | None = None
 ) -> DataPlan:
-    """The plan of a run; `start`: cursors of a former run to go on from.
+    """The plan of a run.
+
+    Args:
+      origin: of a run that goes on from a former one: its `cursors` (source ->
+        position), `seed` of the shuffling and final `shares`. See lineage.load_origin.
 
     Raises:
       UserError: a mixture that does not fit the corpus, a language unknown to the
@@ -132,15 +136,23 @@ def make_plan(
     first_step = 0
 
     def close(begin_step: int) -> None:
-        seed = cfg.seed * 1_000_003 + len(segments)
-        carry_over = not segments and cfg.stages[0].transition.cursors == "continue"
-        begins = dict(start or {}) if carry_over else {}
+        first = origin is not None and not segments
+        carry_over = first and cfg.stages[0].transition.cursors == "continue"
+        seed = (cfg.seed * 1_000_003 + len(segments)) % 2**31
+        begins: dict[str, int] = {}
+        if origin is not None and first:
+            if carry_over:
+                # The same order as before, or what was served would come again.
+                seed, begins = origin["seed"], dict(origin["cursors"])
+            elif seed == origin["seed"]:
+                seed += 1
         curriculum = Curriculum(
             phases=tuple(phases),
             sources=sizes,
             seed=seed,
             block_examples=cfg.data.block_examples,
             start={k: v for k, v in begins.items() if k in sizes},
+            before=origin["shares"] if origin is not None and first else {},
         )
         segments.append(Segment(begin_step * cfg.data.batch_size, curriculum, seed))
         phases.clear()
@@ -163,11 +175,11 @@ def make_plan(
     close(first_step)
     caps: dict[str, float] = dict.fromkeys(sizes, cfg.data.max_epochs)
     caps.update(cfg.data.max_epochs_of)
+    epochs = dict.fromkeys(sizes, 0.0)
     for segment in segments:
-        try:
-            check_epochs(segment.curriculum, caps)
-        except ValueError as e:
-            raise UserError(str(e)) from e
+        for name, passes in segment.curriculum.epochs().items():
+            epochs[name] += passes
+    check_epochs(epochs, caps)
     return DataPlan(
         sources=tuple(sizes),
         languages=tuple(

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gamayun_jax import checkpoint, sharding
-from gamayun_jax.config import Config, UserError, from_json
+from gamayun_jax.config import Config, MeshConfig, UserError, from_json
 from gamayun_jax.corpus import Corpus, open_corpus
 from gamayun_jax.data import global_batch, host_rows
 from gamayun_jax.losses import nll_and_logsumexp
@@ -116,9 +116,8 @@ def token_scores(
 
     def score(part):
         x, targets = part
-        nll, lse, logits = nll_and_logsumexp(x, w_VD, targets)
-        best = jnp.max(logits, axis=-1)
-        return nll, (lse - nll >= best).astype(jnp.float32)
+        nll, _, logits = nll_and_logsumexp(x, w_VD, targets)
+        return nll, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
     if not chunk or T % chunk:
         return score((x_BTD, targets_BT))
@@ -245,6 +244,18 @@ class HeldoutEvaluator:
         sums = self.unit_sums(params)
         return {"sets": {name: self._set_result(name, sums) for name in self.sets}}
 
+    def _parallel_se(
+        self, name: str, languages: Sequence[str], sums: np.ndarray
+    ) -> float:
+        """Standard error of the macro mean. Units say the same in all languages, so
+        their errors go together and must be added before they are squared."""
+        parts = []
+        for language in languages:
+            span = self._units[name, language]
+            s = slice(span.start, span.stop)
+            parts.append(ratio_residuals(sums[s, 0] / math.log(2), self._bytes[s]))
+        return float(math.sqrt((np.mean(parts, axis=0) ** 2).sum()))
+
     def _set_result(self, name: str, sums: np.ndarray) -> dict[str, Any]:
         languages: dict[str, dict[str, Any]] = {}
         for language in self.sets[name]:
@@ -282,6 +293,11 @@ class HeldoutEvaluator:
             bits = sums[index, 0] / math.log(2)
             bpb, bpb_se = ratio(bits, self._bytes[index])
             rows = list(languages.values())
+            macro_se = math.sqrt(sum(r["bits_per_byte_se"] ** 2 for r in rows))
+            if self._parallel[name]:
+                macro_se = self._parallel_se(name, list(languages), sums)
+            else:
+                macro_se /= len(rows)
             result["micro"] = {
                 "bits_per_byte": bpb,
                 "bits_per_byte_se": bpb_se,
@@ -289,26 +305,26 @@ class HeldoutEvaluator:
             }
             result["macro"] = {
                 "bits_per_byte": float(np.mean([r["bits_per_byte"] for r in rows])),
-                "bits_per_byte_se": math.sqrt(
-                    sum(r["bits_per_byte_se"] ** 2 for r in rows)
-                )
-                / len(rows),
+                "bits_per_byte_se": macro_se,
                 "accuracy": float(np.mean([r["accuracy"] for r in rows])),
             }
         return result
 
 
-def ratio(values: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """sum(values) / sum(sizes) and its standard error over units.
+def ratio_residuals(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """What each unit adds to the error of sum(values) / sum(sizes), float64 [units].
 
     Linearisation of the ratio estimator (Cochran, Sampling Techniques, 1977, 6.3).
     """
-    r = float(values.sum() / sizes.sum())
+    r = values.sum() / sizes.sum()
     n = len(values)
-    if n < 2:
-        return r, 0.0
-    residual = values - r * sizes
-    return r, float(math.sqrt(n / (n - 1) * (residual**2).sum()) / sizes.sum())
+    return math.sqrt(n / max(n - 1, 1)) * (values - r * sizes) / sizes.sum()
+
+
+def ratio(values: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """sum(values) / sum(sizes) and its standard error over units."""
+    residuals = ratio_residuals(values, sizes)
+    return float(values.sum() / sizes.sum()), float(math.sqrt((residuals**2).sum()))
 
 
 def choose(units: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
@@ -365,7 +381,8 @@ def load_params(
     store = checkpoint.Checkpoints(folder, read_only=True)
     meta = store.meta(step)
     cfg = from_json(meta["config"], f"{folder}/{step}")
-    mesh = sharding.make_mesh(cfg.mesh)
+    # Not the mesh of the training: this machine may have other devices.
+    mesh = sharding.make_mesh(MeshConfig())
     sharding.check_model(cfg.model, mesh)
     boxed = abstract_params(cfg.model, cfg.compute)
     shardings = sharding.logical_shardings(boxed, mesh)

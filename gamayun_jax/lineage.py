@@ -78,20 +78,22 @@ def stage_spans(cfg: Config, first: int = 0) -> list[dict[str, Any]]:
 def share_points(cfg: Config, plan: DataPlan, first: int = 0) -> list[dict[str, Any]]:
     """Points of each source's share over tokens, to draw with straight lines."""
     points = []
+    before = [plan.segments[0].curriculum.before, *plan.shares]
     for k, stage in enumerate(cfg.stages):
         begin, end = stage_tokens(cfg, k, first)
         ramp = stage.mixture.ramp_tokens if stage.mixture.ramp != "step" else 0
-        if k and ramp:
+        if before[k] and ramp:
             for part in np.linspace(0.0, 1.0, 17)[:-1].tolist():
                 f = part
                 if stage.mixture.ramp == "cosine":
                     f = 0.5 * (1 - math.cos(math.pi * part))
                 mixed = {
-                    s: (1 - f) * plan.shares[k - 1].get(s, 0.0)
-                    + f * plan.shares[k].get(s, 0.0)
+                    s: (1 - f) * before[k].get(s, 0.0) + f * plan.shares[k].get(s, 0.0)
                     for s in plan.sources
                 }
                 points.append({"tokens": int(begin + part * ramp), "shares": mixed})
+        else:
+            ramp = 0
         points.append({"tokens": begin + ramp, "shares": dict(plan.shares[k])})
         points.append({"tokens": end, "shares": dict(plan.shares[k])})
     return points
@@ -117,13 +119,7 @@ def check_corpus(cfg: Config, corpus: Corpus) -> None:
 
 def check_past(cfg: Config, plan: DataPlan, corpus: Corpus, meta, where: str) -> None:
     """Raise UserError if the config would re-map examples that were trained on."""
-    tokenizer = corpus.manifest["tokenizer"]["fingerprint"]
-    if meta["tokenizer"] != tokenizer:
-        raise UserError(
-            f"{where} was trained with another tokenizer ({meta['tokenizer'][:12]}) "
-            f"than corpus {corpus.folder} has ({tokenizer[:12]}): use the corpus it "
-            "was trained on"
-        )
+    check_tokenizer(meta, corpus, where)
     end = meta["step"] * cfg.data.batch_size
     for segment, former in zip(plan.segments, meta["curricula"], strict=False):
         if former["first_example"] >= end:
@@ -143,20 +139,26 @@ def check_past(cfg: Config, plan: DataPlan, corpus: Corpus, meta, where: str) ->
 
 
 def load_origin(
-    path: Path, sizes: Mapping[str, int]
+    path: Path, cfg: Config, corpus: Corpus
 ) -> tuple[Checkpoints, int, dict[str, Any], dict[str, Any]]:
-    """The checkpoint to start from: its store, step, meta, and what lineage keeps.
+    """The checkpoint to start from: its store, step and meta, and the `origin` that
+    the new run keeps: where it came from, and what its data plan goes on with.
 
-    Args:
-      sizes: examples per epoch of each source of the corpus at hand. A cursor is
-        carried over only into a source of the same size, where it means the same.
+    A cursor is carried over only into a source of the same size, where it means the
+    same; the others are listed under `restarted`.
+
+    Raises:
+      UserError: no checkpoint there, or one of another tokenizer.
     """
     folder, step = checkpoint.find_checkpoint(path)
     store = Checkpoints(folder, read_only=True)
     meta = store.meta(step)
+    where = f"--init-from {folder}/{step}"
+    check_tokenizer(meta, corpus, where)
+    sizes = corpus.examples(cfg.data.seq_len)
     former: dict[str, int] = {}
     for segment in meta["curricula"]:
-        former |= Curriculum.from_json(segment["curriculum"]).sources
+        former |= segment["curriculum"]["sources"]
     cursors = meta["consumed"]
     origin = {
         "checkpoint": f"{folder.parent.name}/{folder.name}/{step}",
@@ -165,6 +167,54 @@ def load_origin(
         "tokens": meta["tokens"],
         "cursors": {k: n for k, n in cursors.items() if sizes.get(k) == former[k]},
         "restarted": sorted(k for k in cursors if k in sizes and sizes[k] != former[k]),
+        "seed": meta["seed"],
+        "shares": meta["shares"],
         "lineage": meta["lineage"],
     }
     return store, step, meta, origin
+
+
+def check_tokenizer(meta: Mapping[str, Any], corpus: Corpus, where: str) -> None:
+    """Raise UserError if a checkpoint's tokenizer is not the corpus's."""
+    tokenizer = corpus.manifest["tokenizer"]["fingerprint"]
+    if meta["tokenizer"] != tokenizer:
+        raise UserError(
+            f"{where} was trained with another tokenizer ({meta['tokenizer'][:12]}) "
+            f"than corpus {corpus.folder} has ({tokenizer[:12]}): use the corpus it "
+            "was trained on, or one built with its tokenizer.model"
+        )
+
+
+def check_origin(
+    path: Path | None, origin: Mapping[str, Any] | None, recorded: Any, where: Path
+) -> None:
+    """Raise UserError if --init-from does not say where the run folder's run began.
+
+    Args:
+      origin: of the run's checkpoint; None if it has none, or began from nothing.
+      recorded: `init_from` in the run folder's lineage, for a run that was killed
+        before its first checkpoint.
+    """
+    began = origin or recorded
+    if path is None:
+        if origin is None and recorded:
+            raise UserError(
+                f"the run in {where} began from {recorded['checkpoint']} and has no "
+                "checkpoint of its own yet: give the same --init-from again, or "
+                "another --workdir"
+            )
+        return
+    folder, step = checkpoint.find_checkpoint(path)
+    asked = f"{folder.parent.name}/{folder.name}/{step}"
+    if began is None:
+        raise UserError(
+            f"the run in {where} began from nothing and has checkpoints: --init-from "
+            f"{asked} begins a new run, give it another --workdir"
+        )
+    # A run folder stands for its newest checkpoint, which may have moved on since.
+    same_run = asked.rsplit("/", 1)[0] == began["checkpoint"].rsplit("/", 1)[0]
+    if asked != began["checkpoint"] and not (same_run and path.name != str(step)):
+        raise UserError(
+            f"the run in {where} began from {began['checkpoint']}, not from {asked}: "
+            "leave --init-from out, or give another --workdir"
+        )

@@ -45,15 +45,16 @@ def make_token_weights(
 
       none          w = 1
       static        w_l proportional to weights[l]
-      bytes         w_v = bytes that id v spells / mean bytes per token; so a language
-                    that its tokenizer cuts finely is not over-counted
+      bytes         w_v = bytes that id v spells / their mean, so that a language that
+                    its tokenizer cuts finely is not over-counted; 1 for EOS
       target_share  w_l = weights[l] / q_l, with `weights` made to sum to 1: the
                     objective follows the given shares while sampling follows q
 
     Args:
       language_shares: q, language -> share of the tokens of the mixture; sums to 1.
       byte_lengths: int [V], for `bytes`.
-      bytes_per_token: language -> mean bytes per token in the corpus, for `bytes`.
+      bytes_per_token: language -> mean bytes of the tokens that spell text (so without
+        BOS and EOS) in the corpus, for `bytes`.
 
     Raises:
       UserError: target_share gives weight to a language that is never sampled.
@@ -92,7 +93,8 @@ def make_token_weights(
             q_l * bytes_per_token.get(name, 0.0)
             for name, q_l in zip(languages, q, strict=True)
         )
-        by_token = byte_lengths.astype(np.float64) / mean
+        # EOS spells nothing but must be learnt: it has the mean weight.
+        by_token = np.where(byte_lengths > 0, byte_lengths / mean, 1.0)
     return TokenWeights(by_language.astype(np.float32), by_token.astype(np.float32))
 
 

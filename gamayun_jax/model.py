@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gamayun_jax.attention import attention
-from gamayun_jax.config import ComputeConfig, ModelConfig, UserError
+from gamayun_jax.config import ComputeConfig, ModelConfig
 
 Cache = dict[str, jax.Array]
 
@@ -52,6 +52,18 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
     span = scaling.high_freq_factor - scaling.low_freq_factor
     smooth = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
     return ((1 - smooth) * freqs / scaling.factor + smooth * freqs).astype(np.float32)
+
+
+def rope_angles(
+    cfg: ModelConfig, positions_BT: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of each position's angles, both [B, T, 1, H]."""
+    angle_BTH = positions_BT[..., None].astype(jnp.float32) * _like(
+        jnp.tile(rope_frequencies(cfg), 2), positions_BT[..., None]
+    )
+    cos_BT1H = jnp.cos(angle_BTH)[:, :, None].astype(dtype)
+    sin_BT1H = jnp.sin(angle_BTH)[:, :, None].astype(dtype)
+    return cos_BT1H, sin_BT1H
 
 
 def rotate(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.Array:
@@ -231,11 +243,7 @@ class Transformer(nn.Module):
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
 
-        angle_BTH = positions_BT[..., None].astype(jnp.float32) * _like(
-            jnp.tile(rope_frequencies(cfg), 2), positions_BT[..., None]
-        )
-        cos_BT1H = jnp.cos(angle_BTH)[:, :, None].astype(dtype)
-        sin_BT1H = jnp.sin(angle_BTH)[:, :, None].astype(dtype)
+        cos_BT1H, sin_BT1H = rope_angles(cfg, positions_BT, dtype)
 
         offset: jax.Array | int = 0
         kv_segments_BS = segment_ids_BT
@@ -324,11 +332,3 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     matrices = cfg.num_layers * (attn + mlp) + cfg.vocab_size * cfg.d_model
     scores = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
     return 6.0 * matrices + 6.0 * scores
-
-
-def check_batch_shape(cfg: ModelConfig, length: int) -> None:
-    """Raise UserError if positions would exceed what the model was built for."""
-    if length > cfg.max_seq_len:
-        raise UserError(
-            f"{length} tokens exceed model.max_seq_len={cfg.max_seq_len}: shorten them"
-        )

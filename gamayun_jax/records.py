@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gamayun_jax.config import Config, UserError, from_json, to_dict, to_json
+from gamayun_jax.config import Config, UserError, to_dict, to_json
 from gamayun_jax.files import write_json, write_text
 
 # What a run cannot change on its way: its state or its past would not fit any more.
@@ -43,6 +43,22 @@ def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any
             found |= differences(a, b, f"{where}.{i}")
         return found
     return {} if old == new else {where: (old, new)}
+
+
+def config_changes(former: Config, cfg: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (old, new) of what changed since the checkpoint was written.
+
+    Raises:
+      UserError: a change that a run cannot go on with.
+    """
+    changes = differences(to_dict(former), to_dict(cfg))
+    for name, (old, new) in changes.items():
+        if any(name == f or name.startswith(f + ".") for f in FIXED):
+            raise UserError(
+                f"{name} was {old!r} in the run's checkpoint and is {new!r} now: a run "
+                "cannot change it; set it back, or use another --workdir"
+            )
+    return changes
 
 
 class RunFolder:
@@ -83,27 +99,9 @@ class RunFolder:
             if file:
                 file.close()
 
-    def adopt_config(self, cfg: Config) -> dict[str, tuple[Any, Any]]:
-        """Write config.json; returns what changed since the run's last start.
-
-        Raises:
-          UserError: a change that the run cannot go on with.
-        """
-        path = self.path / "config.json"
-        changes: dict[str, tuple[Any, Any]] = {}
-        if path.exists():
-            former = from_json(path.read_text(encoding="utf-8"), str(path))
-            changes = differences(to_dict(former), to_dict(cfg))
-            for name, (old, new) in changes.items():
-                if any(name == f or name.startswith(f + ".") for f in FIXED):
-                    raise UserError(
-                        f"{name} was {old!r} when the run in {self.path} began and is "
-                        f"{new!r} now: a run cannot change it; set it back, or use "
-                        "another --workdir"
-                    )
+    def write_config(self, cfg: Config) -> None:
         if self.writer:
-            write_text(path, to_json(cfg))
-        return changes
+            write_text(self.path / "config.json", to_json(cfg))
 
     def lineage(self) -> dict[str, Any]:
         path = self.path / "lineage.json"
@@ -117,17 +115,27 @@ class RunFolder:
         if self.writer:
             write_text(self.path / "parameters.txt", overview + "\n")
 
-    def has_evaluation(self, step: int) -> bool:
-        return (self.path / "eval" / f"{step}.json").exists()
+    def has_evaluation(self, step: int, label: str) -> bool:
+        """Whether the evaluation at `step` is there, under that label."""
+        path = self.path / "eval" / f"{step}.json"
+        if not path.exists():
+            return False
+        return json.loads(path.read_text(encoding="utf-8")).get("label") == label
 
     def write_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         if self.writer:
             write_json(self.path / "eval" / f"{step}.json", result)
 
-    def start_metrics(self, step: int, tensorboard: bool) -> None:
-        """Drop the records after `step`, which will be made again; open for more."""
+    def start_metrics(self, step: int, tokens: int, tensorboard: bool) -> None:
+        """Drop what was recorded after `step`, which will be made again; open for more.
+
+        At step 0 everything goes: it is of another start.
+        """
         if not self.writer:
             return
+        for evaluation in (self.path / "eval").glob("*.json"):
+            if not step or int(evaluation.stem) > step:
+                evaluation.unlink()
         path = self.path / "metrics.jsonl"
         kept: list[str] = []
         if path.exists():
@@ -136,7 +144,7 @@ class RunFolder:
                     record = json.loads(line)
                 except json.JSONDecodeError:
                     break  # torn by a crash: it and what follows will be made again
-                if not line.endswith("\n") or record["step"] > step:
+                if not line.endswith("\n") or record.get("step", step + 1) > step:
                     break
                 kept.append(line)
         write_text(path, "".join(kept))
@@ -144,7 +152,7 @@ class RunFolder:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(self.path), purge_step=step + 1)
+            self._events = SummaryWriter(str(self.path), purge_step=tokens + 1)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append one record; it is on disk once `sync` returns."""
@@ -160,12 +168,12 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def scalars(self, values: Mapping[str, float | None], tokens: int) -> None:
-        """TensorBoard scalars over tokens (in thousands: its steps are 32-bit)."""
+        """TensorBoard scalars over tokens."""
         if self._events is None:
             return
         for name, value in values.items():
             if value is not None:
-                self._events.add_scalar(name, value, tokens // 1000)
+                self._events.add_scalar(name, value, tokens)
         self._events.flush()
 
 

@@ -25,7 +25,6 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("act_embed", None),
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
-    ("act_vocab", "tensor"),
     ("layers", None),
     ("embed", "fsdp"),
     ("vocab", "tensor"),

@@ -127,7 +127,8 @@ def train_step(
     denominator = jnp.maximum(sums["denominator"], 1.0)
     grads = jax.tree.map(lambda g: g / denominator, grads)
     # Read at the middle of the step, so that no step has a rate of exactly 0.
-    tokens = first_token + (state.step + 0.5) * float(cfg.tokens_per_step)
+    # A float: JAX takes an integer for an int32, and a second stage starts beyond it.
+    tokens = float(first_token) + (state.step + 0.5) * float(cfg.tokens_per_step)
     begin, end = stage_tokens(cfg, stage, first_token)
     rate = optim.learning_rate(cfg.stages[stage].schedule, tokens, begin, end)
     updates, opt_state = optim.make_optimizer(cfg.optimizer).update(

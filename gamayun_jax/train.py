@@ -26,10 +26,16 @@ from gamayun_jax.config import Config, UserError, from_json, to_json
 from gamayun_jax.corpus import Corpus, open_corpus
 from gamayun_jax.data import DataPlan, batches, make_plan
 from gamayun_jax.evaluate import HeldoutEvaluator
-from gamayun_jax.lineage import check_corpus, check_past, load_origin, new_lineage
+from gamayun_jax.lineage import (
+    check_corpus,
+    check_origin,
+    check_past,
+    load_origin,
+    new_lineage,
+)
 from gamayun_jax.losses import TokenWeights, make_token_weights
 from gamayun_jax.model import Transformer, flops_per_token
-from gamayun_jax.records import Clock, Interval, RunFolder
+from gamayun_jax.records import Clock, Interval, RunFolder, config_changes
 from gamayun_jax.step import (
     abstract_state,
     compile_step,
@@ -47,7 +53,8 @@ def stage_tables(
     size: dict[str, list[int]] = {name: [0, 0] for name in cfg.languages}
     for source in corpus.sources.values():
         size[source.language][0] += source.bytes
-        size[source.language][1] += source.tokens
+        # Without each document's BOS and EOS, which spell nothing.
+        size[source.language][1] += source.tokens - 2 * source.documents
     byte_lengths = np.zeros(cfg.model.vocab_size, np.int32)
     known = corpus.tokenizer().byte_lengths()
     byte_lengths[: len(known)] = known
@@ -122,40 +129,46 @@ def _train(
     init_from: Path | None,
     log: Callable[[str], None],
 ) -> int:
-    changes = run.adopt_config(cfg)
     ends = [cfg.stage_start(k + 1) for k in range(len(cfg.stages))]
     abstract = abstract_state(cfg, mesh)
     step = store.latest()
+    changes: dict[str, tuple[Any, Any]] = {}
 
     # Where the run stands: its own checkpoint, another run's, or nowhere.
     if step is not None:
         meta = store.meta(step)
+        where = f"{run.path}/checkpoints/{step}"
+        changes = config_changes(from_json(meta["config"], where), cfg)
         origin = meta["origin"]
-        plan = make_plan(cfg, corpus, origin and origin["cursors"])
-        check_past(cfg, plan, corpus, meta, f"{run.path}/checkpoints/{step}")
+        check_origin(init_from, origin, None, run.path)
+        plan = make_plan(cfg, corpus, origin)
+        check_past(cfg, plan, corpus, meta, where)
         state = store.restore(step, abstract)
-        lineage = meta["lineage"]
         interval = Interval(len(cfg.languages), meta["interval"])
+        # What is to come may have changed; what has happened stays.
+        kept = ("started", "events", "checkpoints")
+        lineage = new_lineage(cfg, corpus, plan, origin)
+        lineage |= {k: meta["lineage"][k] for k in kept}
         lineage["events"].append({"event": "resumed", "step": step})
         log(f"going on from step {step} of {cfg.total_steps} in {run.path}")
     else:
-        origin = None
-        if init_from is not None:
-            sizes = corpus.examples(cfg.data.seq_len)
-            origin_store, origin_step, meta, origin = load_origin(init_from, sizes)
-            for name in origin["restarted"]:
-                log(f"source {name} is not what it was: its data begin anew")
-        plan = make_plan(cfg, corpus, origin and origin["cursors"])
-        step = 0
-        if origin is None:
+        step, origin = 0, None
+        recorded = run.lineage().get("init_from")
+        if init_from is None:
+            check_origin(None, None, recorded, run.path)
+            plan = make_plan(cfg, corpus)
             state = new_state(cfg, mesh)
         else:
-            state = start_from(cfg, abstract, origin_store, origin_step, meta)
-            origin_store.close()
+            source, source_step, meta, origin = load_origin(init_from, cfg, corpus)
+            for name in origin["restarted"]:
+                log(f"source {name} is not what it was: its data begin anew")
+            plan = make_plan(cfg, corpus, origin)
+            state = start_from(cfg, abstract, source, source_step, meta)
+            source.close()
         lineage = new_lineage(cfg, corpus, plan, origin)
         interval = Interval(len(cfg.languages))
     for name, (old, new) in changes.items():
-        log(f"config change since the last start: {name}: {old!r} -> {new!r}")
+        log(f"config change since the checkpoint: {name}: {old!r} -> {new!r}")
         lineage["events"].append(
             {"event": "config", "step": step, "field": name, "old": old, "new": new}
         )
@@ -164,10 +177,12 @@ def _train(
         begin, end = stage_tokens(cfg, k, first_token)
         where = f"stages.{declared.name}.schedule"
         optim.check_schedule(declared.schedule, where, begin, end)
+    run.write_config(cfg)
     run.write_lineage(lineage)
     overview = get_parameter_overview(abstract.params, include_stats=False)
     run.write_parameters(overview)
-    run.start_metrics(step, cfg.log.tensorboard)
+    step_tokens = first_token + step * cfg.tokens_per_step
+    run.start_metrics(step, step_tokens, cfg.log.tensorboard)
     flops = flops_per_token(cfg.model, cfg.data.seq_len) * cfg.tokens_per_step
     chip = chip_of(jax.devices()[0])
     evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))
@@ -176,6 +191,16 @@ def _train(
 
     def tokens_at(step: int) -> int:
         return first_token + step * cfg.tokens_per_step
+
+    def stage_name() -> str:
+        return cfg.stages[cfg.stage_at(max(step - 1, 0))].name
+
+    def is_there(step: int, label: str) -> bool:
+        """The first host's word: others may see the shared folder with a delay."""
+        there = run.has_evaluation(step, label)
+        if jax.process_count() == 1:
+            return there
+        return bool(multihost_utils.broadcast_one_to_all(np.array(there)))
 
     def write_record(at: int) -> None:
         """Record the interval that ends with step `at`."""
@@ -219,7 +244,16 @@ def _train(
         nonlocal interval
         while len(in_flight) > keep:
             at, metrics = in_flight.pop(0)
-            interval.add(jax.device_get(metrics))
+            metrics = jax.device_get(metrics)
+            if not np.isfinite(metrics["numerator"] + metrics["grad_norm"]):
+                last = store.latest()
+                raise UserError(
+                    f"loss or gradient is not finite at step {at}: lower "
+                    f"stages.{cfg.stages[cfg.stage_at(at - 1)].name}.schedule.peak or "
+                    f"optimizer.clip_norm; the last checkpoint is "
+                    f"{'none' if last is None else f'step {last}'}"
+                )
+            interval.add(metrics)
             if at % cfg.log.every_steps == 0 or at in ends:
                 write_record(at)
                 interval = Interval(len(cfg.languages))
@@ -227,7 +261,7 @@ def _train(
     def save(reason: str) -> None:
         with clock.measure("checkpoint"):
             entry = {"step": step, "tokens": tokens_at(step), "reason": reason}
-            entry["stage"] = cfg.stages[cfg.stage_at(max(step - 1, 0))].name
+            entry["stage"] = stage_name()
             lineage["checkpoints"].append(entry)
             run.sync()
             run.write_lineage(lineage)
@@ -250,20 +284,24 @@ def _train(
                 origin=origin,
                 lineage=lineage,
                 interval=interval.to_json(),
+                seed=plan.segments[-1].seed,
+                shares=plan.shares[cfg.stage_at(max(step - 1, 0))],
             )
             store.save(state, step, meta)
 
     def evaluate() -> None:
         every = cfg.evaluation.every_steps
         due = step == 0 or step in ends or (every and step % every == 0)
-        if not due or not evaluator.sets or run.has_evaluation(step):
+        label = "" if step else "start"
+        if step in ends:
+            label = f"end of {stage_name()}"
+        if not due or not evaluator.sets or is_there(step, label):
             return
         drain(keep=0)
         with clock.measure("evaluate"):
             result = evaluator.run(state.params)
-        stage = cfg.stages[cfg.stage_at(max(step - 1, 0))].name
-        label = f"end of {stage}" if step in ends else "start" if step == 0 else ""
-        head = {"step": step, "tokens": tokens_at(step), "stage": stage, "label": label}
+        head = {"step": step, "tokens": tokens_at(step), "stage": stage_name()}
+        head["label"] = label
         run.write_evaluation(step, {**head, **result})
         for name, values in result["sets"].items():
             for language, row in values["languages"].items():
@@ -314,14 +352,14 @@ def _train(
 class StopSignal:
     """SIGTERM and SIGINT ask for a stop after this step; a second one stops at once.
 
-    With several processes SIGTERM is left to JAX's preemption service, which lets all
-    of them stop after the same step whichever got the signal.
+    With several processes they are left alone: SIGTERM goes to JAX's preemption
+    service, which lets all of them stop after the same step whichever got it.
     """
 
     def __enter__(self) -> StopSignal:
         self.requested = False
         self._alone = jax.process_count() == 1
-        signals = [signal.SIGINT, *([signal.SIGTERM] if self._alone else [])]
+        signals = [signal.SIGINT, signal.SIGTERM] if self._alone else []
         self._former = {s: signal.signal(s, self._handle) for s in signals}
         return self
 

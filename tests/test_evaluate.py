@@ -67,6 +67,17 @@ def test_units_equal_those_run_alone(config, corpus, parameters, result):
     assert row == len(sums)
 
 
+def test_accuracy_where_logits_are_nearly_flat():
+    """The target's logit must not be recomputed from what rounding has eaten."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(512, 8)).astype(np.float32)
+    x = (1e-2 * rng.normal(size=(4, 16, 8))).astype(np.float32)
+    best = np.einsum("btd,vd->btv", x.astype(np.float64), w).argmax(-1)
+    for chunk in (0, 4):
+        _, hit = evaluate.token_scores(x, w, best.astype(np.int32), chunk)
+        assert np.asarray(hit).mean() > 0.98
+
+
 def test_any_mesh_and_batch_gives_the_same(config, corpus, parameters, result):
     one, _ = scores(
         config, corpus, parameters, MeshConfig(1, 1, 1), jax.devices()[:1], batch_size=3

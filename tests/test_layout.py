@@ -1,6 +1,8 @@
 """Imports point one way; every module and public name says what it is."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,27 +27,47 @@ LAYERS = [
 ]
 CORPUS = ("documents", "files", "corpus", "corpus_jobs", "corpus_build")
 MODULES = sorted(p for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
+# Used by other modules and not documented yet: take names out, add none.
+UNDOCUMENTED = {
+    "corpus": {"check_shard", "token_dtype"},
+    "documents": {"BadDocument", "Document", "first_line"},
+    "figures": {"colours_of"},
+    "files": {"file_sha256", "read_json", "sync", "write_text"},
+    "runs": {
+        "esc", "fixed", "label_of", "languages_of", "seconds_of", "sets_of", "spans",
+    },
+}  # fmt: skip
+
+
+def imported(path):
+    """(package or module, name or None) of every import of a file, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            for a in node.names:
+                yield node.module, a.name
+        elif isinstance(node, ast.Import):
+            for a in node.names:
+                yield a.name, None
 
 
 def imports(path):
-    """Modules of this package that a file imports, wherever in it."""
+    """Modules of this package that a file imports."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "gamayun_jax":
-                found |= {a.name for a in node.names}
-            elif node.module.startswith("gamayun_jax."):
-                found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            for a in node.names:
-                assert not a.name.startswith("experiments")
-                if a.name.startswith("gamayun_jax."):
-                    found.add(a.name.split(".")[1])
+    for module, name in imported(path):
+        package, _, inner = module.partition(".")
+        assert package != "experiments", f"{path} imports experiments"
+        if package == "gamayun_jax":
+            found.add(inner.split(".")[0] if inner else name)
     return found - {"__version__"}
 
 
 def layer(name):
-    return next(i for i, names in enumerate(LAYERS) if name in names)
+    return next((i for i, names in enumerate(LAYERS) if name in names), None)
+
+
+def test_every_module_has_a_layer():
+    assert [p.stem for p in MODULES if layer(p.stem) is None] == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -68,18 +90,61 @@ def test_experiments_import_only_config_and_presets(path):
     assert imports(path) <= {"config", "presets"}
 
 
+def test_only_the_entry_point_imports_cli():
+    entry = PACKAGE / "__main__.py"
+    paths = {*PACKAGE.rglob("*.py"), *Path("experiments").rglob("*.py")}
+    assert [p for p in paths if "cli" in imports(p)] == [entry]
+    assert imports(entry) == {"cli"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-def test_modules_and_public_names_are_documented(path):
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), path
+def test_modules_say_what_they_are(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
     assert "utils" not in path.stem
 
 
+def used_elsewhere():
+    """Module -> names of it that other modules import or reach through it."""
+    used = {p.stem: set() for p in MODULES}
+    for path in [*MODULES, PACKAGE / "__main__.py"]:
+        aliases = {}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "gamayun_jax":
+                aliases |= {a.asname or a.name: a.name for a in node.names}
+        for module, name in imported(path):
+            if module.startswith("gamayun_jax.") and name:
+                used.get(module.split(".")[1], set()).add(name)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used.get(aliases.get(node.value.id, ""), set()).add(node.attr)
+    return used
+
+
+def test_what_other_modules_use_is_documented():
+    """Functions and classes; what only its own file uses may speak for itself."""
+    missing, used = {}, used_elsewhere()
+    for path in MODULES:
+        names = {
+            node.name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and node.name in used[path.stem]
+            and not ast.get_docstring(node)
+        }
+        if names - UNDOCUMENTED.get(path.stem, set()):
+            missing[path.stem] = names
+    assert missing == {}
+
+
 def test_light_modules_do_not_import_jax():
-    for name in ("config", "curriculum", "report", "records", "tokenizer", *CORPUS):
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                assert not any(a.name.split(".")[0] == "jax" for a in node.names), name
-            if isinstance(node, ast.ImportFrom):
-                assert (node.module or "").split(".")[0] not in ("jax", "flax"), name
+    """Neither directly nor through what they import: workers start in no time."""
+    names = ("config", "curriculum", "report", "records", "tokenizer", *CORPUS)
+    code = f"""
+import sys
+for name in {names}:
+    __import__("gamayun_jax." + name)
+    found = {{"jax", "flax", "optax", "orbax"}} & set(sys.modules)
+    assert not found, (name, found)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -129,7 +129,8 @@ def test_byte_weights_have_mean_one_and_count_bytes(shares, seed):
     rng = np.random.default_rng(seed)
     q = np.array(shares) / sum(shares)
     lengths = np.r_[0, 0, rng.integers(1, 9, V - 2)]  # two ids that spell nothing
-    p_GV = rng.dirichlet(np.ones(V), 3)  # each language's frequencies of tokens
+    # Each language's frequencies of the tokens of its text.
+    p_GV = np.concatenate([np.zeros((3, 2)), rng.dirichlet(np.ones(V - 2), 3)], axis=1)
     found = make_token_weights(
         TokenWeightConfig("bytes"),
         LANGUAGES,
@@ -139,6 +140,7 @@ def test_byte_weights_have_mean_one_and_count_bytes(shares, seed):
         dict(zip(LANGUAGES, (p_GV @ lengths).tolist(), strict=True)),
     )
     np.testing.assert_array_equal(found.language, 1)
+    np.testing.assert_array_equal(found.token[:2], 1)  # EOS must be learnt too
     assert q @ p_GV @ found.token == pytest.approx(1, rel=1e-5)
     # A language's share of the objective is its share of the bytes.
     objective = q * (p_GV @ found.token)

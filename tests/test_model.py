@@ -14,7 +14,6 @@ from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserErro
 from gamayun_jax.model import (
     Transformer,
     abstract_params,
-    check_batch_shape,
     flops_per_token,
     init_cache,
     logits,
@@ -320,6 +319,3 @@ def test_bad_shapes():
         dataclasses.replace(SMALL, head_dim=5)
     with pytest.raises(UserError, match="model.num_kv_heads=0 must be greater"):
         dataclasses.replace(SMALL, num_kv_heads=0)
-    check_batch_shape(SMALL, 64)
-    with pytest.raises(UserError, match="65 tokens exceed model.max_seq_len=64"):
-        check_batch_shape(SMALL, 65)

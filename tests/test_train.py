@@ -14,6 +14,7 @@ import pytest
 from gamayun_jax import checkpoint, train
 from gamayun_jax.config import MixtureConfig, TransitionConfig, UserError
 from gamayun_jax.data import make_plan
+from gamayun_jax.lineage import share_points
 from gamayun_jax.step import abstract_state
 
 
@@ -166,7 +167,7 @@ def test_init_from_goes_on_with_parameters_tokens_and_cursors(
             dataclasses.replace(stage, transition=TransitionConfig("reset", "restart")),
         ),
     )
-    plan = make_plan(restart, corpus, start)
+    plan = make_plan(restart, corpus, meta["origin"])
     assert plan.consumed(0)["en/help"] == 0
 
 
@@ -181,6 +182,9 @@ def test_future_stages_may_change_and_the_past_may_not(straight, config, tmp_pat
     )
     with pytest.raises(UserError, match="share of en/help in align was 0.4"):
         train.train(dataclasses.replace(config, stages=(past, second)), run, log=quiet)
+    assert json.loads((run / "config.json").read_text())["stages"][0]["mixture"][
+        "shares"
+    ] == dict(first.mixture.shares)  # a refused config leaves no trace
     third = dataclasses.replace(
         second, name="third", tokens=8 * 64, mixture=first.mixture,
         schedule=dataclasses.replace(second.schedule, decay_tokens=0),
@@ -188,12 +192,132 @@ def test_future_stages_may_change_and_the_past_may_not(straight, config, tmp_pat
     longer = dataclasses.replace(config, stages=(first, second, third))
     assert train.train(longer, run, log=quiet) == 0
     assert records(run)[-1]["step"] == 14
+    lineage = json.loads((run / "lineage.json").read_text())
+    assert [s["name"] for s in lineage["stages"]] == ["align", "enrich", "third"]
+    assert json.loads(evaluations(run)["13.json"])["label"] == "end of enrich"
+
+
+def test_evaluations_after_the_checkpoint_are_made_again(
+    straight, config, replace, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    for step in (12, 13):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    schedule = dataclasses.replace(config.stages[1].schedule, peak=3e-2)
+    second = dataclasses.replace(config.stages[1], schedule=schedule)
+    changed = dataclasses.replace(config, stages=(config.stages[0], second))
+    assert train.train(changed, run, log=quiet) == 0
+    new, old = evaluations(run), evaluations(straight)
+    assert new["7.json"] == old["7.json"]
+    assert new["13.json"] != old["13.json"]
+
+
+def test_tensorboard_has_each_step_once(config, replace, tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    cfg = replace(config, "log.tensorboard", True)
+    run = tmp_path / "run"
+    assert train.train(cfg, run, log=stop_at(8)) == train.PREEMPTED
+    assert train.train(cfg, run, log=quiet) == 0
+    purged, seen = [], []
+    for path in sorted(run.glob("events.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # TFRecord: length, its CRC, data, its CRC
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+            if event.session_log.status:
+                purged.append(event.step)
+                seen = [s for s in seen if s < event.step]
+            for value in event.summary.value:
+                if value.tag == "train/nll":
+                    seen.append(event.step)
+    assert purged[-1] % (8 * 64) == 1  # just after the step it stopped at
+    assert seen == [r["tokens"] for r in records(run)]
+
+
+def test_init_from_is_never_ignored(straight, config, tmp_path):
+    with pytest.raises(UserError, match="began from nothing"):
+        train.train(config, straight, straight / "checkpoints" / "7", log=quiet)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        train.train(config, straight, tmp_path / "nowhere", log=quiet)
+    stage = dataclasses.replace(
+        config.stages[1], mixture=MixtureConfig("natural"), tokens=4 * 8 * 64,
+        schedule=dataclasses.replace(config.stages[1].schedule, decay_tokens=0),
+    )  # fmt: skip
+    cfg = dataclasses.replace(config, name="second", stages=(stage,))
+    run = tmp_path / "second"
+    assert train.train(cfg, run, straight / "checkpoints" / "7", log=quiet) == 0
+    # The flag may stay on the command line, or go; another one is refused.
+    assert train.train(cfg, run, straight / "checkpoints" / "7", log=quiet) == 0
+    assert train.train(cfg, run, log=quiet) == 0
+    with pytest.raises(UserError, match=r"not from straight/checkpoints/13"):
+        train.train(cfg, run, straight / "checkpoints" / "13", log=quiet)
+    # Killed before its first checkpoint, it does not start from nothing.
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="give the same --init-from again"):
+        train.train(cfg, run, log=quiet)
+
+
+def test_no_example_comes_again_after_init_from(config, corpus):
+    """Whatever the seed of the second config: the order goes on, not only the count."""
+    plan = make_plan(config, corpus)
+    origin = {
+        "cursors": plan.consumed(7),
+        "seed": plan.segments[-1].seed,
+        "shares": plan.shares[0],
+    }
+    second = dataclasses.replace(config, seed=5, stages=(config.stages[1],))
+    going_on = make_plan(second, corpus, origin)
+    assert going_on.segments[0].seed == plan.segments[0].seed
+    # A ramp in a first stage begins at the former run's shares.
+    points = share_points(second, going_on)
+    assert points[0]["shares"]["tr/help"] == pytest.approx(0.2)
+    restart = dataclasses.replace(
+        second,
+        seed=config.seed,
+        stages=(
+            dataclasses.replace(
+                second.stages[0], transition=TransitionConfig(cursors="restart")
+            ),
+        ),
+    )
+    assert make_plan(restart, corpus, origin).segments[0].seed != plan.segments[0].seed
+
+
+def test_a_second_stage_far_beyond_int32_tokens(config):
+    """The real one begins at 2e12 tokens: no count of tokens may be an int32."""
+    from flax import linen as nn
+
+    from gamayun_jax import sharding
+    from gamayun_jax.losses import TokenWeights
+    from gamayun_jax.step import compile_step
+
+    mesh = sharding.make_mesh(config.mesh)
+    tables = TokenWeights(np.ones(3, np.float32), np.ones(512, np.float32))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        abstract = abstract_state(config, mesh)
+        compile_step(config, mesh, abstract, 1, tables, first_token=2 * 10**12)
+
+
+def test_divergence_stops_before_anything_bad_is_saved(config, tmp_path):
+    schedule = dataclasses.replace(config.stages[0].schedule, peak=1e30)
+    first = dataclasses.replace(config.stages[0], schedule=schedule)
+    cfg = dataclasses.replace(config, stages=(first, config.stages[1]))
+    with pytest.raises(UserError, match="not finite at step"):
+        train.train(cfg, tmp_path / "run", log=quiet)
+    store = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    for step in store.steps():
+        leaves = state_of(tmp_path / "run", cfg, step)
+        assert all(np.isfinite(x).all() for x in leaves)
+    store.close()
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("seed", 1, "seed was 0"),
+        ("seed", 1, "seed was 0 in the run's checkpoint"),
         ("model.d_ff", 128, "model.d_ff was 64"),
         ("data.batch_size", 16, "data.batch_size was 8"),
     ],
