@@ -208,6 +208,84 @@ def run_eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_generate(args: argparse.Namespace) -> int:
+    from gamayun_jax import evaluate, generate, sampling
+
+    names = [f.name for f in dataclasses.fields(sampling.Sampling)]
+    chosen = sampling.Sampling(**{name: getattr(args, name) for name in names})
+    prompts = args.prompt or []
+    if not prompts and not args.interactive:
+        raise UserError("nothing to continue: give --prompt TEXT or --interactive")
+    cfg, params, meta, mesh = evaluate.load_params(args.model, quantised=True)
+    tokenizer = generate.find_tokenizer(args.model, meta, Path(cfg.data.corpus))
+    model = generate.Generator(cfg.model, params, mesh, tokenizer, cfg.compute)
+
+    def show(prompt: str) -> None:
+        print(prompt, end="", flush=True)
+        model.generate(
+            [prompt],
+            args.max_tokens,
+            chosen,
+            on_text=lambda _, text: print(text, end="", flush=True),
+            truncate=True,
+        )
+        print(flush=True)
+
+    if len(prompts) == 1:
+        show(prompts[0])
+    elif prompts:
+        texts = model.generate(prompts, args.max_tokens, chosen, truncate=True)
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"{prompt}{text}\n")
+    if args.interactive:
+        print("a line is continued; an empty one ends", file=sys.stderr)
+        for line in sys.stdin:
+            if not line.strip():
+                break
+            show(line.rstrip("\n"))
+    return 0
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    import jax
+
+    from gamayun_jax import evaluate, generate, quantize, runs
+
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already: choose another folder")
+    cfg, params, meta, _ = evaluate.load_params(args.model, quantised=True)
+    tokenizer = generate.find_tokenizer(args.model, meta, Path(cfg.data.corpus))
+    small = jax.jit(quantize.quantize, static_argnums=1)(params, args.bits)
+    quantize.save(small, meta, args.bits, tokenizer, args.out)
+    old, new = (quantize.size_bytes(tree) for tree in (params, small))
+    print(f"{args.out}: {new:,} bytes of weights, before {old:,}", flush=True)
+    if not args.no_eval:
+        results = [
+            {**evaluate.evaluate_checkpoint(path, args.corpus), "label": label}
+            for path, label in ((args.model, "before"), (args.out, f"int{args.bits}"))
+        ]
+        print(runs.language_table(results, cfg.languages))
+    return 0
+
+
+def run_import_hf(args: argparse.Namespace) -> int:
+    from gamayun_jax import hf
+
+    done = hf.import_hf(args.folder, args.out)
+    print(f"{args.out}: {done['parameters']:,} parameters", *done["notes"], sep="\n")
+    return 0
+
+
+def run_export_hf(args: argparse.Namespace) -> int:
+    from gamayun_jax import hf
+
+    done = hf.export_hf(
+        args.model, args.out, dtype=args.dtype, tokenizer=args.tokenizer
+    )
+    print(f"{args.out}: {done['parameters']:,} parameters", *done["notes"], sep="\n")
+    return 0
+
+
 def run_report(args: argparse.Namespace) -> int:
     from gamayun_jax import report
 
@@ -360,6 +438,68 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--languages", nargs="+", help="default: all")
     evaluate.add_argument("--batch-size", type=positive(int), help="rows per step")
     evaluate.add_argument("--out", type=Path, help="folder for eval.json")
+
+    generate = add(
+        commands,
+        "generate",
+        run_generate,
+        "Continue a text. Reads a run folder or a checkpoint, and the tokenizer beside "
+        "it or of its corpus; prints as it goes.",
+    )
+    generate.add_argument("model", type=Path, help="run folder or checkpoint")
+    generate.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be given several times"
+    )
+    generate.add_argument(
+        "--interactive", action="store_true", help="continue each line of the input"
+    )
+    generate.add_argument("--max-tokens", type=int, default=128, metavar="N")
+    for name, kind, default, text in (
+        ("temperature", float, 0.0, "0 (default): always the most likely token"),
+        ("top-k", int, 0, "draw from the K most likely only"),
+        ("top-p", float, 1.0, "draw from the fewest tokens that reach this mass"),
+        ("min-p", float, 0.0, "least probability, as a share of the most likely's"),
+        ("repetition-penalty", float, 1.0, "above 1: seen tokens become less likely"),
+        ("seed", int, 0, "of what is drawn"),
+    ):
+        generate.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+    quantize = add(
+        commands,
+        "quantize",
+        run_quantize,
+        "Write a checkpoint with int8 or int4 weights for small machines; print bits "
+        "per byte by language before and after. For `eval` and `generate`.",
+    )
+    quantize.add_argument("model", type=Path, help="run folder or checkpoint")
+    quantize.add_argument("out", type=Path, help="folder to write")
+    quantize.add_argument("--bits", type=int, choices=(8, 4), default=8)
+    quantize.add_argument("--corpus", type=Path, help="default: the run's own")
+    quantize.add_argument("--no-eval", action="store_true", help="only write it")
+
+    import_hf = add(
+        commands,
+        "import-hf",
+        run_import_hf,
+        "Read a Hugging Face folder (LLaMA, Qwen2 or Qwen3: config.json, safetensors, "
+        "tokenizer); write a run folder with one checkpoint.",
+    )
+    import_hf.add_argument("folder", type=Path, help="folder to read")
+    import_hf.add_argument("out", type=Path, help="run folder to write")
+
+    export_hf = add(
+        commands,
+        "export-hf",
+        run_export_hf,
+        "Write a checkpoint as a folder that transformers loads: config, safetensors, "
+        "tokenizer, model card.",
+    )
+    export_hf.add_argument("model", type=Path, help="run folder or checkpoint")
+    export_hf.add_argument("out", type=Path, help="folder to write")
+    export_hf.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32"
+    )
+    export_hf.add_argument("--tokenizer", type=Path, help="default: the run's own")
 
     report = add(
         commands,

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gamayun_jax import checkpoint, sharding
+from gamayun_jax import checkpoint, quantize, sharding
 from gamayun_jax.config import Config, MeshConfig, UserError, from_json
 from gamayun_jax.corpus import Corpus, open_corpus
 from gamayun_jax.data import global_batch, host_rows
@@ -374,9 +374,12 @@ def baselines(
 
 
 def load_params(
-    path: Path,
+    path: Path, quantised: bool = False
 ) -> tuple[Config, Any, dict[str, Any], Mesh]:
-    """Config, parameters, checkpoint meta and mesh of a run folder or checkpoint."""
+    """Config, parameters, checkpoint meta and mesh of a run folder or checkpoint.
+
+    Quantised parameters come back as floats, unless `quantised`.
+    """
     folder, step = checkpoint.find_checkpoint(path)
     store = checkpoint.Checkpoints(folder, read_only=True)
     meta = store.meta(step)
@@ -391,8 +394,13 @@ def load_params(
         nn.unbox(boxed),
         shardings,
     )
+    bits = meta.get("bits")
+    if bits:
+        abstract = quantize.abstract_quantised(abstract, bits)
     params = store.restore_params(step, abstract)
     store.close()
+    if bits and not quantised:
+        params = jax.jit(quantize.dequantize_all, out_shardings=shardings)(params)
     return cfg, params, meta, mesh
 
 

@@ -1,0 +1,210 @@
+"""Text generation: prefill and decode with a static key-value cache.
+
+Prompts of different lengths are padded on the left, so that all rows of a batch write
+the same cache slot. Batch, prompt length and cache are rounded up to powers of two
+and the sampling parameters are arguments of the programs, so what is compiled depends
+on sizes only. The cache doubles when it is full: a step attends over at most twice
+the slots that are filled, and memory follows the text, not the window.
+
+Shape suffixes: B rows, T prompt tokens, S cache slots, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gamayun_jax import sharding
+from gamayun_jax.config import ComputeConfig, ModelConfig, UserError
+from gamayun_jax.decode import CHUNK, Decoder
+from gamayun_jax.sampling import Sampling
+from gamayun_jax.tokenizer import Tokenizer
+
+SMALLEST = 16  # shortest bucket of prompts, in tokens
+STOPS = 8  # most stop ids of a call
+
+
+class TextCoder(Protocol):
+    """What generation needs of a tokenizer. `bos_id` is -1 where there is none."""
+
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def bucket(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    return 1 << (max(n, least, 1) - 1).bit_length()
+
+
+class Generator:
+    """Continues prompts with one model. Keeps a copy of the weights, laid out for it.
+
+    Args:
+      cfg: the architecture.
+      params: parameters on `mesh`, of training or quantised.
+      mesh: rows are divided over data and fsdp, heads over tensor.
+      tokenizer: its vocabulary is the model's.
+      compute: its dtype is used.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: Any,
+        mesh: Mesh,
+        tokenizer: TextCoder,
+        compute: ComputeConfig = ComputeConfig(),
+    ):
+        self.cfg, self.mesh, self.tokenizer = cfg, mesh, tokenizer
+        self.message: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+        self.decoder = Decoder(cfg, params, mesh, compute)
+        self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def encode(self, prompt: str, max_tokens: int, truncate: bool) -> list[int]:
+        """Ids of a prompt with BOS, no more than leave room for `max_tokens`.
+
+        Raises:
+          UserError: it is too long and may not be cut.
+        """
+        bos = [self.tokenizer.bos_id] if self.tokenizer.bos_id >= 0 else []
+        ids = bos + self.tokenizer.encode(prompt)
+        if not ids:
+            raise UserError(
+                "the prompt is empty and the tokenizer has no BOS: give one"
+            )
+        window = self.cfg.max_seq_len
+        room = window - max_tokens
+        if len(ids) <= room:
+            return ids
+        what = f"the prompt has {len(ids)} tokens, and {max_tokens} new ones"
+        if not truncate or room <= len(bos):
+            raise UserError(
+                f"{what} would pass model.max_seq_len={window}: shorten it or ask for "
+                "fewer"
+            )
+        self.message(f"{what} pass the window of {window}: its beginning is cut off")
+        return bos + ids[len(ids) - room + len(bos) :]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_tokens: int,
+        sampling: Sampling = Sampling(),
+        on_text: Callable[[int, str], None] | None = None,
+        stop_ids: Sequence[int] | None = None,
+        truncate: bool = False,
+    ) -> list[str]:
+        """Continue each prompt; returns the new text only, without the stop token.
+
+        Args:
+          prompts: texts; an empty one is continued from BOS.
+          max_tokens: most new tokens of each.
+          sampling: how tokens are chosen.
+          on_text: called with (prompt number, new text) as it comes, in pieces of
+            about CHUNK tokens that never end within a character.
+          stop_ids: ids that end a text, at most STOPS; default: EOS.
+          truncate: cut long prompts from the left, with a message, instead of
+            refusing them.
+
+        Raises:
+          UserError: a prompt too long, or numbers out of their range.
+        """
+        ids = [self.encode(p, max_tokens, truncate) for p in prompts]
+        made = self.generate_ids(ids, max_tokens, sampling, on_text, stop_ids)
+        return [self.tokenizer.decode(row) for row in made]
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: Sampling = Sampling(),
+        on_text: Callable[[int, str], None] | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """`generate` for prompts of token ids, with BOS where it belongs."""
+        stop_ids = [self.tokenizer.eos_id] if stop_ids is None else list(stop_ids)
+        if max_tokens < 1 or len(stop_ids) > STOPS:
+            raise UserError(
+                f"{max_tokens} new tokens, {len(stop_ids)} stop ids: ask for at least "
+                f"1 token and at most {STOPS} stop ids"
+            )
+        if not prompts:
+            return []
+        T = bucket(max(map(len, prompts)), SMALLEST)
+        B = self._ways * bucket(-(-len(prompts) // self._ways))
+        tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+        for row, ids in enumerate(prompts):
+            tokens_BT[row, T - len(ids) :] = ids
+            lengths_B[row] = len(ids)
+        stops = np.array(stop_ids + [-1] * (STOPS - len(stop_ids)), np.int32)
+        values, program = sampling.values(), sampling.program
+        made: list[list[int]] = [[] for _ in prompts]
+        shown = [0] * len(prompts)
+        ended = [False] * len(prompts)
+
+        def take(new_BC: np.ndarray, last: bool) -> None:
+            for row, ids in enumerate(new_BC[: len(prompts)]):
+                for token in ids if not ended[row] else ():
+                    ended[row] = int(token) in stop_ids
+                    if ended[row]:
+                        break
+                    made[row].append(int(token))
+                if on_text:
+                    text = self.tokenizer.decode(made[row])
+                    if not (ended[row] or last):
+                        text = text.rstrip("\ufffd")  # the rest of it may come
+                    if len(text) > shown[row]:
+                        on_text(row, text[shown[row] :])
+                        shown[row] = len(text)
+
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            rows = sharding.batch_sharding(self.mesh)
+            placed = jax.device_put((tokens_BT, lengths_B), rows)
+            state = self.decoder.prefill(
+                self.decoder.weights, *placed, values, stops, program
+            )
+            total, used = 1, T
+            take(np.asarray(state["token"])[:, None], max_tokens == 1)
+            while total < max_tokens and not all(ended):
+                S = state["segments"].shape[1]
+                if used == S:
+                    state = self.decoder.longer(state)
+                    S *= 2
+                count = min(CHUNK, max_tokens - total, S - used)
+                state, new_BC, n = self.decoder.decode(
+                    self.decoder.weights, state, values, stops, np.int32(count), program
+                )
+                total, used = total + count, used + count
+                take(np.asarray(new_BC)[:, : int(n)], total == max_tokens)
+        return made
+
+
+def find_tokenizer(model: Path, meta: dict[str, Any], corpus: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint: beside it, in its run folder, or the corpus's.
+
+    Raises:
+      UserError: there is none, or another than the model was trained with.
+    """
+    model = model.absolute()
+    folders = [model, *list(model.parents)[:2], corpus]
+    found = [f / "tokenizer.model" for f in folders if (f / "tokenizer.model").exists()]
+    for path in found:
+        tokenizer = Tokenizer(path)
+        if tokenizer.fingerprint == meta["tokenizer"]:
+            return tokenizer
+    raise UserError(
+        f"{found[0]} is another tokenizer than {model} was trained with"
+        if found
+        else f"{model} has no tokenizer.model, nor has {corpus}: copy the run's there"
+    )

@@ -1,0 +1,275 @@
+"""Tokenizers of Hugging Face folders: imported ones, and the export of our own.
+
+`HFTokenizer` reads any tokenizer.json through the `tokenizers` library and has the
+interface of `tokenizer.Tokenizer`, so that evaluation and generation run on either.
+`write_tokenizer` writes a SentencePiece model as a tokenizer.json that gives the same
+ids and needs no code of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, decoders, models, processors
+
+from gamayun_jax import files
+from gamayun_jax.config import UserError
+from gamayun_jax.tokenizer import FIXED_PIECES, SPACE, Tokenizer
+
+# What a Hugging Face folder keeps of its tokenizer; copied as they are.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError if the file is not one."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read ({e})") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return data
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Character -> byte, as byte-level BPE writes bytes (GPT-2's table)."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in kept]
+    shifted = {chr(256 + i): b for i, b in enumerate(rest)}
+    return {chr(b): b for b in kept} | shifted
+
+
+class HFTokenizer:
+    """The tokenizer of a Hugging Face folder. Picklable.
+
+    `bos_id` is -1 where the tokenizer begins texts with no token of its own (Qwen);
+    `start_id` is then the end-of-text token, which parts documents there and serves as
+    context of a text's first token.
+
+    Raises:
+      UserError: no or a broken tokenizer.json, or a kind whose bytes are unknown.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeError) as e:
+            raise UserError(
+                f"{path} cannot be read ({getattr(e, 'strerror', e)}): give a folder "
+                "with a tokenizer.json"
+            ) from e
+        settings: dict[str, Any] = {}
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                settings[name] = read_object(folder / name)
+        self.__setstate__((str(path), text, settings))
+
+    def __getstate__(self) -> tuple[str, str, dict[str, Any]]:
+        return self._source
+
+    def __setstate__(self, source: tuple[str, str, dict[str, Any]]) -> None:
+        self._source = source
+        where, text, settings = source
+        try:
+            self._tok = tokenizers.Tokenizer.from_str(text)
+            data = json.loads(text)
+        except Exception as e:  # the library raises Exception itself
+            raise UserError(f"{where} is not a tokenizer ({e}): copy it again") from e
+        # A text that spells a control token is text, as in SentencePiece.
+        self._tok.encode_special_tokens = True
+        self._tok.no_padding()
+        self._tok.no_truncation()
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        self.vocab_size = 1 + max(self._tok.get_vocab().values(), default=-1)
+        self._find_control_ids(settings, where)
+        self._spelled = self._spell(data, where)
+
+    def _find_control_ids(self, settings: dict[str, Any], where: str) -> None:
+        own = settings.get("tokenizer_config.json", {})
+
+        def find(kind: str) -> list[int]:
+            token = own.get(f"{kind}_token")
+            token = token.get("content") if isinstance(token, Mapping) else token
+            number = self._tok.token_to_id(token) if isinstance(token, str) else None
+            ids = [] if number is None else [number]
+            for name in ("generation_config.json", "config.json"):
+                value = settings.get(name, {}).get(f"{kind}_token_id")
+                ids += value if isinstance(value, list) else [value]
+            known = dict.fromkeys(i for i in ids if type(i) is int)
+            return [i for i in known if 0 <= i < self.vocab_size]
+
+        ends = find("eos")
+        if not ends:
+            raise UserError(f"{where}: its folder names no end-of-text token")
+        # config.json may name a BOS that the tokenizer never writes (Qwen).
+        begins = find("bos") if own.get("bos_token") or not own else []
+        self.eos_id = ends[0]
+        self.stop_ids = tuple(ends)
+        self.bos_id = begins[0] if begins else -1
+        self.start_id = begins[0] if begins else (find("bos") or ends)[0]
+        self.pad_id = (find("pad") or ends)[0]
+
+    def _spell(self, data: dict[str, Any], where: str) -> list[bytes]:
+        """The bytes that each id spells; none for control tokens and unused ids."""
+        steps = data.get("decoder") or {}
+        kinds = {d.get("type") for d in (steps, *steps.get("decoders", ()))}
+        spelled = [b""] * self.vocab_size
+        alphabet = byte_alphabet()
+        if not kinds & {"ByteLevel", "ByteFallback"}:
+            raise UserError(
+                f"{where}: bytes of its tokens are unknown (its decoder is neither "
+                "byte-level nor with byte fallback)"
+            )
+        for token, i in self._tok.get_vocab(with_added_tokens=False).items():
+            if "ByteLevel" in kinds:
+                spelled[i] = bytes(alphabet[c] for c in token if c in alphabet)
+            elif len(token) == 6 and token.startswith("<0x") and token[5] == ">":
+                spelled[i] = bytes([int(token[3:5], 16)])
+            else:
+                spelled[i] = token.replace(SPACE, " ").encode()
+        for i, added in self._tok.get_added_tokens_decoder().items():
+            spelled[i] = b"" if added.special else added.content.encode()
+        return spelled
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without BOS and EOS."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without BOS and EOS.
+
+        Raises:
+          UserError: a text with lone surrogates, which has no bytes.
+        """
+        try:
+            found = self._tok.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (UnicodeError, TypeError) as e:
+            raise UserError(f"a text to tokenise is not valid Unicode: {e}") from e
+        return [x.ids for x in found]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that ids spell; control tokens spell nothing.
+
+        A character cut in the middle shows as U+FFFD.
+        """
+        ids = list(ids)
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise UserError(f"token id {i} is outside 0..{self.vocab_size - 1}")
+        return b"".join(self._spelled[i] for i in ids).decode("utf-8", "replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        """int32[V]: UTF-8 bytes that each id spells; 0 for control tokens."""
+        return np.array([len(s) for s in self._spelled], np.int32)
+
+
+def load_tokenizer(path: Path) -> Tokenizer | HFTokenizer:
+    """The tokenizer of a folder (tokenizer.json first) or of a .model file."""
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        return HFTokenizer(path)
+    return Tokenizer(path / "tokenizer.model" if path.is_dir() else path)
+
+
+def is_period(piece: str, n: int) -> bool:
+    """Whether each character of `piece` comes again `n` characters later."""
+    return piece[n:] == piece[: len(piece) - n]
+
+
+def merges_of(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
+    """The merges that build these (piece, score), best first.
+
+    SentencePiece takes the merge whose result scores best and, of equal ones, the
+    leftmost; a merge list ranks pairs. Two pairs with the same result can overlap only
+    where a piece repeats itself with a period: the pair whose left part is the period
+    is then the left one, so it must come first.
+    """
+    known = {piece for piece, _ in pieces}
+    merges = []
+    for piece, _ in sorted(pieces, key=lambda p: -p[1]):
+        splits = [n for n in range(1, len(piece)) if {piece[:n], piece[n:]} <= known]
+        splits.sort(key=lambda n: (not is_period(piece, n), -n))
+        merges += [(piece[:n], piece[n:]) for n in splits]
+    return merges
+
+
+def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The same pieces as a BPE of the `tokenizers` library; spaces are spaces.
+
+    SentencePiece writes a space as U+2581. Here pieces have real spaces and there is
+    no normaliser, so that a literal U+2581 is spelled by its bytes, as our tokenizer
+    does it.
+
+    Raises:
+      UserError: not a BPE model.
+    """
+    sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    vocab: dict[str, int] = {}
+    pieces: list[tuple[str, float]] = []
+    special: list[str] = []
+    for i, piece in enumerate(tokenizer.pieces):
+        control = sp.is_control(i) or sp.is_unknown(i)
+        if sp.is_unused(i):
+            raise UserError("the tokenizer has unused pieces: it cannot be exported")
+        if not control and not sp.is_byte(i):
+            piece = piece.replace(SPACE, " ")
+            if piece not in FIXED_PIECES:
+                pieces.append((piece, sp.get_score(i)))
+        special += [piece] if control else []
+        vocab[piece] = i
+    model = models.BPE(
+        vocab=vocab,
+        merges=merges_of(pieces),
+        unk_token=tokenizer.pieces[tokenizer.unk_id],
+        byte_fallback=True,
+    )
+    out = tokenizers.Tokenizer(model)
+    out.add_special_tokens([AddedToken(s, normalized=False) for s in special])
+    out.add_tokens([AddedToken(s, normalized=False) for s in FIXED_PIECES])
+    bos = tokenizer.pieces[tokenizer.bos_id]
+    out.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.bos_id)],
+    )
+    out.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return out
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int) -> None:
+    """tokenizer.model, tokenizer.json and tokenizer_config.json.
+
+    `AutoTokenizer` begins texts with BOS, as the model was trained; without special
+    tokens its ids are ours.
+    """
+    tokenizer.save(folder / "tokenizer.model")
+    files.write_text(folder / "tokenizer.json", to_tokenizers(tokenizer).to_str())
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_len,
+        "clean_up_tokenization_spaces": False,
+        # A text that spells <s> is not the token <s>.
+        "split_special_tokens": True,
+        **{
+            f"{kind}_token": tokenizer.pieces[getattr(tokenizer, f"{kind}_id")]
+            for kind in ("bos", "eos", "pad", "unk")
+        },
+    }
+    files.write_json(folder / "tokenizer_config.json", config)
