@@ -33,7 +33,6 @@ from gamayun_jax.corpus import Corpus, open_corpus
 from gamayun_jax.data import global_batch, host_rows
 from gamayun_jax.losses import nll_and_logsumexp
 from gamayun_jax.model import Transformer, abstract_params, unembedding
-from gamayun_jax.tokenizer import BOS, EOS, PAD
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,11 @@ def pack(parts: Sequence[Window], length: int) -> dict[str, np.ndarray]:
 def token_scores(
     x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """nll (nats) and whether the target is the most likely token, float32 [B, T]."""
+    """nll (nats) and whether the target is the most likely token, float32 [B, T].
+
+    Raises:
+      UserError: a chunk that does not divide T.
+    """
     B, T, _ = x_BTD.shape
     w_VD = w_VD.astype(x_BTD.dtype)
 
@@ -119,8 +122,13 @@ def token_scores(
         nll, _, logits = nll_and_logsumexp(x, w_VD, targets)
         return nll, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
-    if not chunk or T % chunk:
+    if not chunk or chunk >= T:
         return score((x_BTD, targets_BT))
+    if T % chunk:
+        raise UserError(
+            f"compute.loss_chunk={chunk} does not divide data.seq_len={T}: choose one "
+            "that does"
+        )
 
     def cut(a: jax.Array) -> jax.Array:
         return jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
@@ -149,7 +157,8 @@ class HeldoutEvaluator:
         """Tokenise and pack everything once.
 
         Raises:
-          UserError: a language that no held-out set has.
+          UserError: a language that no held-out set has, a tokenizer with more ids
+            than the model, a parallel set whose languages have different units.
         """
         self.sets = {
             name: [k for k in found if not languages or k in languages]
@@ -166,7 +175,18 @@ class HeldoutEvaluator:
             k: v["parallel"] for k, v in corpus.manifest["heldout"].items()
         }
         self._vocab_size = cfg.model.vocab_size
+        # Gaps, not zeros: languages of the config (or asked for) that a set lacks.
+        self.missing = {
+            name: [k for k in languages or cfg.languages if k not in found]
+            for name, found in self.sets.items()
+        }
         tokenizer = corpus.tokenizer()
+        if tokenizer.vocab_size > cfg.model.vocab_size:
+            raise UserError(
+                f"the corpus's tokenizer has {tokenizer.vocab_size} ids, the model "
+                f"only model.vocab_size={cfg.model.vocab_size}: give the corpus that "
+                "the model was trained on"
+            )
         unigram = unigram_bits(corpus)
         length = cfg.data.seq_len
         self._units: dict[tuple[str, str], range] = {}
@@ -176,15 +196,23 @@ class HeldoutEvaluator:
         cut: list[bool] = []
         parts: list[Window] = []
         for name, found in self.sets.items():
+            chosen: list[str] = []
             for language in found:
                 units = choose(corpus.heldout(name, language), cfg.evaluation.max_units)
+                ids = [i for i, _ in units]
+                chosen = chosen or ids
+                if self._parallel[name] and ids != chosen:
+                    raise UserError(
+                        f"held-out set {name!r} is parallel, but {language} and "
+                        f"{found[0]} have different units: build the corpus again"
+                    )
                 first = len(sizes)
                 ids_of = [tokenizer.encode(text) for _, text in units]
-                for (_, text), ids in zip(units, ids_of, strict=True):
-                    parts += windows(len(sizes), ids, tokenizer.bos_id, length)
+                for (_, text), unit in zip(units, ids_of, strict=True):
+                    parts += windows(len(sizes), unit, tokenizer.bos_id, length)
                     sizes.append(len(text.encode()))
-                    tokens.append(len(ids))
-                    cut.append(len(ids) > length)
+                    tokens.append(len(unit))
+                    cut.append(len(unit) > length)
                 self._units[name, language] = range(first, len(sizes))
                 texts = [text for _, text in units]
                 self._baselines[name, language] = baselines(
@@ -217,7 +245,10 @@ class HeldoutEvaluator:
             flat = both.reshape(-1, 2)
             return sums + jax.ops.segment_sum(flat, batch["unit"].reshape(-1), count)
 
-        self._step = jax.jit(step, donate_argnums=1)
+        # Whole on every device, or a process could not fetch what others hold.
+        self._step = jax.jit(
+            step, donate_argnums=1, out_shardings=sharding.replicated(mesh)
+        )
 
     def unit_sums(self, params: Any) -> np.ndarray:
         """float64 [U, 2]: nats and right tokens of each unit."""
@@ -260,9 +291,9 @@ class HeldoutEvaluator:
         languages: dict[str, dict[str, Any]] = {}
         for language in self.sets[name]:
             span = self._units[name, language]
-            if not span:
-                continue
             s = slice(span.start, span.stop)
+            if not self._tokens[s].any():  # nothing to score: a gap, not a zero
+                continue
             bits, hits = sums[s, 0] / math.log(2), sums[s, 1]
             tokens = int(self._tokens[s].sum())
             bpb, bpb_se = ratio(bits, self._bytes[s])
@@ -289,9 +320,13 @@ class HeldoutEvaluator:
                 row["parity"] = row["bits_per_unit"] / english["bits_per_unit"]
         result = {"parallel": self._parallel[name], "languages": languages}
         if languages:
-            index = np.concatenate([self._units[name, k] for k in languages])
-            bits = sums[index, 0] / math.log(2)
-            bpb, bpb_se = ratio(bits, self._bytes[index])
+            spans = [np.array(self._units[name, k]) for k in languages]
+            index = np.concatenate(spans)
+            bits_of = [sums[i, 0] / math.log(2) for i in spans]
+            bytes_of = [self._bytes[i] for i in spans]
+            if self._parallel[name]:  # one sample of units, each in all languages
+                bits_of, bytes_of = [np.sum(bits_of, 0)], [np.sum(bytes_of, 0)]
+            bpb, bpb_se = pooled_ratio(bits_of, bytes_of)
             rows = list(languages.values())
             macro_se = math.sqrt(sum(r["bits_per_byte_se"] ** 2 for r in rows))
             if self._parallel[name]:
@@ -327,9 +362,28 @@ def ratio(values: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     return float(values.sum() / sizes.sum()), float(math.sqrt((residuals**2).sum()))
 
 
+def pooled_ratio(
+    values: Sequence[np.ndarray], sizes: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """`ratio` over independent strata, e.g. languages, each a sample of units.
+
+    How strata differ from each other is no sampling error, so residuals are centred
+    within each (combined ratio estimator, Cochran 1977, 6.11).
+    """
+    total = sum(float(s.sum()) for s in sizes)
+    r = sum(float(v.sum()) for v in values) / total
+    variance = 0.0
+    for v, s in zip(values, sizes, strict=True):
+        residual, n = v - r * s, len(v)
+        variance += n / max(n - 1, 1) * ((residual - residual.mean()) ** 2).sum()
+    return r, math.sqrt(variance) / total
+
+
 def choose(units: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
-    """The first `limit` units by the hash of their id: the same in every language."""
-    units = [u for u in units if u[1]]
+    """The first `limit` units by the hash of their id: the same in every language.
+
+    Empty units stay, at 0 bits: without one, a language's units were not the others'.
+    """
     if not limit or limit >= len(units):
         return units
     return sorted(units, key=lambda u: hashlib.sha256(u[0].encode()).digest())[:limit]
@@ -338,10 +392,12 @@ def choose(units: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
 def unigram_bits(corpus: Corpus) -> dict[str, np.ndarray]:
     """Language -> bits of each id by its add-one smoothed frequency, float64 [V]."""
     totals: dict[str, np.ndarray] = {}
+    tokenizer = corpus.tokenizer()
+    special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     for name, source in corpus.sources.items():
         counts = corpus.token_counts(name).astype(np.float64)
         # BOS begins and EOS ends every document; neither is ever a target here.
-        counts[[BOS, EOS, PAD]] = 0
+        counts[special] = 0
         totals[source.language] = totals.get(source.language, 0) + counts
     return {
         k: -np.log2((counts + 1) / (counts.sum() + len(counts)))
@@ -356,7 +412,7 @@ def baselines(
     unigram: np.ndarray | None,
 ) -> dict[str, float | None]:
     """Bits per byte of what needs no network: uniform tokens, the training corpus's
-    token frequencies, and `xz -9e` of the held-out text itself."""
+    token frequencies, and `xz -9e` of the held-out units joined by newlines."""
     text = "\n".join(texts).encode()
     size = sum(len(t.encode()) for t in texts)
     if not size:

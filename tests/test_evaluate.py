@@ -1,6 +1,8 @@
 """Held-out scores against units run one at a time, and their standard errors."""
 
 import dataclasses
+import functools
+import json
 import math
 
 import jax
@@ -11,8 +13,11 @@ from flax import linen as nn
 
 from gamayun_jax import evaluate, sharding
 from gamayun_jax.config import MeshConfig, UserError
-from gamayun_jax.evaluate import HeldoutEvaluator, pack, ratio, windows
-from gamayun_jax.model import Transformer, logits
+from gamayun_jax.corpus import Corpus
+from gamayun_jax.evaluate import HeldoutEvaluator, pack, pooled_ratio, ratio, windows
+from gamayun_jax.model import Transformer, unembedding
+
+MESH = MeshConfig(2, 2, 2)  # one for most tests, so that they share a program
 
 
 @pytest.fixture(scope="module")
@@ -35,54 +40,125 @@ def scores(config, corpus, params, mesh, devices=None, **changes):
         return evaluator.unit_sums(placed), evaluator.run(placed)["sets"]["udhr"]
 
 
+class Changed(Corpus):
+    """A corpus whose held-out texts are those of `changes` where it has them."""
+
+    changes: dict = {}  # noqa: RUF012
+
+    def heldout_sets(self):
+        return {
+            name: [k for k in found if self.changes.get(k, True)]
+            for name, found in super().heldout_sets().items()
+        }
+
+    def heldout(self, name, language):
+        return self.changes.get(language) or super().heldout(name, language)
+
+
+def changed(corpus, **changes):
+    new = Changed(corpus.folder, corpus.manifest, corpus.sources)
+    object.__setattr__(new, "changes", changes)
+    return new
+
+
 @pytest.fixture(scope="module")
 def result(config, corpus, parameters):
-    return scores(config, corpus, parameters, MeshConfig(2, 2, 2))
+    return scores(config, corpus, parameters, MESH)
 
 
-def test_units_equal_those_run_alone(config, corpus, parameters, result):
+def score_alone(run, w_VD, stream, begin, done):
+    """Nats and right tokens of stream[done + 1 :], in float64, seen from `begin`."""
+    inputs, targets = stream[begin:-1], np.array(stream[begin + 1 :])
+    n, places = len(inputs), np.arange(64, dtype=np.int32)[None]
+    tokens = np.pad(np.array(inputs, np.int32), (0, 64 - n))[None]
+    x_BTD = run(tokens, places, (places < n).astype(np.int32))
+    z = np.asarray(x_BTD, np.float64)[0, :n] @ w_VD.T
+    z -= z.max(-1, keepdims=True)
+    logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    keep = np.arange(n) >= done - begin
+    hits = z.argmax(-1) == targets
+    return -logp[np.arange(n), targets][keep].sum(), hits[keep].sum()
+
+
+@pytest.mark.parametrize("characters", [None, 25])
+def test_units_equal_those_run_alone(config, corpus, parameters, result, characters):
+    """Packed, sharded and cut by the evaluator; here one window at a time.
+
+    Most whole units are cut, and then fill their rows; short ones share rows.
+    Positions begin at 0 in each window: only their differences matter (RoPE).
+    """
     model = Transformer(config.model, config.compute)
     tokenizer = corpus.tokenizer()
-    sums, _ = result
+    found = result[0]
+    if characters:
+        texts = {k: corpus.heldout("udhr", k) for k in config.languages}
+        short = {k: [(i, t[:characters]) for i, t in v] for k, v in texts.items()}
+        corpus = changed(corpus, **short)
+        found = scores(config, corpus, parameters, MESH)[0]
+    w_VD = np.asarray(unembedding(parameters), np.float64)
     run = jax.jit(lambda t, p, s: model.apply({"params": parameters}, t, p, s)[0])
-    row = 0
-    checked = 0
+    want, whole = [], 0
     for language in config.languages:
         for _, text in evaluate.choose(corpus.heldout("udhr", language), 10):
             ids = tokenizer.encode(text)
-            if len(ids) <= 64 and checked % 3 == 0:
-                tokens = np.zeros((1, 64), np.int32)
-                tokens[0, : len(ids)] = [tokenizer.bos_id, *ids[:-1]]
-                segments = (np.arange(64) < len(ids)).astype(np.int32)[None]
-                positions = np.arange(64, dtype=np.int32)[None]
-                x = run(tokens, positions, segments)
-                z = np.asarray(logits(parameters, x), np.float64)[0, : len(ids)]
-                z -= z.max(-1, keepdims=True)
-                logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
-                nats = -logp[np.arange(len(ids)), ids].sum()
-                assert sums[row, 0] == pytest.approx(nats, rel=1e-4)
-                assert sums[row, 1] == (z.argmax(-1) == ids).sum()
-            checked += 1
-            row += 1
-    assert row == len(sums)
-
-
-def test_accuracy_where_logits_are_nearly_flat():
-    """The target's logit must not be recomputed from what rounding has eaten."""
-    rng = np.random.default_rng(0)
-    w = rng.normal(size=(512, 8)).astype(np.float32)
-    x = (1e-2 * rng.normal(size=(4, 16, 8))).astype(np.float32)
-    best = np.einsum("btd,vd->btv", x.astype(np.float64), w).argmax(-1)
-    for chunk in (0, 4):
-        _, hit = evaluate.token_scores(x, w, best.astype(np.int32), chunk)
-        assert np.asarray(hit).mean() > 0.98
+            stream = [tokenizer.bos_id, *ids]
+            begin, done, total = 0, 0, np.zeros(2)
+            while done < len(ids):
+                end = min(begin + 64, len(ids))
+                total += score_alone(run, w_VD, stream[: end + 1], begin, done)
+                begin, done = end - 32, end
+            want.append(total)
+            whole += len(ids) <= 64
+    assert whole == len(want) if characters else 0 < whole < len(want)
+    np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
 def test_any_mesh_and_batch_gives_the_same(config, corpus, parameters, result):
     one, _ = scores(
         config, corpus, parameters, MeshConfig(1, 1, 1), jax.devices()[:1], batch_size=3
     )
-    np.testing.assert_allclose(one[:, 0], result[0][:, 0], rtol=1e-4)
+    np.testing.assert_allclose(one, result[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [16, 128])
+def test_the_head_in_chunks_gives_the_same(config, corpus, parameters, result, chunk):
+    compute = dataclasses.replace(config.compute, loss_chunk=chunk)
+    cfg = dataclasses.replace(config, compute=compute)
+    chunked, _ = scores(cfg, corpus, parameters, MESH)
+    np.testing.assert_allclose(chunked, result[0], rtol=1e-5)
+
+
+def test_chunks_never_form_all_logits():
+    x = jax.ShapeDtypeStruct((4, 64, 8), jnp.float32)
+    w = jax.ShapeDtypeStruct((512, 8), jnp.float32)
+    ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+
+    def program(chunk):
+        score = functools.partial(evaluate.token_scores, chunk=chunk)
+        return jax.jit(score).lower(x, w, ids).as_text()
+
+    assert "4x64x512" in program(0)
+    assert "4x64x512" not in program(16)
+    with pytest.raises(UserError, match=r"loss_chunk=24 does not divide .*=64"):
+        program(24)
+
+
+def test_one_program_and_one_transfer(config, corpus, parameters, monkeypatch):
+    fetched = []
+    device_get = jax.device_get
+    monkeypatch.setattr(
+        jax, "device_get", lambda x: (fetched.append(x), device_get(x))[1]
+    )
+    mesh = sharding.make_mesh(MESH)
+    model = Transformer(config.model, config.compute)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        evaluator = HeldoutEvaluator(config, corpus, mesh, model)
+        placed = jax.device_put(parameters, sharding.replicated(mesh))
+        evaluator.run(placed)
+    assert len(evaluator._rows["inputs"]) > evaluator._batch
+    assert [x.shape for x in fetched] == [(30, 2)]
+    assert fetched[0].sharding.is_fully_replicated
+    assert evaluator._step._cache_size() == 1
 
 
 def test_results_add_up(config, corpus, result):
@@ -122,7 +198,7 @@ def test_baselines(config, corpus, result):
 
 def test_a_model_that_knows_nothing_is_uniform(config, corpus, parameters):
     zeros = jax.tree.map(jnp.zeros_like, parameters)
-    _, found = scores(config, corpus, zeros, MeshConfig(1, 8, 1))
+    _, found = scores(config, corpus, zeros, MESH)
     for row in found["languages"].values():
         assert row["nll"] == pytest.approx(math.log(512), rel=1e-6)
         assert row["bits_per_byte"] == pytest.approx(row["baselines"]["uniform"])
@@ -168,6 +244,38 @@ def test_the_standard_error_is_the_bootstrap_s():
     assert error == pytest.approx(boot.std(), rel=0.1)
 
 
+def test_the_pooled_standard_error_is_the_bootstrap_s():
+    """Languages differ much, which is no error; units are drawn in each."""
+    rng = np.random.default_rng(0)
+    sizes = [rng.integers(20, 200, 300) * k for k in (1, 2, 3)]
+    bits = [s * rng.normal(r, 0.4, 300) for s, r in zip(sizes, (1, 2, 5), strict=True)]
+    value, error = pooled_ratio(bits, sizes)
+    total_bits, total_sizes = np.zeros(2000), np.zeros(2000)
+    for b, s in zip(bits, sizes, strict=True):
+        picks = rng.integers(0, 300, (2000, 300))
+        total_bits += b[picks].sum(1)
+        total_sizes += s[picks].sum(1)
+    assert value == pytest.approx(np.sum(bits) / np.sum(sizes))
+    assert error == pytest.approx((total_bits / total_sizes).std(), rel=0.1)
+    assert pooled_ratio(bits[:1], sizes[:1]) == pytest.approx(ratio(bits[0], sizes[0]))
+
+
+def test_errors_of_parallel_means_are_the_bootstrap_s_over_units(
+    config, corpus, parameters
+):
+    sums, found = scores(config, corpus, parameters, MESH, max_units=0)
+    texts = [corpus.heldout("udhr", k) for k in config.languages]
+    sizes = np.array([[len(t.encode()) for _, t in units] for units in texts])
+    bits = sums[:, 0].reshape(sizes.shape) / math.log(2)
+    n = sizes.shape[1]
+    picks = np.random.default_rng(0).integers(0, n, (4000, n))
+    bits, sizes = bits[:, picks].sum(-1), sizes[:, picks].sum(-1)
+    micro = (bits.sum(0) / sizes.sum(0)).std()
+    macro = (bits / sizes).mean(0).std()
+    assert found["micro"]["bits_per_byte_se"] == pytest.approx(micro, rel=0.1)
+    assert found["macro"]["bits_per_byte_se"] == pytest.approx(macro, rel=0.1)
+
+
 def test_the_same_units_are_chosen_in_every_language(corpus):
     chosen = [
         [i for i, _ in evaluate.choose(corpus.heldout("udhr", k), 7)]
@@ -181,3 +289,53 @@ def test_an_unknown_language(config, corpus):
     model = Transformer(config.model, config.compute)
     with pytest.raises(UserError, match="there are: en, ru, tr"):
         HeldoutEvaluator(config, corpus, mesh, model, ["xx"])
+
+
+def test_a_missing_language_is_a_named_gap(config, corpus, parameters):
+    mesh = sharding.make_mesh(MESH)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        evaluator = HeldoutEvaluator(
+            config,
+            changed(corpus, en=[]),
+            mesh,
+            Transformer(config.model, config.compute),
+        )
+        placed = jax.device_put(parameters, sharding.replicated(mesh))
+        rows = evaluator.run(placed)["sets"]["udhr"]["languages"]
+    assert evaluator.missing == {"udhr": ["en"]}
+    assert list(rows) == ["ru", "tr"]
+    assert [r["parity"] for r in rows.values()] == [None, None]
+
+
+def test_empty_units_count(config, corpus, parameters):
+    units = corpus.heldout("udhr", "ru")
+    chosen = evaluate.choose(units, 10)
+    left = {i for i, _ in chosen[5:]}
+
+    def of(changes):
+        return scores(config, changed(corpus, **changes), parameters, MESH)[1]
+
+    found = of({"ru": [(i, t if i in left else "") for i, t in units]})
+    rows = found["languages"]
+    assert rows["ru"]["units"] == rows["en"]["units"] == 10
+    assert rows["ru"]["bytes"] == sum(len(t.encode()) for _, t in chosen[5:])
+    json.dumps(found, allow_nan=False)
+    found = of({"ru": [(i, "") for i, _ in units]})
+    assert list(found["languages"]) == ["en", "tr"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_parallel_units_that_do_not_match(config, corpus):
+    mesh = sharding.make_mesh(config.mesh)
+    model = Transformer(config.model, config.compute)
+    fewer = changed(corpus, ru=corpus.heldout("udhr", "ru")[:5])
+    with pytest.raises(UserError, match="ru and en have different units"):
+        HeldoutEvaluator(config, fewer, mesh, model)
+
+
+def test_a_tokenizer_beyond_the_model(config, corpus, replace):
+    small = replace(config, "model.vocab_size", 256)
+    mesh = sharding.make_mesh(config.mesh)
+    model = Transformer(small.model, config.compute)
+    with pytest.raises(UserError, match=r"512 ids, the model .*vocab_size=256"):
+        HeldoutEvaluator(small, corpus, mesh, model)
