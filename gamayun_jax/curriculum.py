@@ -192,7 +192,8 @@ class Curriculum:
             weights = np.broadcast_to(quantise(final), (len(lengths), len(final)))
             if p.ramp != "step" and p.ramp_examples and former is not None:
                 area = ramp_integral(p.ramp, ends / p.ramp_examples) * p.ramp_examples
-                done = (np.diff(area) / lengths)[:, None]
+                # Rounding must not leave [0, 1]: it would make weights negative.
+                done = np.clip(np.diff(area) / lengths, 0.0, 1.0)[:, None]
                 ramped = ends[:-1] < p.ramp_examples
                 mixed = (1 - done[ramped]) * former + done[ramped] * final
                 weights = weights.copy()
