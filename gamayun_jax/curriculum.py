@@ -13,12 +13,14 @@ deadline first finds it (Tijdeman, "The chairman assignment problem", 1980; Baru
 al., "Proportionate progress", 1996). Hence, at every block boundary of a phase, counts
 since the phase began are within 1 of the integral, add up exactly, and never go back.
 
-Prolonging a phase re-maps nothing but its last block, if that was a short one, for
-deadlines look beyond the end. Every phase starts afresh from whole counts, because a
-decision must not depend on phases that may still be edited, and without that knowledge
-nobody stays within 1 across a change: four sources at 1/4 must give two of them their
-example by the second place; if the next phase then serves only the other two, or only
-these, one is late or early by more.
+Prolonging a phase re-maps nothing but its last block, if that was a short one:
+deadlines are exact examples, not blocks, and look beyond the end as if the phase went
+on. (A ramp that reaches into a short last block has another mean in the whole one, so
+there earlier blocks may move too.) Every phase starts afresh from whole counts, because
+a decision must not depend on phases that may still be edited, and without that
+knowledge nobody stays within 1 across changes. Take four sources at 1/4: after two
+examples two of them lag by 1/2. If the next phase is those two at 1/2, one of them lags
+by a whole 1 after its first example. Eight sources and one more halving make it 3/2.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ from gamayun_jax.config import UserError
 
 ONE = 1 << 30  # weights are whole multiples of 1 / ONE
 NEVER = np.int64(1) << 62
-VERSION = 1  # of the mapping; part of the fingerprint
+LONGEST = 1 << 32  # examples in a phase: times ONE, their integral fits in int64
+VERSION = 2  # of the mapping; part of the fingerprint
 RAMPS = ("step", "linear", "cosine")
+SCHEMES = ("natural", "temperature", "unimax", "explicit")
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,13 @@ def ramp_integral(kind: str, x: np.ndarray) -> np.ndarray:
     return area + np.maximum(x - 1.0, 0.0)
 
 
-def schedule(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def schedule(weights: np.ndarray, lengths: np.ndarray, final: np.ndarray) -> np.ndarray:
     """Whole counts within 1 of the integrals of the weights, at block boundaries.
 
     Args:
       weights: int64 [b, S] over ONE, constant in each block.
       lengths: int64 [b], examples per block.
+      final: int64 [S] over ONE, weights with which the phase would go on.
 
     Returns:
       int64 [b + 1, S], beginning with zeros; row b sums to lengths[:b].sum().
@@ -111,19 +116,23 @@ def schedule(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     floor = integral >> 30
     ceil = -((-integral) >> 30)
     deadline = np.empty((blocks, sources), np.int64)
+    total = np.cumsum(lengths)
     for s in range(sources):
         need = (floor[:, s] + 1) << 30
-        due = np.searchsorted(integral[:, s], need, side="left").astype(np.int64)
-        # Past the end: as if the phase went on, so that prolonging it changes nothing.
-        late = due == blocks
-        rate = int(weights[-1, s])
-        if rate:
-            lack = need[late] - integral[-1, s]
-            due[late] = blocks - 1 - (-lack // (rate * int(lengths.max())))
-        else:
-            due[late] = NEVER
-        deadline[:, s] = due
-    total = np.cumsum(lengths)
+        block = np.searchsorted(integral[:, s], need, side="left")
+        # The first example by which the integral reaches `need`. Blocks alone would
+        # not do: a short last one would move the deadlines just beyond it, and ties
+        # with them, when the phase is prolonged.
+        late = block == blocks
+        block[late] = blocks - 1
+        rate = np.where(late, final[s], weights[block, s])
+        reached = np.where(late, integral[-1, s], 0)
+        begin = np.where(late, total[-1], 0)
+        inside = ~late & (block > 0)
+        reached[inside] = integral[block[inside] - 1, s]
+        begin[inside] = total[block[inside] - 1]
+        due = begin - (reached - need) // np.maximum(rate, 1)  # rounds up
+        deadline[:, s] = np.where(rate > 0, due, NEVER)
     counts = np.zeros((blocks + 1, sources), np.int64)
     now = counts[0]
     for b in range(blocks):
@@ -158,9 +167,11 @@ class Curriculum:
     def __post_init__(self) -> None:
         if self.block_examples < 1:
             raise UserError(f"block_examples={self.block_examples} must be at least 1")
-        for name in self.start:
+        for name, cursor in self.start.items():
             if name not in self.sources:
                 raise UserError(f"start names {name!r}, which is not a source")
+            if cursor < 0:
+                raise UserError(f"start of {name!r} is {cursor}; it must be at least 0")
         for p in self.phases:
             check_phase(p, self.sources)
 
@@ -189,7 +200,8 @@ class Curriculum:
             size = self.block_examples
             ends = np.append(np.arange(0, p.examples, size, dtype=np.int64), p.examples)
             lengths = np.diff(ends)
-            weights = np.broadcast_to(quantise(final), (len(lengths), len(final)))
+            rates = quantise(final)
+            weights = np.broadcast_to(rates, (len(lengths), len(final)))
             if p.ramp != "step" and p.ramp_examples and former is not None:
                 area = ramp_integral(p.ramp, ends / p.ramp_examples) * p.ramp_examples
                 # Rounding must not leave [0, 1]: it would make weights negative.
@@ -198,8 +210,7 @@ class Curriculum:
                 mixed = (1 - done[ramped]) * former + done[ramped] * final
                 weights = weights.copy()
                 weights[ramped] = quantise(mixed)
-            # The last, short block counts as a whole one for deadlines beyond it.
-            found.append(Blocks(start, ends, schedule(weights, lengths)))
+            found.append(Blocks(start, ends, schedule(weights, lengths, rates)))
             start += p.examples
             former = final
         return tuple(found)
@@ -334,35 +345,42 @@ class Curriculum:
         return rows
 
     def _past(self, example: int) -> list[tuple[str, Any]]:
-        """Everything that determines the examples before `example`, as named parts."""
-        used = self.consumed(example)
-        touched = [s for s, n in enumerate(self.names) if used[n] > self.offsets[s]]
+        """Everything that determines the examples before `example`, as named parts.
+
+        Only sources used by then count, in their order, which breaks ties; what a
+        block gives to others comes after `example` in it.
+        """
+        if not example:
+            return []
+        touched = np.flatnonzero(self.counts_at(example)).tolist()
         parts: list[tuple[str, Any]] = [
-            ("version", VERSION),
+            ("order of sources", [self.names[s] for s in touched]),
+            ("version of the mapping", VERSION),
             ("seed", self.seed),
             ("block_examples", self.block_examples),
         ]
         for s in touched:
             parts.append((f"size of {self.names[s]}", self.sources[self.names[s]]))
             parts.append((f"start of {self.names[s]}", int(self.offsets[s])))
-        for p, b in zip(self.phases, self._blocks, strict=True):
+        for k, b in enumerate(self._blocks):
             if b.start >= example:
                 break
             last = min(-(-(example - b.start) // self.block_examples), len(b.ends) - 1)
             past = b.counts[: last + 1][:, touched]
             digest = hashlib.sha256(b.ends[: last + 1].tobytes() + past.tobytes())
-            parts.append((f"mapping of phase {p.name}", digest.hexdigest()))
+            # By number: a phase's name determines nothing.
+            parts.append((f"mapping of phase {k}", digest.hexdigest()))
         return parts
 
     def fingerprint(self, example: int) -> str:
         """Hash of what determines the examples before `example`, and nothing else:
         later phases, and sources not yet used, may change."""
-        names = [n for n, c in self.consumed(example).items() if c]
-        data = json.dumps([names, self._past(example)], sort_keys=True)
+        data = json.dumps(self._past(example))
         return hashlib.sha256(data.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "version": VERSION,
             "phases": [dataclasses.asdict(p) for p in self.phases],
             "sources": dict(self.sources),
             "seed": self.seed,
@@ -373,8 +391,16 @@ class Curriculum:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Curriculum:
-        phases = tuple(Phase(**p) for p in data["phases"])
-        return cls(phases, **{k: v for k, v in data.items() if k != "phases"})
+        """Inverse of `to_json`. UserError if another version of the mapping wrote it:
+        what it served cannot be computed here, so it cannot be compared either."""
+        if (version := data.get("version", 1)) != VERSION:
+            raise UserError(
+                f"a curriculum of mapping version {version}, but this program has "
+                f"{VERSION}: go on with the release of gamayun_jax that wrote it, or "
+                "start another run with --init-from"
+            )
+        rest = {k: v for k, v in data.items() if k not in ("version", "phases")}
+        return cls(tuple(Phase(**p) for p in data["phases"]), **rest)
 
 
 def unit_hash(*parts: Any) -> float:
@@ -386,8 +412,10 @@ def unit_hash(*parts: Any) -> float:
 def check_phase(phase: Phase, sources: Mapping[str, int]) -> None:
     """Raise UserError naming the field that is wrong."""
     at = f"phase {phase.name!r}"
-    if phase.examples < 1:
-        raise UserError(f"{at}: examples={phase.examples} must be at least 1")
+    if not 1 <= phase.examples <= LONGEST:
+        raise UserError(
+            f"{at}: examples={phase.examples} must be in 1..2**32; split a longer phase"
+        )
     if phase.ramp not in RAMPS:
         raise UserError(f"{at}: ramp={phase.ramp!r}; choose one of {', '.join(RAMPS)}")
     if not 0 <= phase.ramp_examples <= phase.examples:
@@ -441,28 +469,46 @@ def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
         return [f"it ends at example {new.total}, but {example} were trained on"]
     if old.fingerprint(example) == new.fingerprint(example):
         return []
+    # What differs early differs later too, so the first such example can be bisected.
+    same, differs = 0, example
+    while differs - same > 1:
+        middle = (same + differs) // 2
+        if old.fingerprint(middle) == new.fingerprint(middle):
+            same = middle
+        else:
+            differs = middle
+    lines = [f"examples from number {same} on would be re-mapped"]
     before, after = dict(old._past(example)), dict(new._past(example))
-    lines = []
     for key in {**before, **after}:
-        if before.get(key) != after.get(key) and not key.startswith("mapping"):
-            lines.append(f"{key} was {before.get(key)} and is {after.get(key)}")
-    for a, b in zip(old.phases, new.phases, strict=False):
-        for name in {**a.weights, **b.weights}:
-            x, y = a.weights.get(name, 0.0), b.weights.get(name, 0.0)
-            if abs(x - y) > 1e-9:
-                lines.append(f"share of {name} in {a.name} was {x:.4g} and is {y:.4g}")
+        # A source that only one side has used is told by its count below.
+        both = key in before and key in after and not key.startswith("mapping")
+        if both and before[key] != after[key]:
+            lines.append(f"{key} was {before[key]} and is {after[key]}")
+
+    def shares(where: str, a: Mapping[str, float], b: Mapping[str, float]) -> None:
+        for name in {**a, **b}:
+            x, y = a.get(name, 0.0), b.get(name, 0.0)
+            if x != y:
+                lines.append(f"share of {name} {where} was {x:.9g} and is {y:.9g}")
+
+    shares("before the run", old.before, new.before)
+    for a, b, begin in zip(old.phases, new.phases, old._blocks, strict=False):
+        if begin.start >= example:  # the future may change
+            break
+        shares(f"in {a.name}", a.weights, b.weights)
         for key in ("examples", "ramp", "ramp_examples"):
             x, y = getattr(a, key), getattr(b, key)
             if x != y:
                 lines.append(f"{key} of {a.name} was {x} and is {y}")
-    was, would = old.consumed(example), new.consumed(example)
+    was = dict(zip(old.names, old.counts_at(example).tolist(), strict=True))
+    would = dict(zip(new.names, new.counts_at(example).tolist(), strict=True))
     for name in {**was, **would}:
         if was.get(name, 0) != would.get(name, 0):
             lines.append(
                 f"{name}: {was.get(name, 0)} examples were served, "
                 f"{would.get(name, 0)} would have been"
             )
-    return lines or ["the order of sources differs"]
+    return lines
 
 
 def mixture_shares(
@@ -485,12 +531,16 @@ def mixture_shares(
       budget: tokens of the phase, for unimax.
 
     Raises:
-      UserError: a pattern that matches nothing, two globs that match one source,
-        shares beyond 1, a rest that nobody may take.
+      UserError: an unknown scheme, a share below 0, a pattern that matches nothing, two
+        globs that match one source, shares beyond 1, a rest that nobody may take.
     """
+    if scheme not in SCHEMES:
+        raise UserError(f"scheme={scheme!r}; choose one of {', '.join(SCHEMES)}")
     owner: dict[str, str] = {}
-    for pattern in shares:
-        matched = [n for n in sizes if n == pattern or fnmatch.fnmatch(n, pattern)]
+    for pattern, share in shares.items():
+        if not (math.isfinite(share) and share >= 0):
+            raise UserError(f"shares: {pattern!r} has {share}; give a share >= 0")
+        matched = [n for n in sizes if n == pattern or fnmatch.fnmatchcase(n, pattern)]
         if not matched:
             raise UserError(
                 f"shares: {pattern!r} matches no source{near(pattern, sizes)}"
@@ -532,7 +582,8 @@ def mixture_shares(
         portions = unimax(languages, max_epochs, budget * rest)
     else:
         power = alpha if scheme == "temperature" else 1.0
-        portions = {k: float(n) ** power for k, n in languages.items()}
+        most = max(languages.values())  # relative, lest a large alpha overflow
+        portions = {k: (n / most) ** power for k, n in languages.items()}
     total_portion = sum(portions.values())
     for name, size in sizes.items():
         language = name.split("/")[0]

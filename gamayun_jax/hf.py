@@ -244,6 +244,11 @@ def export_hf(
     store = Checkpoints(folder, read_only=True)
     with contextlib.closing(store):
         meta = store.meta(step)
+        if meta.get("bits"):
+            raise UserError(
+                f"{folder}/{step} is quantised to {meta['bits']} bits: export the "
+                "checkpoint that it was made from"
+            )
         cfg = from_json(meta["config"], f"{folder}/{step}")
         data = config_to_hf(cfg.model, dtype)
         found, notes = find_tokenizer(run, cfg, meta, tokenizer), []
@@ -402,4 +407,16 @@ def model_card(
         "```",
         "",
     ]
+    if not imported:  # with our tokenizer
+        lines += [
+            "With llama.cpp, whose converter takes a SentencePiece model to begin "
+            "texts with a space, which this one does not:",
+            "",
+            "```sh",
+            "python convert_hf_to_gguf.py . --outfile model.gguf",
+            "llama-cli -m model.gguf "
+            "--override-kv tokenizer.ggml.add_space_prefix=bool:false",
+            "```",
+            "",
+        ]
     return "\n".join(lines)

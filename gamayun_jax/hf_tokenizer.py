@@ -246,7 +246,7 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     bos = tokenizer.pieces[tokenizer.bos_id]
     out.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A",
-        pair=f"{bos} $A {bos} $B",
+        pair=f"{bos} $A $B",
         special_tokens=[(bos, tokenizer.bos_id)],
     )
     out.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -265,6 +265,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_len,
         "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,  # read by llama.cpp's converter
         # A text that spells <s> is not the token <s>.
         "split_special_tokens": True,
         **{
