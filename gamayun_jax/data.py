@@ -192,93 +192,89 @@ def make_plan(
     )
 
 
-@dataclass(frozen=True)
-class Examples:
-    """A source's records cut into examples: int32 [T + 1] each, random access."""
-
-    records: Sequence[np.ndarray]
-    seq_len: int
-    per_record: int
-
-    def __len__(self) -> int:
-        return len(self.records) * self.per_record
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        record, part = divmod(int(index), self.per_record)
-        at = part * self.seq_len
-        return self.records[record][at : at + self.seq_len + 1]
-
-
-class Selection(grain.transforms.DatasetSelectionMap):
-    """Local example i -> (dataset, position): this host's rows of each batch."""
-
-    def __init__(self, plan: DataPlan, rows: np.ndarray):
-        self._plan, self._rows = plan, rows
-
-    def __len__(self) -> int:
-        return self._plan.total_steps * len(self._rows)
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        step, row = divmod(int(index), len(self._rows))
-        example = step * self._plan.batch_size + self._rows[row]
-        dataset, position = self._plan.lookup(np.array([example]))
-        return int(dataset[0]), int(position[0])
-
-
 def make_batch(
     tokens: np.ndarray, language: np.ndarray, bos: int, pad: int
 ) -> dict[str, np.ndarray]:
     """Records int32 [B, T + 1] and languages int32 [B] to a batch (see the module)."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    B, T = inputs.shape
+    # Documents are much longer than a token, so both arrays are written in runs, one
+    # per document, instead of by scans over all tokens. A row that cuts into a
+    # document begins a run too: segment 1 at position 0, not padding.
     begins = inputs == bos
-    segment_ids = np.cumsum(begins, axis=1, dtype=np.int32)
-    # A row that cuts into a document begins with segment 1 too, not with padding.
-    segment_ids += (~begins[:, :1]).astype(np.int32)
-    places = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
-    last_begin = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    begins[:, 0] = True
+    starts = np.flatnonzero(begins)
+    lengths = np.diff(starts, append=B * T)
+    row = starts // T
+    first_run = np.searchsorted(row, np.arange(B))
+    number = np.arange(1, len(starts) + 1) - first_run[row]
+    segment_ids = np.repeat(number.astype(np.int32), lengths).reshape(B, T)
+    places = np.arange(B * T, dtype=np.int32)
+    positions = (places - np.repeat(starts.astype(np.int32), lengths)).reshape(B, T)
     padding = inputs == pad
+    if padding.any():
+        positions[padding] = 0
+        segment_ids[padding] = 0
     return {
         "inputs": inputs,
         "targets": targets,
-        "positions": np.where(padding, 0, places - last_begin).astype(np.int32),
-        "segment_ids": np.where(padding, 0, segment_ids),
-        "language": np.broadcast_to(language[:, None], inputs.shape).astype(np.int32),
+        "positions": positions,
+        "segment_ids": segment_ids,
+        "language": np.repeat(language.astype(np.int32), T).reshape(B, T),
         "valid": ((targets != pad) & (targets != bos)).astype(np.float32),
     }
+
+
+class LocalBatches:
+    """This host's part of each step's batch, by the step: random access, no state.
+
+    The order of a source's examples is Grain's index shuffle, anew in each epoch; it
+    is computed for an index at a time, so nothing grows with the corpus. Whole batches
+    are read here, instead of examples by Grain, because its cost for each element is
+    more than that of reading one (benchmarks/loader.py).
+    """
+
+    def __init__(self, cfg: Config, corpus: Corpus, plan: DataPlan, rows: np.ndarray):
+        tokenizer = corpus.tokenizer()
+        self._bos, self._pad = tokenizer.bos_id, tokenizer.pad_id
+        self._plan, self._rows, self._seq_len = plan, rows, cfg.data.seq_len
+        self._per_record = corpus.manifest["record_tokens"] // self._seq_len
+        self._records = [corpus.records(name) for name in plan.sources]
+        self._languages = np.array(plan.languages, np.int32)
+        self._order = []
+        for segment in plan.segments:
+            for name, records in zip(plan.sources, self._records, strict=True):
+                # By name, so that another source's coming or going changes nothing.
+                seed = (segment.seed * 65_537 + zlib.crc32(name.encode())) % 2**32
+                size = len(records) * self._per_record
+                self._order.append(
+                    grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+                )
+
+    def __len__(self) -> int:
+        return self._plan.total_steps
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        examples = int(step) * self._plan.batch_size + self._rows
+        datasets, positions = self._plan.lookup(examples)
+        sources = datasets % len(self._records)
+        tokens = np.empty((len(examples), self._seq_len + 1), np.int32)
+        for row, (dataset, source, position) in enumerate(
+            zip(datasets.tolist(), sources.tolist(), positions.tolist(), strict=True)
+        ):
+            example = self._order[dataset][position]
+            record, part = divmod(example, self._per_record)
+            at = part * self._seq_len
+            tokens[row] = self._records[source][record][at : at + self._seq_len + 1]
+        return make_batch(tokens, self._languages[sources], self._bos, self._pad)
 
 
 def local_batches(
     cfg: Config, corpus: Corpus, plan: DataPlan, rows: np.ndarray, first_step: int
 ) -> grain.IterDataset:
     """This host's batches from `first_step` on: dicts of arrays [len(rows), T]."""
-    tokenizer = corpus.tokenizer()
-    bos, pad, size = tokenizer.bos_id, tokenizer.pad_id, len(rows)
-    record_tokens = corpus.manifest["record_tokens"]
-    datasets = []
-    for segment in plan.segments:
-        for number, name in enumerate(plan.sources):
-            examples = Examples(
-                corpus.records(name),
-                cfg.data.seq_len,
-                record_tokens // cfg.data.seq_len,
-            )
-            language = np.int32(plan.languages[number])
-            # By name, so that another source's coming or going changes nothing.
-            seed = (segment.seed * 65_537 + zlib.crc32(name.encode())) % 2**32
-            datasets.append(
-                grain.MapDataset.source(examples)  # type: ignore[arg-type]
-                .seed(seed)
-                .shuffle()
-                .repeat()
-                .map(lambda tokens, language=language: (tokens, language))
-            )
-
-    def to_batch(rows_and_languages: tuple[np.ndarray, np.ndarray]) -> Any:
-        return make_batch(*rows_and_languages, bos, pad)
-
-    data = grain.MapDataset.select_from_datasets(datasets, Selection(plan, rows))
-    data = data.batch(size).map(to_batch)[first_step:]
-    return data.to_iter_dataset(
+    source: Any = LocalBatches(cfg, corpus, plan, rows)
+    return grain.MapDataset.source(source)[first_step:].to_iter_dataset(
         grain.ReadOptions(
             num_threads=cfg.data.threads, prefetch_buffer_size=cfg.data.prefetch
         )
