@@ -31,15 +31,23 @@ def attention(
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    G = N // K
+    # Heads first, and a key-value head's queries in rows R = G x T: plain batched
+    # matrix products, which no backend needs to transpose again.
+    q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4) * H**-0.5
+    q_BKRH = q_BKRH.reshape(B, K, G * T, H)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    scores_BKRS = jnp.einsum(
+        "BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32
     )
     slot_T1 = q_offset + jnp.arange(T, dtype=jnp.int32)[:, None]
     causal_TS = slot_T1 >= jnp.arange(S, dtype=jnp.int32)[None, :]
     same_BTS = q_segment_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]
     mask_BTS = jnp.logical_and(same_BTS, causal_TS[None])
+    scores_BKGTS = scores_BKRS.reshape(B, K, G, T, S)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH)
+    probs_BKRS = probs_BKGTS.reshape(B, K, G * T, S)
+    out_BKRH = jnp.einsum("BKRS,BKSH->BKRH", probs_BKRS, v_BKSH)
+    out_BTKGH = out_BKRH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
     return out_BTKGH.reshape(B, T, N, H)

@@ -17,7 +17,7 @@ A batch is a dict of arrays [B, T], B rows over all hosts:
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 

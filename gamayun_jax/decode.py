@@ -26,6 +26,11 @@ from gamayun_jax.sampling import choose
 CHUNK = 16  # tokens decoded between two looks at the text
 
 
+def next_size(slots: int) -> int:
+    """The next of 2, 3, 4, 6, 8, 12, 16, ... cache slots: powers of two and between."""
+    return slots * 3 // 2 if slots & (slots - 1) == 0 else slots * 4 // 3
+
+
 class Decoder:
     """Weights laid out for decoding, and the programs that use them.
 
@@ -54,17 +59,18 @@ class Decoder:
         self.decode = jax.jit(self._decode_fn, static_argnums=5, donate_argnums=1)
 
         def longer(caches: Any, segments_BS: jax.Array) -> Any:
-            S = segments_BS.shape[1]
+            added = next_size(segments_BS.shape[1]) - segments_BS.shape[1]
+            more = ((0, 0), (0, 0), (0, 0), (0, added))
             wider = [
-                tuple(jnp.pad(x, ((0, 0), (0, S), (0, 0), (0, 0))) for x in pair)
-                for pair in caches
+                (jnp.pad(k_BKHS, more), jnp.pad(v_BKSH.mT, more).mT)
+                for k_BKHS, v_BKSH in caches
             ]
-            return wider, jnp.pad(segments_BS, ((0, 0), (0, S)))
+            return wider, jnp.pad(segments_BS, ((0, 0), (0, added)))
 
         self._longer = jax.jit(longer)
 
     def longer(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state with twice the cache slots."""
+        """The state with `next_size` cache slots."""
         caches, segments_BS = self._longer(state["caches"], state["segments"])
         return {**state, "caches": caches, "segments": segments_BS}
 
@@ -123,10 +129,13 @@ class Decoder:
             ids_BT = jnp.where(valid_BT, tokens_BT, V)
             rows_B1 = jnp.arange(B)[:, None]
             seen_BV = seen_BV.at[rows_B1, ids_BT].set(True, mode="drop")
-        axes = ("batch", None, "kv_heads", None)
-        empty = nn.with_logical_constraint(jnp.zeros((B, T, K, H), self.dtype), axes)
+        axes = ("batch", "kv_heads", None, None)
+        k_BKHS, v_BKSH = (
+            nn.with_logical_constraint(jnp.zeros((B, K, *rest), self.dtype), axes)
+            for rest in ((H, T), (T, H))
+        )
         state = dict(
-            caches=[(empty, empty)] * self.cfg.num_layers,
+            caches=[(k_BKHS, v_BKSH)] * self.cfg.num_layers,
             segments=jnp.zeros((B, T), jnp.int32),
             index=jnp.int32(0),
         )

@@ -3,8 +3,9 @@
 Prompts of different lengths are padded on the left, so that all rows of a batch write
 the same cache slot. Batch, prompt length and cache are rounded up to powers of two
 and the sampling parameters are arguments of the programs, so what is compiled depends
-on sizes only. The cache doubles when it is full: a step attends over at most twice
-the slots that are filled, and memory follows the text, not the window.
+on sizes only. The cache grows by half or a third when it is full: a step attends over
+at most one and a half times the slots that are filled, and memory follows the text,
+not the window.
 
 Shape suffixes: B rows, T prompt tokens, S cache slots, C tokens of a chunk.
 """
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 
 from gamayun_jax import sharding
 from gamayun_jax.config import ComputeConfig, ModelConfig, UserError
-from gamayun_jax.decode import CHUNK, Decoder
+from gamayun_jax.decode import CHUNK, Decoder, next_size
 from gamayun_jax.sampling import Sampling
 from gamayun_jax.tokenizer import Tokenizer
 
@@ -180,7 +181,7 @@ class Generator:
                 S = state["segments"].shape[1]
                 if used == S:
                     state = self.decoder.longer(state)
-                    S *= 2
+                    S = next_size(S)
                 count = min(CHUNK, max_tokens - total, S - used)
                 state, new_BC, n = self.decoder.decode(
                     self.decoder.weights, state, values, stops, np.int32(count), program

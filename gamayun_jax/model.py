@@ -141,14 +141,17 @@ class Attention(nn.Module):
         )
         q_segments, kv_segments, offset = segments
         if layer_cache is not None:
-            at = (0, offset, 0, 0)
-            k_BTKH = jax.lax.dynamic_update_slice(
-                layer_cache[0], k_BTKH.astype(layer_cache[0].dtype), at
+            k_BKHS, v_BKSH = layer_cache
+            k_BKHS = jax.lax.dynamic_update_slice(
+                k_BKHS,
+                k_BTKH.transpose(0, 2, 3, 1).astype(k_BKHS.dtype),
+                (0, 0, 0, offset),
             )
-            v_BTKH = jax.lax.dynamic_update_slice(
-                layer_cache[1], v_BTKH.astype(layer_cache[1].dtype), at
+            v_BKSH = jax.lax.dynamic_update_slice(
+                v_BKSH, v_BTKH.swapaxes(1, 2).astype(v_BKSH.dtype), (0, 0, offset, 0)
             )
-            layer_cache = (k_BTKH, v_BTKH)
+            layer_cache = (k_BKHS, v_BKSH)
+            k_BTKH, v_BTKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.swapaxes(1, 2)
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, q_segments, kv_segments, offset)
         w_NHD = _param(self, "o", (N, H, D), ("heads", None, "embed"), out_std)
         y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_NHD.astype(self.dtype))
@@ -286,11 +289,15 @@ class Transformer(nn.Module):
 def init_cache(
     cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
 ) -> Cache:
-    """An empty key-value cache: k, v [L, B, S, K, H]; slots are filled in order."""
-    shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
+    """An empty key-value cache: k [L, B, K, H, S], v [L, B, K, S, H].
+
+    Slots are filled in order. The layouts are those of the two matrix products of
+    attention, so that a decoding step does not transpose what is there already.
+    """
+    shape = (cfg.num_layers, batch, cfg.num_kv_heads)
     return dict(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=jnp.zeros((*shape, cfg.head_dim, slots), dtype),
+        v=jnp.zeros((*shape, slots, cfg.head_dim), dtype),
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         index=jnp.zeros((), jnp.int32),
     )

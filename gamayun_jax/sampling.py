@@ -98,7 +98,11 @@ def choose(
     if penalise:
         logits_BV = penalised(logits_BV, seen_BV, values["penalty"])
     if not drawn:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        # The first of the largest: two plain reductions, several times as fast on CPU
+        # as argmax, which reduces pairs.
+        peak_B1 = logits_BV.max(axis=-1, keepdims=True)
+        ids_1V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)[None]
+        return jnp.where(logits_BV == peak_B1, ids_1V, logits_BV.shape[-1]).min(axis=-1)
     logits_BV = logits_BV / values["temperature"]
     key = jax.random.fold_in(jax.random.key(values["seed"]), step)
     rows = jnp.arange(len(logits_BV), dtype=jnp.uint32)
