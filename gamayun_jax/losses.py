@@ -139,8 +139,9 @@ def _head_forward(x_BTD, w_VD, targets_BT, weights_BT, z_loss, with_grad):
     d_BTV -= jnp.where(hit_BTV, weights_BT[..., None], 0.0)
     d_BTV = d_BTV.astype(x_BTD.dtype)
     dx_BTD = jnp.einsum("BTV,VD->BTD", d_BTV, w_VD)
-    dw_VD = jnp.einsum("BTV,BTD->VD", d_BTV, x_BTD, preferred_element_type=jnp.float32)
-    return loss, nll_BT, (dx_BTD, dw_VD)
+    # x first: on CPU XLA transposes the first factor, and this one is the narrower.
+    dw_DV = jnp.einsum("BTD,BTV->DV", x_BTD, d_BTV, preferred_element_type=jnp.float32)
+    return loss, nll_BT, (dx_BTD, dw_DV)
 
 
 def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, with_grad):
@@ -168,13 +169,13 @@ def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, with_grad):
         dw = dw + grads[1] if with_grad else None
         return (loss + part_loss, dw), (nll, dx)
 
-    dw0 = jnp.zeros(w_VD.shape, jnp.float32) if with_grad else None
+    dw0 = jnp.zeros(w_VD.shape[::-1], jnp.float32) if with_grad else None
     parts = (cut(x_BTD), cut(targets_BT), cut(weights_BT))
-    (loss, dw_VD), (nll, dx) = jax.lax.scan(step, (jnp.zeros(()), dw0), parts)
+    (loss, dw_DV), (nll, dx) = jax.lax.scan(step, (jnp.zeros(()), dw0), parts)
     nll_BT = jnp.moveaxis(nll, 0, 1).reshape(B, T)
     if not with_grad:
         return loss, nll_BT, None
-    return loss, nll_BT, (jnp.moveaxis(dx, 0, 1).reshape(B, T, D), dw_VD)
+    return loss, nll_BT, (jnp.moveaxis(dx, 0, 1).reshape(B, T, D), dw_DV)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -198,9 +199,9 @@ def _head_fwd(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk):
 
 
 def _head_bwd(z_loss, chunk, grads, cotangents):
-    dx_BTD, dw_VD = grads
+    dx_BTD, dw_DV = grads
     g = cotangents[0]
-    return dx_BTD * g.astype(dx_BTD.dtype), dw_VD * g, None, None
+    return dx_BTD * g.astype(dx_BTD.dtype), dw_DV.T * g, None, None
 
 
 head_loss.defvjp(_head_fwd, _head_bwd)

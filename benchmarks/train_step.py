@@ -1,0 +1,268 @@
+"""The train step on CPU against PyTorch and a bare JAX loop: tokens per second.
+
+    pip install torch transformers    # optional: two of the peers
+    python benchmarks/train_step.py [--rounds 5] [--threads 1]
+
+Llama-style, 8 layers, width 256, 4 heads, FFN 1024, vocabulary 8192, sequences of 256,
+batch 16, float32, AdamW, synthetic tokens. Each peer is a process of its own that
+makes a few steps when told to; rounds go in turns. Ours is the real step of step.py:
+token weights, per-language sums, segment ids and all. Reported: medians of wall time
+and of CPU time, the time to the first step and the peak resident memory.
+
+  jax      what one writes first: einsums, log_softmax + take_along_axis, optax.adamw,
+           layers unrolled
+  eager    transformers' LlamaForCausalLM and torch.optim.AdamW
+  compiled the same through torch.compile
+
+Figures: see docs/speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LAYERS, D, N, F, V, T, B = 8, 256, 4, 1024, 8192, 256, 16
+STEPS = 3  # of a turn
+PEERS = ("gamayun_jax", "gamayun_jax scan", "jax", "eager", "compiled")
+TINY = Path(__file__).parents[1] / "experiments" / "tiny.py"
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, V, (B, T + 1)).astype(np.int32)
+
+
+def ours(scan: bool) -> Callable[[], Any]:
+    import flax.linen as nn
+    import jax
+
+    from gamayun_jax import config as c
+    from gamayun_jax import sharding, step
+    from gamayun_jax.data import make_batch
+    from gamayun_jax.losses import make_token_weights
+
+    replace = dataclasses.replace
+    base = c.load_config(TINY)
+    model = c.ModelConfig(
+        vocab_size=V, num_layers=LAYERS, d_model=D, num_heads=N, num_kv_heads=N,
+        head_dim=D // N, d_ff=F, max_seq_len=T,
+    )  # fmt: skip
+    cfg = replace(
+        base,
+        model=model,
+        data=replace(base.data, seq_len=T, batch_size=B),
+        corpus=replace(
+            base.corpus,
+            record_tokens=T,
+            tokenizer=replace(base.corpus.tokenizer, vocab_size=V),
+        ),
+        compute=c.ComputeConfig(scan_layers=scan, loss_chunk=32),
+    )
+    mesh = sharding.make_mesh(cfg.mesh)
+    names = cfg.languages
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        state = step.new_state(cfg, mesh)
+        tables = make_token_weights(
+            c.TokenWeightConfig("bytes"),
+            names,
+            V,
+            dict.fromkeys(names, 1 / len(names)),
+            np.full(V, 4, np.int32),
+            dict.fromkeys(names, 4.0),
+        )
+        run = step.compile_step(cfg, mesh, step.abstract_state(cfg, mesh), 0, tables, 0)
+    languages = np.arange(B, dtype=np.int32) % len(names)
+    rows = sharding.batch_sharding(mesh)
+    batch = jax.device_put(make_batch(tokens(), languages, 1, 0), rows)
+
+    def one() -> None:
+        nonlocal state
+        state, _ = run(state, batch)
+        jax.block_until_ready(state)
+
+    return one
+
+
+def bare_jax() -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    H = D // N
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(0, 0.02, shape), jnp.float32)
+
+    params = {
+        "embedding": weight(V, D),
+        "norm": jnp.ones(D),
+        "layers": [
+            {
+                "q": weight(D, N, H), "k": weight(D, N, H), "v": weight(D, N, H),
+                "o": weight(N, H, D), "gate": weight(D, F), "up": weight(D, F),
+                "down": weight(F, D), "norm1": jnp.ones(D), "norm2": jnp.ones(D),
+            }
+            for _ in range(LAYERS)
+        ],
+    }  # fmt: skip
+    optimizer = optax.adamw(1e-3)
+    angle = np.arange(T)[:, None] * 10_000.0 ** (-np.arange(0, H, 2) / H)
+    cos = jnp.asarray(np.cos(angle), jnp.float32)[None, :, None]
+    sin = jnp.asarray(np.sin(angle), jnp.float32)[None, :, None]
+    mask = np.tril(np.ones((T, T), bool))[None, None]
+
+    def norm(x, scale):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
+
+    def rotate(x):
+        a, b = jnp.split(x, 2, -1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def loss(params, ids):
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        x = params["embedding"][inputs]
+        for p in params["layers"]:
+            h = norm(x, p["norm1"])
+            q = rotate(jnp.einsum("btd,dnh->btnh", h, p["q"]))
+            k = rotate(jnp.einsum("btd,dnh->btnh", h, p["k"]))
+            v = jnp.einsum("btd,dnh->btnh", h, p["v"])
+            scores = jnp.einsum("btnh,bsnh->bnts", q, k) * H**-0.5
+            probs = jax.nn.softmax(jnp.where(mask, scores, -1e9), -1)
+            out = jnp.einsum("bnts,bsnh->btnh", probs, v)
+            x = x + jnp.einsum("btnh,nhd->btd", out, p["o"])
+            h = norm(x, p["norm2"])
+            x = x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+        logits = norm(x, params["norm"]) @ params["embedding"].T
+        logp = jax.nn.log_softmax(logits, -1)
+        return -jnp.take_along_axis(logp, targets[..., None], -1).mean()
+
+    @jax.jit
+    def step(params, state, ids):
+        grads = jax.grad(loss)(params, ids)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, ids = optimizer.init(params), jnp.asarray(tokens())
+
+    def one() -> None:
+        nonlocal params, state
+        params, state = jax.block_until_ready(step(params, state, ids))
+
+    return one
+
+
+def pytorch(compiled: bool, threads: int) -> Callable[[], Any]:
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS,
+        num_attention_heads=N, num_key_value_heads=N, max_position_embeddings=T,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    run = torch.compile(model) if compiled else model
+    ids = torch.from_numpy(tokens()[:, :T].astype(np.int64))
+
+    def one() -> None:
+        run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return one
+
+
+def worker(peer: str, threads: int) -> None:
+    """Make a step, say so, then make STEPS whenever a line comes in."""
+    begin = time.perf_counter()
+    if peer == "jax":
+        one = bare_jax()
+    elif peer.startswith("gamayun_jax"):
+        one = ours("scan" in peer)
+    else:
+        one = pytorch(peer == "compiled", threads)
+    one()
+    one()
+    print(json.dumps({"first": time.perf_counter() - begin}), flush=True)
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(STEPS):
+            one()
+        count = STEPS * B * T
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        row = {
+            "wall": count / (time.perf_counter() - wall),
+            "cpu": count / (time.process_time() - cpu),
+            "peak": peak,
+        }
+        print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    # XLA takes as many threads as the process may use cores.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    if args.worker:
+        worker(args.worker, args.threads)
+        return
+    running, first = {}, {}
+    for peer in args.peers:
+        command = [sys.executable, __file__, "--worker", peer]
+        process = subprocess.Popen(
+            [*command, "--threads", str(args.threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            print(f"{peer}: left out, it cannot be run here")
+            continue
+        running[peer], first[peer] = process, json.loads(line)["first"]
+    rows: dict[str, list[dict[str, float]]] = {peer: [] for peer in running}
+    for _ in range(args.rounds):
+        for peer, process in running.items():
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            rows[peer].append(json.loads(process.stdout.readline()))
+    for process in running.values():
+        process.communicate()
+    base = statistics.median(r["wall"] for r in rows[args.peers[0]])
+    print(f"{args.threads} threads, {args.rounds} rounds of {STEPS} steps")
+    for peer, found in rows.items():
+        wall = [r["wall"] for r in found]
+        median = statistics.median(wall)
+        print(
+            f"{peer:>16} {median:6.0f} tokens/s ({min(wall):.0f}-{max(wall):.0f}), "
+            f"{statistics.median(r['cpu'] for r in found):6.0f} per CPU second; first "
+            f"step {first[peer]:4.0f} s; peak {found[-1]['peak']:5.0f} MiB; "
+            f"{args.peers[0]} is {base / median:.2f} times that"
+        )
+
+
+if __name__ == "__main__":
+    main()
