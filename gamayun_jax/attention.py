@@ -19,12 +19,16 @@ def attention(
     q_segment_ids_BT: jax.Array,
     kv_segment_ids_BS: jax.Array,
     q_offset: jax.Array | int = 0,
+    q_context_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention: softmax(q k^T / sqrt(H)) v.
 
     A query sees the keys of its own segment whose slot is not after its own. The
     slot of query t is `q_offset + t`; segment 0 is padding and sees only padding.
     Scores and softmax are float32 whatever the inputs' dtype.
+
+    With `q_context_ids_BT` a query also sees the segment named there: a context that
+    several continuations in the row share.
 
     Returns:
       [B, T, N, H] in the dtype of `q_BTNH`.
@@ -43,6 +47,8 @@ def attention(
     slot_T1 = q_offset + jnp.arange(T, dtype=jnp.int32)[:, None]
     causal_TS = slot_T1 >= jnp.arange(S, dtype=jnp.int32)[None, :]
     same_BTS = q_segment_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]
+    if q_context_ids_BT is not None:
+        same_BTS |= q_context_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]
     mask_BTS = jnp.logical_and(same_BTS, causal_TS[None])
     scores_BKGTS = scores_BKRS.reshape(B, K, G, T, S)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)

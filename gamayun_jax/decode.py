@@ -98,7 +98,7 @@ class Decoder:
                 cache,
                 cos_BT1H,
                 sin_BT1H,
-                (segments_BT, kv_segments_BS, at),
+                (segments_BT, kv_segments_BS, at, None),
             )
             caches.append(cache)
         norm = RMSNorm(cfg.norm_eps)

@@ -169,7 +169,7 @@ class Attention(nn.Module):
         q_BTNH = nn.with_logical_constraint(
             q_BTNH, ("batch", "length", "act_heads", None)
         )
-        q_segments, kv_segments, offset = segments
+        q_segments, kv_segments, offset, q_contexts = segments
         if layer_cache is not None:
             k_BKHS, v_BKSH = layer_cache
             k_BKHS = jax.lax.dynamic_update_slice(
@@ -182,7 +182,9 @@ class Attention(nn.Module):
             )
             layer_cache = (k_BKHS, v_BKSH)
             k_BTKH, v_BTKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.swapaxes(1, 2)
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, q_segments, kv_segments, offset)
+        out_BTNH = attention(
+            q_BTNH, k_BTKH, v_BTKH, q_segments, kv_segments, offset, q_contexts
+        )
         w_NHD = _param(self, "o", (N, H, D), ("heads", None, "embed"), out_std)
         y_BTD = project(out_BTNH, w_NHD.astype(self.dtype), 2)
         return y_BTD, layer_cache
@@ -247,6 +249,7 @@ class Transformer(nn.Module):
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array,
         cache: Cache | None = None,
+        contexts_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states after the final norm, and the updated cache.
 
@@ -254,6 +257,8 @@ class Transformer(nn.Module):
           tokens_BT: int32 ids.
           positions_BT: int32 position of each token in its document, for RoPE.
           segment_ids_BT: int32; tokens see only their own segment; 0 is padding.
+          contexts_BT: int32, a second segment that a token sees: a context that several
+            continuations in a row share.
           cache: from `init_cache`; the T new tokens are written at its `index`.
 
         Returns:
@@ -287,7 +292,8 @@ class Transformer(nn.Module):
                 cache["segment_ids"], segment_ids_BT, (0, offset)
             )
             layer_caches = (cache["k"], cache["v"])
-        context = (cos_BT1H, sin_BT1H, (segment_ids_BT, kv_segments_BS, offset))
+        segments = (segment_ids_BT, kv_segments_BS, offset, contexts_BT)
+        context = (cos_BT1H, sin_BT1H, segments)
 
         block = Block
         if self.compute.remat != "none" and cache is None:

@@ -20,6 +20,7 @@ LAYERS = [
     {"corpus_build"},
     {"data", "hf_model", "hf_tokenizer", "decode", "generate", "quantize", "sampling"},
     {"step", "evaluate", "hf"},
+    {"score"},
     {"lineage"},
     {"figures"},
     {"train", "plan", "report"},
