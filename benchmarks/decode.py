@@ -48,13 +48,7 @@ PROMPT, NEW = 64, 128
 class NoText:
     """Token ids only: nothing is decoded to text, no token stops a row."""
 
-    bos_id, eos_id = 1, -1
-
-    def encode(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def decode(self, ids: list[int]) -> str:
-        return ""
+    stop_ids = ()
 
 
 def random_params(cfg: c.ModelConfig) -> dict:

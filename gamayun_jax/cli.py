@@ -209,7 +209,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from gamayun_jax import evaluate, generate, sampling
+    from gamayun_jax import evaluate, generate, hf, sampling
 
     names = [f.name for f in dataclasses.fields(sampling.Sampling)]
     chosen = sampling.Sampling(**{name: getattr(args, name) for name in names})
@@ -217,7 +217,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if not prompts and not args.interactive:
         raise UserError("nothing to continue: give --prompt TEXT or --interactive")
     cfg, params, meta, mesh = evaluate.load_params(args.model, quantised=True)
-    tokenizer = generate.find_tokenizer(args.model, meta, Path(cfg.data.corpus))
+    tokenizer = hf.open_tokenizer(args.model, meta, cfg.data.corpus)
     model = generate.Generator(cfg.model, params, mesh, tokenizer, cfg.compute)
 
     def show(prompt: str) -> None:
@@ -249,12 +249,12 @@ def run_generate(args: argparse.Namespace) -> int:
 def run_quantize(args: argparse.Namespace) -> int:
     import jax
 
-    from gamayun_jax import evaluate, generate, quantize, runs
+    from gamayun_jax import evaluate, hf, quantize, runs
 
     if args.out.exists():
         raise UserError(f"{args.out} exists already: choose another folder")
     cfg, params, meta, _ = evaluate.load_params(args.model, quantised=True)
-    tokenizer = generate.find_tokenizer(args.model, meta, Path(cfg.data.corpus))
+    tokenizer = hf.open_tokenizer(args.model, meta, cfg.data.corpus)
     small = jax.jit(quantize.quantize, static_argnums=1)(params, args.bits)
     quantize.save(small, meta, args.bits, tokenizer, args.out)
     old, new = (quantize.size_bytes(tree) for tree in (params, small))

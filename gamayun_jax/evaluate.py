@@ -27,12 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gamayun_jax import checkpoint, quantize, sharding
+from gamayun_jax import checkpoint, hf, quantize, sharding
 from gamayun_jax.config import Config, MeshConfig, UserError, from_json
 from gamayun_jax.corpus import Corpus, open_corpus
 from gamayun_jax.data import global_batch, host_rows
 from gamayun_jax.losses import nll_and_logsumexp
 from gamayun_jax.model import Transformer, abstract_params, unembedding
+from gamayun_jax.tokenizer import TextCoder
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,13 @@ class HeldoutEvaluator:
         mesh: Mesh,
         model: Transformer,
         languages: Sequence[str] | None = None,
+        tokenizer: TextCoder | None = None,
     ):
         """Tokenise and pack everything once.
+
+        Args:
+          languages: evaluate these only.
+          tokenizer: the model's; default: the corpus's.
 
         Raises:
           UserError: a language that no held-out set has, a tokenizer with more ids
@@ -177,17 +183,20 @@ class HeldoutEvaluator:
         self._vocab_size = cfg.model.vocab_size
         # Gaps, not zeros: languages of the config (or asked for) that a set lacks.
         self.missing = {
-            name: [k for k in languages or cfg.languages if k not in found]
+            name: [k for k in languages or cfg.languages if k not in (*found, "und")]
             for name, found in self.sets.items()
         }
-        tokenizer = corpus.tokenizer()
+        own = corpus.tokenizer()
+        tokenizer = own if tokenizer is None else tokenizer
         if tokenizer.vocab_size > cfg.model.vocab_size:
             raise UserError(
                 f"the corpus's tokenizer has {tokenizer.vocab_size} ids, the model "
                 f"only model.vocab_size={cfg.model.vocab_size}: give the corpus that "
                 "the model was trained on"
             )
-        unigram = unigram_bits(corpus)
+        # The frequencies of a corpus are of its own tokens.
+        same = tokenizer.fingerprint == own.fingerprint
+        unigram = unigram_bits(corpus) if same else {}
         length = cfg.data.seq_len
         self._units: dict[tuple[str, str], range] = {}
         self._baselines: dict[tuple[str, str], dict[str, float | None]] = {}
@@ -209,7 +218,7 @@ class HeldoutEvaluator:
                 first = len(sizes)
                 ids_of = [tokenizer.encode(text) for _, text in units]
                 for (_, text), unit in zip(units, ids_of, strict=True):
-                    parts += windows(len(sizes), unit, tokenizer.bos_id, length)
+                    parts += windows(len(sizes), unit, tokenizer.start_id, length)
                     sizes.append(len(text.encode()))
                     tokens.append(len(unit))
                     cut.append(len(unit) > length)
@@ -432,10 +441,19 @@ def baselines(
 def load_params(
     path: Path, quantised: bool = False
 ) -> tuple[Config, Any, dict[str, Any], Mesh]:
-    """Config, parameters, checkpoint meta and mesh of a run folder or checkpoint.
+    """Config, parameters, checkpoint meta and mesh of a model.
 
-    Quantised parameters come back as floats, unless `quantised`.
+    Args:
+      path: run folder (its newest checkpoint), one checkpoint, or a folder in Hugging
+        Face's format, which is read straight onto the devices.
+      quantised: leave quantised parameters as they are; else they become floats.
+
+    Raises:
+      UserError: none of these, or damaged.
     """
+    if hf.is_hf_folder(path):
+        mesh = sharding.make_mesh(MeshConfig())
+        return *hf.read_hf(path, mesh), mesh
     folder, step = checkpoint.find_checkpoint(path)
     store = checkpoint.Checkpoints(folder, read_only=True)
     meta = store.meta(step)
@@ -466,20 +484,32 @@ def evaluate_checkpoint(
     languages: Sequence[str] | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run folder's newest checkpoint, or one checkpoint, on a corpus."""
+    """Evaluate a model on the held-out sets of a corpus, with the model's tokenizer.
+
+    Args:
+      path: as of `load_params`; without a corpus of its own if it was imported.
+      corpus_folder: default: the run's own.
+
+    Raises:
+      UserError: a model or corpus that cannot be read, no tokenizer of the model.
+    """
     cfg, params, meta, mesh = load_params(path)
-    corpus = open_corpus(corpus_folder or Path(cfg.data.corpus))
-    tokenizer = corpus.manifest["tokenizer"]["fingerprint"]
-    if meta["tokenizer"] != tokenizer:
+    if not (corpus_folder or cfg.data.corpus):
         raise UserError(
-            f"{path} was trained with another tokenizer than corpus {corpus.folder}: "
-            "give --corpus the one it was trained on"
+            f"{path} was not trained on a corpus here: give --corpus, a corpus folder "
+            "with held-out sets"
         )
+    corpus = open_corpus(corpus_folder or Path(cfg.data.corpus))
+    tokenizer: TextCoder = corpus.tokenizer()
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        tokenizer = hf.open_tokenizer(path, meta, cfg.data.corpus)
     if batch_size:
         evaluation = dataclasses.replace(cfg.evaluation, batch_size=batch_size)
         cfg = dataclasses.replace(cfg, evaluation=evaluation)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         model = Transformer(cfg.model, cfg.compute)
-        result = HeldoutEvaluator(cfg, corpus, mesh, model, languages).run(params)
+        result = HeldoutEvaluator(cfg, corpus, mesh, model, languages, tokenizer).run(
+            params
+        )
     head = {"model": meta["lineage"].get("run"), "step": meta["step"], "label": "eval"}
     return {**head, "tokens": meta["tokens"], "stage": "", **result}

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,21 +25,10 @@ from gamayun_jax import sharding
 from gamayun_jax.config import ComputeConfig, ModelConfig, UserError
 from gamayun_jax.decode import CHUNK, Decoder, next_size
 from gamayun_jax.sampling import Sampling
-from gamayun_jax.tokenizer import Tokenizer
+from gamayun_jax.tokenizer import TextCoder, TextStream
 
 SMALLEST = 16  # shortest bucket of prompts, in tokens
 STOPS = 8  # most stop ids of a call
-
-
-class TextCoder(Protocol):
-    """What generation needs of a tokenizer. `bos_id` is -1 where there is none."""
-
-    @property
-    def bos_id(self) -> int: ...
-    @property
-    def eos_id(self) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
 
 
 def bucket(n: int, least: int = 1) -> int:
@@ -78,12 +66,8 @@ class Generator:
         Raises:
           UserError: it is too long and may not be cut.
         """
-        bos = [self.tokenizer.bos_id] if self.tokenizer.bos_id >= 0 else []
-        ids = bos + self.tokenizer.encode(prompt)
-        if not ids:
-            raise UserError(
-                "the prompt is empty and the tokenizer has no BOS: give one"
-            )
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        ids = bos + self.tokenizer.encode(prompt) or [self.tokenizer.start_id]
         window = self.cfg.max_seq_len
         room = window - max_tokens
         if len(ids) <= room:
@@ -109,12 +93,13 @@ class Generator:
         """Continue each prompt; returns the new text only, without the stop token.
 
         Args:
-          prompts: texts; an empty one is continued from BOS.
+          prompts: texts; an empty one is continued from BOS, or from what ends a
+            document where there is none.
           max_tokens: most new tokens of each.
           sampling: how tokens are chosen.
           on_text: called with (prompt number, new text) as it comes, in pieces of
             about CHUNK tokens that never end within a character.
-          stop_ids: ids that end a text, at most STOPS; default: EOS.
+          stop_ids: ids that end a text, at most STOPS; default: the tokenizer's.
           truncate: cut long prompts from the left, with a message, instead of
             refusing them.
 
@@ -123,7 +108,7 @@ class Generator:
         """
         ids = [self.encode(p, max_tokens, truncate) for p in prompts]
         made = self.generate_ids(ids, max_tokens, sampling, on_text, stop_ids)
-        return [self.tokenizer.decode(row) for row in made]
+        return [TextStream(self.tokenizer)(row, last=True) for row in made]
 
     def generate_ids(
         self,
@@ -134,7 +119,7 @@ class Generator:
         stop_ids: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """`generate` for prompts of token ids, with BOS where it belongs."""
-        stop_ids = [self.tokenizer.eos_id] if stop_ids is None else list(stop_ids)
+        stop_ids = list(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
         if max_tokens < 1 or len(stop_ids) > STOPS:
             raise UserError(
                 f"{max_tokens} new tokens, {len(stop_ids)} stop ids: ask for at least "
@@ -151,23 +136,21 @@ class Generator:
         stops = np.array(stop_ids + [-1] * (STOPS - len(stop_ids)), np.int32)
         values, program = sampling.values(), sampling.program
         made: list[list[int]] = [[] for _ in prompts]
-        shown = [0] * len(prompts)
+        streams = [TextStream(self.tokenizer) for _ in prompts]
         ended = [False] * len(prompts)
 
         def take(new_BC: np.ndarray, last: bool) -> None:
             for row, ids in enumerate(new_BC[: len(prompts)]):
+                begin = len(made[row])
                 for token in ids if not ended[row] else ():
                     ended[row] = int(token) in stop_ids
                     if ended[row]:
                         break
                     made[row].append(int(token))
                 if on_text:
-                    text = self.tokenizer.decode(made[row])
-                    if not (ended[row] or last):
-                        text = text.rstrip("\ufffd")  # the rest of it may come
-                    if len(text) > shown[row]:
-                        on_text(row, text[shown[row] :])
-                        shown[row] = len(text)
+                    text = streams[row](made[row][begin:], ended[row] or last)
+                    if text:
+                        on_text(row, text)
 
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             rows = sharding.batch_sharding(self.mesh)
@@ -189,23 +172,3 @@ class Generator:
                 total, used = total + count, used + count
                 take(np.asarray(new_BC)[:, : int(n)], total == max_tokens)
         return made
-
-
-def find_tokenizer(model: Path, meta: dict[str, Any], corpus: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint: beside it, in its run folder, or the corpus's.
-
-    Raises:
-      UserError: there is none, or another than the model was trained with.
-    """
-    model = model.absolute()
-    folders = [model, *list(model.parents)[:2], corpus]
-    found = [f / "tokenizer.model" for f in folders if (f / "tokenizer.model").exists()]
-    for path in found:
-        tokenizer = Tokenizer(path)
-        if tokenizer.fingerprint == meta["tokenizer"]:
-            return tokenizer
-    raise UserError(
-        f"{found[0]} is another tokenizer than {model} was trained with"
-        if found
-        else f"{model} has no tokenizer.model, nor has {corpus}: copy the run's there"
-    )

@@ -22,8 +22,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from gamayun_jax import __version__, files, sharding
 from gamayun_jax.checkpoint import Checkpoints, TrainState, find_checkpoint
 from gamayun_jax.config import (
+    ComputeConfig,
     Config,
     DataConfig,
+    EvalConfig,
     MixtureConfig,
     ModelConfig,
     ScheduleConfig,
@@ -32,9 +34,7 @@ from gamayun_jax.config import (
     from_json,
     to_json,
 )
-from gamayun_jax.corpus import open_corpus
 from gamayun_jax.hf_model import (
-    ARCHITECTURES,
     DTYPES,
     config_from_hf,
     config_to_hf,
@@ -44,11 +44,11 @@ from gamayun_jax.hf_model import (
 from gamayun_jax.hf_tokenizer import (
     TOKENIZER_FILES,
     HFTokenizer,
-    load_tokenizer,
     read_object,
     write_tokenizer,
 )
 from gamayun_jax.model import abstract_params, parameter_count
+from gamayun_jax.model_card import model_card
 from gamayun_jax.tokenizer import Tokenizer
 
 # Copied from an imported folder into the run folder, and out again.
@@ -83,6 +83,90 @@ def new_folder(out: Path) -> Iterator[Path]:
 # --- in -------------------------------------------------------------------------
 
 
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder holds a model in Hugging Face's format, not a run."""
+    path = folder / "config.json"
+    if (folder / "checkpoints").is_dir() or not path.is_file():
+        return False
+    return "model_type" in read_object(path)
+
+
+def describe(folder: Path) -> tuple[dict[str, Any], ModelConfig, HFTokenizer | None]:
+    """A Hugging Face folder's config.json, our config of the model, its tokenizer.
+
+    Raises:
+      UserError: the folder is not a model that can be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no config.json: give a folder with a model in Hugging "
+            "Face's format"
+        )
+    data = read_object(path)
+    model = config_from_hf(data, str(path))
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = HFTokenizer(folder)
+        check_vocabulary(tokenizer, model, folder)
+    return data, model, tokenizer
+
+
+def read_hf(
+    folder: Path, mesh: Mesh | None = None
+) -> tuple[Config, Any, dict[str, Any]]:
+    """A Hugging Face folder's config, parameters and meta, as of a checkpoint.
+
+    Nothing is written: `evaluate.load_params` takes such folders as they are.
+
+    Args:
+      mesh: parameters go straight onto it; default: onto one device.
+
+    Raises:
+      UserError: the folder is not a model that can be read.
+    """
+    data, model, tokenizer = describe(folder)
+    shardings = None
+    if mesh is not None:
+        sharding.check_model(model, mesh)
+        shardings = sharding.logical_shardings(abstract_params(model), mesh)
+    params = read_weights(folder, model, shardings)
+    name = folder.resolve().name
+    cfg = imported_config(name, model)
+    origin = {
+        "format": "huggingface",
+        "folder": name,
+        "model_type": data["model_type"],
+        "dtype": data.get("dtype") or data.get("torch_dtype"),
+    }
+    now = datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
+    lineage = {
+        "run": name,
+        "started": now,
+        "parameters": parameter_count(model),
+        "init_from": None,
+        "imported": origin,
+        "stages": [],
+        "checkpoints": [{"step": 0, "tokens": 0, "reason": "import", "stage": ""}],
+        "events": [],
+        "versions": {"gamayun_jax": __version__, "jax": jax.__version__},
+    }
+    meta = dict(
+        step=0,
+        tokens=0,
+        config=to_json(cfg),
+        tokenizer=tokenizer.fingerprint if tokenizer else None,
+        consumed={},
+        curricula=[],
+        origin=None,
+        lineage=lineage,
+        interval=None,
+        seed=0,
+        shares={},
+    )
+    return cfg, params, meta
+
+
 def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, Any]:
     """Read a Hugging Face folder; write a run folder with one checkpoint, step 0.
 
@@ -98,61 +182,9 @@ def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, An
     Raises:
       UserError: the folder is not a model that can be read, or `out` exists.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} has no config.json: give a folder with a model in Hugging "
-            "Face's format"
-        )
-    data = read_object(folder / "config.json")
-    model = config_from_hf(data, str(folder / "config.json"))
-    tokenizer, notes = None, []
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = HFTokenizer(folder)
-        check_vocabulary(tokenizer, model, folder)
-    else:
-        notes.append(
-            f"{folder} has no tokenizer.json: the weights are imported, but the model "
-            "can neither be evaluated nor generate text"
-        )
-    name = folder.resolve().name
-    cfg = imported_config(name, model)
+    data, _, tokenizer = describe(folder)
     with new_folder(out) as temporary:
-        shardings = None
-        if mesh is not None:
-            sharding.check_model(model, mesh)
-            shardings = sharding.logical_shardings(abstract_params(model), mesh)
-        params = read_weights(folder, model, shardings)
-        origin = {
-            "format": "huggingface",
-            "folder": name,
-            "model_type": data["model_type"],
-            "dtype": data.get("dtype") or data.get("torch_dtype"),
-        }
-        now = datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
-        lineage = {
-            "run": name,
-            "started": now,
-            "parameters": parameter_count(model),
-            "init_from": None,
-            "imported": origin,
-            "stages": [],
-            "checkpoints": [{"step": 0, "tokens": 0, "reason": "import", "stage": ""}],
-            "events": [],
-            "versions": {"gamayun_jax": __version__, "jax": jax.__version__},
-        }
-        meta = dict(
-            step=0,
-            tokens=0,
-            config=to_json(cfg),
-            tokenizer=tokenizer.fingerprint if tokenizer else None,
-            consumed={},
-            curricula=[],
-            origin=None,
-            lineage=lineage,
-            interval=None,
-            seed=0,
-            shares={},
-        )
+        cfg, params, meta = read_hf(folder, mesh)
         store = Checkpoints(temporary / "checkpoints")
         try:
             store.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 0, meta)
@@ -160,28 +192,109 @@ def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, An
         finally:
             store.close()
         files.write_text(temporary / "config.json", to_json(cfg))
-        files.write_json(temporary / "lineage.json", lineage)
+        files.write_json(temporary / "lineage.json", meta["lineage"])
         if tokenizer:
             # The only settings of config.json that the tokenizer still needs.
             names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
             ids = {k: data[k] for k in names if data.get(k) is not None}
             copy_kept(folder, temporary, ids)
+    missing = (
+        f"{folder} has no tokenizer.json: the weights are imported, but the model can "
+        "neither be evaluated nor generate text"
+    )
     return {
-        "parameters": lineage["parameters"],
+        "parameters": meta["lineage"]["parameters"],
         "tokenizer": tokenizer.vocab_size if tokenizer else None,
-        "notes": notes,
+        "notes": [] if tokenizer else [missing],
     }
 
 
 def imported_config(name: str, model: ModelConfig) -> Config:
-    """A config around an imported model: trained elsewhere, on what is unknown."""
+    """A config around an imported model: trained elsewhere, on what is unknown.
+
+    Rows and batches are sized for evaluation: published vocabularies are large.
+    """
+    length = min(1024, model.max_seq_len)
     return Config(
         name=name,
         languages=("und",),  # undetermined (ISO 639)
         model=model,
         stages=(StageConfig("imported", 1, MixtureConfig(), ScheduleConfig()),),
-        data=DataConfig(seq_len=min(4096, model.max_seq_len)),
+        data=DataConfig(seq_len=length),
+        compute=ComputeConfig(loss_chunk=0 if length % 128 else 128),
+        evaluation=EvalConfig(batch_size=8),
     )
+
+
+def copy_kept(source: Path, out: Path, ids: Mapping[str, Any]) -> None:
+    """Copy the tokenizer's files; `ids` go into generation_config.json."""
+    for name in KEPT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    path = out / "generation_config.json"
+    former = read_object(path) if path.is_file() else {}
+    files.write_json(path, {**ids, **former})
+
+
+# --- tokenizers -----------------------------------------------------------------
+
+
+def open_tokenizer(
+    path: Path,
+    meta: Mapping[str, Any],
+    corpus: str | Path | None = None,
+    given: Path | None = None,
+) -> Tokenizer | HFTokenizer:
+    """The tokenizer that a model was trained with, ours or an imported one.
+
+    Args:
+      path: the model: run folder, one checkpoint, or a Hugging Face folder.
+      meta: of its checkpoint, as `evaluate.load_params` returns it.
+      corpus: the corpus it was trained on, which is looked into last.
+      given: look only here: a folder or a .model file.
+
+    Raises:
+      UserError: it cannot be found, or only others are there.
+    """
+    path = Path(path).absolute()
+    wanted = meta["tokenizer"]
+    if given is not None:
+        places = [Path(given)]
+    elif wanted is None:
+        raise UserError(
+            f"{path} was imported without a tokenizer: put its tokenizer.json beside "
+            "its config.json and import it again"
+        )
+    else:
+        inside = path.name.isdigit() or path.name == "checkpoints"
+        places = [path, *(path.parents[:2] if inside else ())]
+        places += [Path(corpus)] if corpus else []
+    other = None
+    for place in places:
+        for tokenizer in tokenizers_in(place):
+            if wanted in (None, tokenizer.fingerprint):
+                return tokenizer
+            other = other or (place, tokenizer.fingerprint)
+    if other:
+        raise UserError(
+            f"{other[0]} has another tokenizer ({other[1][:12]}) than {path} was "
+            f"trained with ({wanted[:12]}): give the right one"
+        )
+    raise UserError(
+        f"{path} has no tokenizer, nor has "
+        f"{' or '.join(str(p) for p in places if p != path) or 'its corpus'}: copy the "
+        "run's tokenizer.model (or tokenizer.json) there"
+    )
+
+
+def tokenizers_in(path: Path) -> Iterator[Tokenizer | HFTokenizer]:
+    """Those of a folder (tokenizer.json first), or the one of a .model file."""
+    if path.is_file():
+        yield Tokenizer(path)
+    if (path / "tokenizer.json").is_file():
+        yield HFTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        yield Tokenizer(path / "tokenizer.model")
 
 
 def check_vocabulary(
@@ -196,16 +309,6 @@ def check_vocabulary(
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids, but the model has "
             f"vocab_size={model.vocab_size}: they do not belong together"
         )
-
-
-def copy_kept(source: Path, out: Path, ids: Mapping[str, Any]) -> None:
-    """Copy the tokenizer's files; `ids` go into generation_config.json."""
-    for name in KEPT_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-    path = out / "generation_config.json"
-    former = read_object(path) if path.is_file() else {}
-    files.write_json(path, {**ids, **former})
 
 
 # --- out ------------------------------------------------------------------------
@@ -251,13 +354,13 @@ def export_hf(
             )
         cfg = from_json(meta["config"], f"{folder}/{step}")
         data = config_to_hf(cfg.model, dtype)
-        found, notes = find_tokenizer(run, cfg, meta, tokenizer), []
-        source = tokenizer or run
-        if found is None:
+        found, notes = None, []
+        if meta["tokenizer"] is None and tokenizer is None:
             notes.append(
                 f"{run} has no tokenizer: the weights are exported without one"
             )
         else:
+            found = open_tokenizer(model, meta, cfg.data.corpus, tokenizer)
             check_vocabulary(found, cfg.model, run)
         with new_folder(out) as temporary:
             # On the host: nothing is computed, and a device may have less memory.
@@ -268,7 +371,7 @@ def export_hf(
             )
             params = store.restore_params(step, abstract)
             paths = write_weights(params, cfg.model, temporary, max_shard_bytes, dtype)
-            write_rest(found, cfg, meta, data, source, temporary)
+            write_rest(found, cfg, data, temporary)
             path = run / "eval" / f"{step}.json"
             if evaluation is None and path.is_file():
                 evaluation = read_object(path)
@@ -279,144 +382,22 @@ def export_hf(
     return {"parameters": parameter_count(cfg.model), "files": names, "notes": notes}
 
 
-def find_tokenizer(
-    run: Path, cfg: Config, meta: Mapping[str, Any], given: Path | None
-) -> Tokenizer | HFTokenizer | None:
-    """The tokenizer a checkpoint was trained with; None if it was imported without.
-
-    Raises:
-      UserError: it cannot be found, or the one given is another.
-    """
-    found: Tokenizer | HFTokenizer
-    if given is not None:
-        found, where = load_tokenizer(given), str(given)
-    elif (run / "tokenizer.json").is_file():
-        found, where = load_tokenizer(run), str(run)
-    elif meta["tokenizer"] is None:
-        return None
-    else:
-        found = open_corpus(Path(cfg.data.corpus)).tokenizer()
-        where = f"corpus {cfg.data.corpus}"
-    if meta["tokenizer"] not in (None, found.fingerprint):
-        raise UserError(
-            f"{where} has another tokenizer ({found.fingerprint[:12]}) than {run} was "
-            f"trained with ({meta['tokenizer'][:12]}): give the right one"
-        )
-    return found
-
-
 def write_rest(
     tokenizer: Tokenizer | HFTokenizer | None,
     cfg: Config,
-    meta: Mapping[str, Any],
     data: dict[str, Any],
-    source: Path,
     out: Path,
 ) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
     ids = {}
     if tokenizer is not None:
         ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        if tokenizer.bos_id >= 0:
+        if tokenizer.bos_id is not None:
             ids["bos_token_id"] = tokenizer.bos_id
     if isinstance(tokenizer, HFTokenizer):
-        copy_kept(source, out, ids)
+        copy_kept(tokenizer.folder, out, ids)
     else:
         files.write_json(out / "generation_config.json", {**ids, "do_sample": False})
     if isinstance(tokenizer, Tokenizer):
         write_tokenizer(tokenizer, out, cfg.model.max_seq_len)
     files.write_json(out / "config.json", {**data, **ids})
-
-
-def model_card(
-    cfg: Config,
-    meta: Mapping[str, Any],
-    data: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None,
-) -> str:
-    """README.md of an exported model: what it is, where from, how well it does."""
-    m, lineage = cfg.model, meta["lineage"]
-    languages = [k for k in cfg.languages if k != "und"]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if languages:
-        lines += ["language:", *(f"- {k}" for k in languages)]
-    lines += [
-        "---",
-        "",
-        f"# {cfg.name}",
-        "",
-        f"A decoder of {parameter_count(m):,} parameters, exported by gamayun_jax "
-        f"{__version__} as `{ARCHITECTURES[data['model_type']]}` in "
-        f"{data['torch_dtype']}: {m.num_layers} layers, width {m.d_model}, "
-        f"{m.num_heads} query and {m.num_kv_heads} key-value heads of {m.head_dim}, "
-        f"SwiGLU {m.d_ff}, vocabulary {m.vocab_size:,}, context {m.max_seq_len:,}.",
-        "",
-        "## Training",
-        "",
-    ]
-    if imported := lineage.get("imported"):
-        lines += [
-            f"Not trained here: imported from `{imported['folder']}` "
-            f"({imported['model_type']}).",
-        ]
-    else:
-        lines += [
-            f"Trained on {meta['tokens']:,} tokens ({meta['step']:,} steps).",
-            f"Languages: {', '.join(languages)}." if languages else "",
-            "",
-            "| stage | from token | to token |",
-            "|---|---:|---:|",
-            *(
-                f"| {s['name']} | {s['start_tokens']:,} | {s['end_tokens']:,} |"
-                for s in lineage.get("stages", ())
-            ),
-        ]
-        sources = lineage.get("corpus", {}).get("sources", {})
-        lines += ["", "| source | documents | tokens |", "|---|---:|---:|"]
-        lines += [
-            f"| {name} | {s['documents']:,} | {s['tokens']:,} |"
-            for name, s in sources.items()
-        ]
-    if lineage.get("init_from"):
-        origin = lineage["init_from"]
-        lines += ["", f"Began from `{origin.get('checkpoint')}`."]
-    lines += ["", "`lineage.json` has the whole record.", ""]
-    for name, result in ((evaluation or {}).get("sets") or {}).items():
-        lines += [
-            f"## Held-out set {name}",
-            "",
-            "| language | bits per byte | ± | token accuracy |",
-            "|---|---:|---:|---:|",
-        ]
-        rows = dict(result["languages"])
-        rows |= {k: result[k] for k in ("macro", "micro") if k in result}
-        lines += [
-            f"| {k} | {r['bits_per_byte']:.4f} | {r['bits_per_byte_se']:.4f} | "
-            f"{r['accuracy']:.1%} |"
-            for k, r in rows.items()
-        ]
-        lines.append("")
-    lines += [
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        'model = AutoModelForCausalLM.from_pretrained(".")',
-        "```",
-        "",
-    ]
-    if not imported:  # with our tokenizer
-        lines += [
-            "With llama.cpp, whose converter takes a SentencePiece model to begin "
-            "texts with a space, which this one does not:",
-            "",
-            "```sh",
-            "python convert_hf_to_gguf.py . --outfile model.gguf",
-            "llama-cli -m model.gguf "
-            "--override-kv tokenizer.ggml.add_space_prefix=bool:false",
-            "```",
-            "",
-        ]
-    return "\n".join(lines)

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, decoders, models, processors
 
 from gamayun_jax import files
 from gamayun_jax.config import UserError
-from gamayun_jax.tokenizer import FIXED_PIECES, SPACE, Tokenizer
+from gamayun_jax.tokenizer import FIXED_PIECES, SPACE, Tokenizer, join_bytes
 
 # What a Hugging Face folder keeps of its tokenizer; copied as they are.
 TOKENIZER_FILES = (
@@ -58,7 +58,7 @@ def byte_alphabet() -> dict[str, int]:
 class HFTokenizer:
     """The tokenizer of a Hugging Face folder. Picklable.
 
-    `bos_id` is -1 where the tokenizer begins texts with no token of its own (Qwen);
+    `bos_id` is None where the tokenizer begins texts with no token of its own (Qwen);
     `start_id` is then the end-of-text token, which parts documents there and serves as
     context of a text's first token.
 
@@ -88,6 +88,7 @@ class HFTokenizer:
     def __setstate__(self, source: tuple[str, str, dict[str, Any]]) -> None:
         self._source = source
         where, text, settings = source
+        self.folder = Path(where).parent
         try:
             self._tok = tokenizers.Tokenizer.from_str(text)
             data = json.loads(text)
@@ -123,7 +124,7 @@ class HFTokenizer:
         begins = find("bos") if own.get("bos_token") or not own else []
         self.eos_id = ends[0]
         self.stop_ids = tuple(ends)
-        self.bos_id = begins[0] if begins else -1
+        self.bos_id: int | None = begins[0] if begins else None
         self.start_id = begins[0] if begins else (find("bos") or ends)[0]
         self.pad_id = (find("pad") or ends)[0]
 
@@ -165,27 +166,30 @@ class HFTokenizer:
             raise UserError(f"a text to tokenise is not valid Unicode: {e}") from e
         return [x.ids for x in found]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text that ids spell; control tokens spell nothing.
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids spell; control tokens spell nothing."""
+        return join_bytes(self._spelled, ids)
 
-        A character cut in the middle shows as U+FFFD.
-        """
-        ids = list(ids)
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise UserError(f"token id {i} is outside 0..{self.vocab_size - 1}")
-        return b"".join(self._spelled[i] for i in ids).decode("utf-8", "replace")
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these bytes; a character cut in the middle shows as U+FFFD."""
+        return self.spell(ids).decode("utf-8", "replace")
+
+    def write(self, folder: Path) -> None:
+        """Files in `folder` from which the same tokenizer can be read."""
+        _, text, settings = self._source
+        files.write_text(folder / "tokenizer.json", text)
+        if "tokenizer_config.json" in settings:
+            own = settings["tokenizer_config.json"]
+            files.write_json(folder / "tokenizer_config.json", own)
+        names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
+        config = settings.get("config.json", {})
+        ids = {k: config[k] for k in names if config.get(k) is not None}
+        generation = settings.get("generation_config.json", {})
+        files.write_json(folder / "generation_config.json", {**ids, **generation})
 
     def byte_lengths(self) -> np.ndarray:
         """int32[V]: UTF-8 bytes that each id spells; 0 for control tokens."""
         return np.array([len(s) for s in self._spelled], np.int32)
-
-
-def load_tokenizer(path: Path) -> Tokenizer | HFTokenizer:
-    """The tokenizer of a folder (tokenizer.json first) or of a .model file."""
-    if path.is_dir() and (path / "tokenizer.json").is_file():
-        return HFTokenizer(path)
-    return Tokenizer(path / "tokenizer.model" if path.is_dir() else path)
 
 
 def is_period(piece: str, n: int) -> bool:
@@ -243,11 +247,11 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     out = tokenizers.Tokenizer(model)
     out.add_special_tokens([AddedToken(s, normalized=False) for s in special])
     out.add_tokens([AddedToken(s, normalized=False) for s in FIXED_PIECES])
-    bos = tokenizer.pieces[tokenizer.bos_id]
+    bos = tokenizer.pieces[tokenizer.start_id]
     out.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A",
         pair=f"{bos} $A $B",
-        special_tokens=[(bos, tokenizer.bos_id)],
+        special_tokens=[(bos, tokenizer.start_id)],
     )
     out.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return out

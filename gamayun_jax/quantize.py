@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from gamayun_jax.checkpoint import Checkpoints, TrainState
 from gamayun_jax.config import UserError
-from gamayun_jax.tokenizer import Tokenizer
+from gamayun_jax.tokenizer import TextCoder
 
 GROUP = 64
 # Matrix -> its axes that are summed over, from the end; the rest are output channels.
@@ -142,7 +142,7 @@ def abstract_quantised(abstract: Any, bits: int) -> Any:
 
 
 def save(
-    params: Any, meta: dict[str, Any], bits: int, tokenizer: Tokenizer, out: Path
+    params: Any, meta: dict[str, Any], bits: int, tokenizer: TextCoder, out: Path
 ) -> None:
     """Write quantised parameters as a checkpoint with its tokenizer, whole or not.
 
@@ -158,7 +158,7 @@ def save(
         store.save(state, meta["step"], {**meta, "bits": bits})
         store.wait()
         store.close()
-        tokenizer.save(temporary / "tokenizer.model")
+        tokenizer.write(temporary)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,6 +10,7 @@ Hugging Face export writes it, gives the same tokens.)
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import math
@@ -18,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -37,6 +38,72 @@ MAX_SENTENCE = 1000
 CHARACTER_COVERAGE = 0.9995
 MAX_REPEATS = 4  # of a language that has too little text for its share
 PROBE = "  a b\r\n\n\t\0 e\u0301 \u00e9 日本 \U0001f468\u200d\U0001f469 <s><0x0A> x  "
+
+
+class TextCoder(Protocol):
+    """What evaluation, generation and export need of a tokenizer.
+
+    Two classes have it: `Tokenizer` below, and `hf_tokenizer.HFTokenizer` for imported
+    models. `hf.open_tokenizer` gives the one that belongs to a model.
+
+    Attributes:
+      vocab_size: ids are 0..vocab_size - 1; the model's table may have more rows.
+      bos_id: what every text begins with; None where there is no such token (Qwen).
+      start_id: context of a text's first token: BOS, or else what ends a document.
+      eos_id: ends a text; the first of `stop_ids`.
+      stop_ids: any of them ends a generated text.
+      pad_id: what rows are filled up with.
+      fingerprint: SHA-256 of the tokenizer's file.
+    """
+
+    vocab_size: int
+    start_id: int
+    eos_id: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    fingerprint: str
+
+    @property
+    def bos_id(self) -> int | None: ...
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without BOS and EOS."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without BOS and EOS."""
+        ...
+
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids spell; control tokens spell nothing."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these bytes; a character cut in the middle shows as U+FFFD."""
+        ...
+
+    def byte_lengths(self) -> np.ndarray:
+        """int32[V]: UTF-8 bytes that each id spells; 0 for control tokens."""
+        ...
+
+    def write(self, folder: Path) -> None:
+        """Files in `folder` from which the same tokenizer can be read."""
+        ...
+
+
+class TextStream:
+    """Decodes a text whose ids come in parts; a part never ends within a character.
+
+    Ids that only the model's padded table has spell nothing.
+    """
+
+    def __init__(self, tokenizer: TextCoder):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, ids: Iterable[int], last: bool = False) -> str:
+        """The text that `ids` add; with `last`, also of a character left unfinished."""
+        known = [i for i in ids if i < self._tokenizer.vocab_size]
+        return self._decoder.decode(self._tokenizer.spell(known), last)
 
 
 class Tokenizer:
@@ -77,6 +144,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{name} has no BOS or no EOS piece: both are needed")
+        self.start_id: int = self.bos_id
+        self.stop_ids: tuple[int, ...] = (self.eos_id,)
         # A model without padding: with byte fallback, no text ever gives unk.
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.unk_id
         self.pieces = [sp.id_to_piece(i) for i in range(self.vocab_size)]
@@ -134,21 +203,21 @@ class Tokenizer:
             ids += part
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text that ids spell; ids of no text (BOS, EOS, padding) spell nothing.
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids spell; those of no text (BOS, EOS, padding) spell none."""
+        return join_bytes(self._spelled, ids)
 
-        A character cut in the middle shows as U+FFFD.
-        """
-        spelled = []
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise UserError(f"token id {i} is outside 0..{self.vocab_size - 1}")
-            spelled.append(self._spelled[i])
-        return b"".join(spelled).decode("utf-8", "replace")
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these bytes; a character cut in the middle shows as U+FFFD."""
+        return self.spell(ids).decode("utf-8", "replace")
 
     def byte_lengths(self) -> np.ndarray:
         """int32[V]: UTF-8 bytes that each id spells; 0 for BOS, EOS, padding, unk."""
         return np.array([len(s) for s in self._spelled], np.int32)
+
+    def write(self, folder: Path) -> None:
+        """Files in `folder` from which the same tokenizer can be read."""
+        self.save(folder / "tokenizer.model")
 
     def save(self, path: str | Path) -> None:
         """Write the model file, whole or not at all."""
@@ -160,6 +229,16 @@ class Tokenizer:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+
+
+def join_bytes(spelled: Sequence[bytes], ids: Iterable[int]) -> bytes:
+    """What ids spell one after the other; UserError if one is outside the table."""
+    parts = []
+    for i in ids:
+        if not 0 <= i < len(spelled):
+            raise UserError(f"token id {i} is outside 0..{len(spelled) - 1}")
+        parts.append(spelled[i])
+    return b"".join(parts)
 
 
 def shares_of(cfg: TokenizerConfig, languages: Sequence[str]) -> dict[str, float]:

@@ -25,7 +25,7 @@ with warnings.catch_warnings():
 from gamayun_jax import checkpoint, hf, hf_model, presets, sharding
 from gamayun_jax import config as c
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
-from gamayun_jax.hf_tokenizer import HFTokenizer, load_tokenizer, to_tokenizers
+from gamayun_jax.hf_tokenizer import HFTokenizer, to_tokenizers
 from gamayun_jax.model import Transformer, abstract_params, logits, parameter_count
 from gamayun_jax.tokenizer import Tokenizer
 
@@ -503,7 +503,7 @@ def test_exported_tokenizer_gives_the_same_ids(both, corpus):
 
 def test_one_interface(both):
     ours, folder = both
-    read = pickle.loads(pickle.dumps(load_tokenizer(folder)))
+    read = pickle.loads(pickle.dumps(HFTokenizer(folder)))
     assert isinstance(read, HFTokenizer)
     for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
         assert getattr(read, name) == getattr(ours, name)
@@ -543,7 +543,7 @@ def test_byte_level_tokenizer(tmp_path):
     generation = {"bos_token_id": 0, "eos_token_id": [1, 0]}
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     tok = HFTokenizer(tmp_path)
-    assert (tok.bos_id, tok.start_id, tok.eos_id, tok.stop_ids) == (-1, 0, 1, (1, 0))
+    assert (tok.bos_id, tok.start_id, tok.eos_id, tok.stop_ids) == (None, 0, 1, (1, 0))
     sizes = tok.byte_lengths()
     assert sizes[:2].tolist() == [0, 0]
     for text in ("мир <|end|> \n \0", "日本 \u2581"):
@@ -619,7 +619,7 @@ def test_out_and_in_again(trained, config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read, params)
     cfg = c.from_json(meta["config"])
     assert cfg.model == config.model
-    assert meta["tokenizer"] == load_tokenizer(back).fingerprint
+    assert meta["tokenizer"] == HFTokenizer(back).fingerprint
 
     again = tmp_path / "again"
     hf.export_hf(back / "checkpoints" / "0", again)
@@ -706,7 +706,7 @@ def test_llama_cpp_continues_the_same(trained, config, tmp_path):
         str(gguf), n_ctx=64, verbose=False, logits_all=True, type_k=0, type_v=0,
         kv_overrides={"tokenizer.ggml.add_space_prefix": False},
     )  # fmt: skip
-    tokenizer = load_tokenizer(tmp_path / "out")
+    tokenizer = HFTokenizer(tmp_path / "out")
     for text in ADVERSARIAL:
         if "\u2581" not in text:  # which llama.cpp takes for a space
             found = llama.tokenize(text.encode(), add_bos=False, special=False)

@@ -21,6 +21,7 @@ LAYERS = [
     {"corpus_jobs"},
     {"corpus_build"},
     {"data", "hf_model", "hf_tokenizer", "decode", "generate", "quantize", "sampling"},
+    {"model_card"},
     {"step", "evaluate", "hf"},
     {"score"},
     {"lineage"},

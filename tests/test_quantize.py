@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gamayun_jax import cli, evaluate, generate, quantize, train
+from gamayun_jax import cli, evaluate, hf, quantize, train
 from gamayun_jax.config import UserError
 
 SHAPES = {  # one matrix of each kind, stacked over 2 layers but for the embedding
@@ -110,16 +110,16 @@ def test_generate_on_the_command_line(trained, tmp_path, capfd, monkeypatch):
 
 def test_another_tokenizer_is_refused(trained, tmp_path, config):
     corpus = Path(config.data.corpus)
-    good = generate.find_tokenizer(trained, {"tokenizer": _print(corpus)}, corpus)
+    good = hf.open_tokenizer(trained, {"tokenizer": _print(corpus)}, corpus)
     assert good.vocab_size == 512
     with pytest.raises(UserError, match="another tokenizer"):
-        generate.find_tokenizer(trained, {"tokenizer": "0"}, corpus)
-    with pytest.raises(UserError, match=r"no tokenizer\.model"):
-        generate.find_tokenizer(tmp_path, {"tokenizer": "0"}, tmp_path / "none")
+        hf.open_tokenizer(trained, {"tokenizer": "0"}, corpus)
+    with pytest.raises(UserError, match="has no tokenizer, nor has.*none"):
+        hf.open_tokenizer(tmp_path, {"tokenizer": "0"}, tmp_path / "none")
     shutil.copy(corpus / "tokenizer.model", tmp_path)
     meta = {"tokenizer": _print(corpus)}
     step = tmp_path / "checkpoints" / "13"
-    assert generate.find_tokenizer(step, meta, Path("none")).vocab_size == 512
+    assert hf.open_tokenizer(step, meta, "").vocab_size == 512
 
 
 def _print(corpus):
