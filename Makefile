@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup demo demo-long test test-slow lint corpus clean
+.PHONY: setup demo demo-long test test-slow lint corpus tasks clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +38,10 @@ lint: setup
 # Rebuild the embedded corpus from public packages (needs apt-get, dpkg-deb, npm).
 corpus: setup
 	$(BIN)/python -m gamayun_jax.debian sample gamayun_jax/demo_corpus --work build/debian
+
+# Rebuild the embedded tasks, after the corpus: no item may be in its training files.
+tasks: setup
+	$(BIN)/gamayun tasks build --out gamayun_jax/demo_tasks --work build/debian --embedded
 
 clean:
 	rm -rf $(VENV) build runs

