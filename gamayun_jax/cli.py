@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -205,16 +204,42 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from gamayun_jax import evaluate, runs
+    from tqdm import tqdm
 
-    result = evaluate.evaluate_checkpoint(
-        args.model, args.corpus, args.languages, args.batch_size
+    from gamayun_jax import run_tasks, runs, task_page, tasks
+
+    names = args.tasks or []
+    if "all" in names:
+        names = [*tasks.known_tasks(), *(n for n in names if n != "all")]
+    chosen = [tasks.load_task(n, args.languages, args.limit) for n in names]
+    tasks.check_languages(chosen, args.languages)
+    bars: list[tqdm] = []
+
+    def watch(name: str, total: int) -> Any:
+        for bar in bars:
+            bar.close()
+        bars.append(tqdm(desc=name, total=total, unit="text", disable=None))
+        return bars[-1].update
+
+    result, rows = run_tasks.evaluate_model(
+        args.model,
+        chosen,
+        args.corpus,
+        heldout=bool(args.corpus) or not names,
+        languages=args.languages,
+        batch_size=args.batch_size,
+        watch=watch,
     )
+    for bar in bars:
+        bar.close()
+    if "sets" in result:
+        print(runs.language_table([result]))
+    if chosen:
+        print(run_tasks.task_table(result["tasks"]))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1, ensure_ascii=False)
-        (args.out / "eval.json").write_text(text + "\n", encoding="utf-8")
-    print(runs.language_table([result]))
+        run_tasks.write_results(args.out, result, rows)
+        page = task_page.write_page(result, args.out)
+        print(f"{args.out}/eval.json, items/ and {page.name} are written")
     return 0
 
 
@@ -460,14 +485,28 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "eval",
         run_eval,
-        "Held-out loss and bits per byte by language. Reads a run folder or a "
-        "checkpoint and its corpus; writes OUT/eval.json.",
+        "Evaluate a model by language. Without --tasks: loss and bits per byte on the "
+        "held-out sets of its corpus. Reads a run folder, a checkpoint or a Hugging "
+        "Face folder; writes OUT/eval.json, OUT/items/ and OUT/index.html.",
     )
-    evaluate.add_argument("model", type=Path, help="run folder or checkpoint")
+    evaluate.add_argument(
+        "model", type=Path, help="run folder, checkpoint or Hugging Face folder"
+    )
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="embedded tasks by name, `all` of them, or YAML files (see docs/tasks.md)",
+    )
+    evaluate.add_argument(
+        "--limit", type=positive(int), default=0, help="most items a language and task"
+    )
     evaluate.add_argument("--corpus", type=Path, help="default: the run's own")
     evaluate.add_argument("--languages", nargs="+", help="default: all")
-    evaluate.add_argument("--batch-size", type=positive(int), help="rows per step")
-    evaluate.add_argument("--out", type=Path, help="folder for eval.json")
+    evaluate.add_argument(
+        "--batch-size", type=positive(int), help="rows per step, of held-out sets"
+    )
+    evaluate.add_argument("--out", type=Path, help="folder to write")
 
     generate = add(
         commands,

@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -438,10 +438,17 @@ def baselines(
     }
 
 
-def load_params(
-    path: Path, quantised: bool = False
-) -> tuple[Config, Any, dict[str, Any], Mesh]:
-    """Config, parameters, checkpoint meta and mesh of a model.
+class Loaded(NamedTuple):
+    """A model: its config, parameters on a mesh, and its checkpoint's meta."""
+
+    cfg: Config
+    params: Any
+    meta: dict[str, Any]
+    mesh: Mesh
+
+
+def load_params(path: Path, quantised: bool = False) -> Loaded:
+    """A model with its parameters on this machine's devices.
 
     Args:
       path: run folder (its newest checkpoint), one checkpoint, or a folder in Hugging
@@ -453,7 +460,7 @@ def load_params(
     """
     if hf.is_hf_folder(path):
         mesh = sharding.make_mesh(MeshConfig())
-        return *hf.read_hf(path, mesh), mesh
+        return Loaded(*hf.read_hf(path, mesh), mesh)
     folder, step = checkpoint.find_checkpoint(path)
     store = checkpoint.Checkpoints(folder, read_only=True)
     meta = store.meta(step)
@@ -475,7 +482,7 @@ def load_params(
     store.close()
     if bits and not quantised:
         params = jax.jit(quantize.dequantize_all, out_shardings=shardings)(params)
-    return cfg, params, meta, mesh
+    return Loaded(cfg, params, meta, mesh)
 
 
 def evaluate_checkpoint(
@@ -483,21 +490,23 @@ def evaluate_checkpoint(
     corpus_folder: Path | None = None,
     languages: Sequence[str] | None = None,
     batch_size: int | None = None,
+    loaded: Loaded | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on the held-out sets of a corpus, with the model's tokenizer.
 
     Args:
       path: as of `load_params`; without a corpus of its own if it was imported.
       corpus_folder: default: the run's own.
+      loaded: what `load_params(path)` returned, if it was called before.
 
     Raises:
       UserError: a model or corpus that cannot be read, no tokenizer of the model.
     """
-    cfg, params, meta, mesh = load_params(path)
+    cfg, params, meta, mesh = loaded or load_params(path)
     if not (corpus_folder or cfg.data.corpus):
         raise UserError(
             f"{path} was not trained on a corpus here: give --corpus, a corpus folder "
-            "with held-out sets"
+            "with held-out sets, or --tasks"
         )
     corpus = open_corpus(corpus_folder or Path(cfg.data.corpus))
     tokenizer: TextCoder = corpus.tokenizer()

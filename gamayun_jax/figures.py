@@ -81,6 +81,7 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def axes(width: float, height: float, *shape: int, **kwargs: Any) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes, row by row, in a list."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -311,6 +312,7 @@ def stage_figure(run: Run, name: str, languages: Sequence[str]) -> Any:
 
 
 def horizontal(ax: Any, ticks: int) -> None:
+    """Lines of the grid across, for values that lie along x."""
     ax.grid(axis="y", visible=False)
     ax.grid(axis="x", visible=True)
     ax.locator_params(axis="x", nbins=ticks)

@@ -3,6 +3,7 @@
 config.json     the resolved config of the last start
 lineage.json    where the run comes from and what happened to it
 parameters.txt  names, shapes and sizes of the parameters
+tokenizer.model the corpus's tokenizer
 metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash
 events.*        the same for TensorBoard
 eval/<step>.json
@@ -24,6 +25,7 @@ import numpy as np
 
 from gamayun_jax.config import Config, UserError, to_dict, to_json
 from gamayun_jax.files import write_json, write_text
+from gamayun_jax.tokenizer import TextCoder
 
 # What a run cannot change on its way: its state or its past would not fit any more.
 FIXED = ("model", "languages", "data.seq_len", "data.batch_size", "seed")
@@ -102,6 +104,11 @@ class RunFolder:
     def write_config(self, cfg: Config) -> None:
         if self.writer:
             write_text(self.path / "config.json", to_json(cfg))
+
+    def write_tokenizer(self, tokenizer: TextCoder) -> None:
+        """Beside the checkpoints, so that the run can be used without its corpus."""
+        if self.writer:
+            tokenizer.write(self.path)
 
     def lineage(self) -> dict[str, Any]:
         path = self.path / "lineage.json"

@@ -108,7 +108,7 @@ class Scorer:
         window: int | None = None,
         batch_tokens: int = 4096,
     ):
-        self.cfg, self.mesh, self._params = cfg, mesh, params
+        self.cfg, self.mesh, self.params = cfg, mesh, params
         self.window = min(window or cfg.max_seq_len, cfg.max_seq_len)
         self.compilations = 0
         self._batch_tokens = batch_tokens
@@ -180,7 +180,7 @@ class Scorer:
                 B = len(owner_BP)
                 mine = host_rows(B, shard)
                 local = {k: v[mine] for k, v in batch.items()}
-                result = self._step(self._params, global_batch(local, mine, B, shard))
+                result = self._step(self.params, global_batch(local, mine, B, shard))
                 in_flight.append((owner_BP, result))
                 collect(keep=1)  # the devices always have the next batch queued
             collect(keep=0)

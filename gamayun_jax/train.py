@@ -178,6 +178,7 @@ def _train(
         where = f"stages.{declared.name}.schedule"
         optim.check_schedule(declared.schedule, where, begin, end)
     run.write_config(cfg)
+    run.write_tokenizer(corpus.tokenizer())
     run.write_lineage(lineage)
     overview = get_parameter_overview(abstract.params, include_stats=False)
     run.write_parameters(overview)

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gamayun_jax import cli, evaluate, hf
+from gamayun_jax import cli, evaluate, hf, run_tasks
 from gamayun_jax.config import UserError
 from gamayun_jax.hf_tokenizer import HFTokenizer
 from gamayun_jax.tokenizer import TextStream, Tokenizer
@@ -196,3 +196,33 @@ def test_the_door(imported, corpus, tmp_path):
         hf.open_tokenizer(folder, {"tokenizer": None})
     with pytest.raises(UserError, match="another tokenizer"):
         hf.open_tokenizer(folder, {"tokenizer": "0" * 64}, where)
+
+
+def test_eval_runs_tasks(imported, tmp_path, capsys):
+    """`gamayun eval HF-DIR --tasks`: JSON that can be reproduced, items, a page."""
+    folder, _ = imported
+    out = tmp_path / "out"
+    args = ["--tasks", "udhr", "cldr_facts", "cldr_names", "--languages", "en", "tr"]
+    command = ["eval", str(folder), *args, "--limit", "4", "--out", str(out)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((out / "eval.json").read_text())
+    assert list(result["tasks"]) == ["udhr", "cldr_facts", "cldr_names"]
+    assert result["model"]["path"] == str(folder)
+    assert result["versions"]["jax"] == jax.__version__
+    for name, task in result["tasks"].items():
+        rows = run_tasks.read_items(out / "items", name)
+        assert [r["language"] for r in rows] == ["en"] * 4 + ["tr"] * 4
+        assert set(task["languages"]) == {"en", "tr"}
+        assert task["languages"]["tr"]["items"] == 4
+        assert len(task["hash"]) == 64
+        assert name in printed
+    page = (out / "index.html").read_text()
+    assert "cldr_facts" in page
+    assert "<svg" in page
+    assert cli.main(["eval", str(folder), "--tasks", "udhr", "--languages", "xx"]) == 2
+    assert "no task has items in language 'xx'; there are: de, en" in (
+        capsys.readouterr().err
+    )
+    assert cli.main(["eval", str(folder)]) == 2
+    assert "or --tasks" in capsys.readouterr().err

@@ -33,10 +33,14 @@ LAYERS = [
     {"data", "hf_model", "hf_tokenizer", "decode", "generate", "quantize", "sampling"},
     {"model_card"},
     {"step", "evaluate", "hf"},
-    {"score"},
+    {"score", "tasks"},
+    {"metrics"},
+    {"run_tasks"},
     {"lineage"},
     {"figures"},
+    {"page"},
     {"train", "plan", "report"},
+    {"task_page"},
     {"cli"},
 ]
 CORPUS = ("documents", "files", "corpus", "corpus_jobs", "corpus_build")
