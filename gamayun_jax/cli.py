@@ -243,6 +243,16 @@ def run_eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_align(args: argparse.Namespace) -> int:
+    from gamayun_jax import alignment
+
+    result = alignment.align(
+        args.model, args.out, args.corpus, args.languages, args.eval
+    )
+    print(alignment.table(result))
+    return 0
+
+
 def run_generate(args: argparse.Namespace) -> int:
     from gamayun_jax import evaluate, generate, hf, sampling
 
@@ -507,6 +517,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size", type=positive(int), help="rows per step, of held-out sets"
     )
     evaluate.add_argument("--out", type=Path, help="folder to write")
+
+    align = add(
+        commands,
+        "align",
+        run_align,
+        "How languages align: translation retrieval by layer, information parity, "
+        "consistency of answers. Reads a run folder or a checkpoint and parallel "
+        "held-out sets; writes OUT/alignment.json and a picture per set.",
+    )
+    align.add_argument("model", type=Path, help="run folder or checkpoint")
+    align.add_argument("--out", type=Path, help="folder to write")
+    align.add_argument("--corpus", type=Path, help="default: the run's own")
+    align.add_argument("--languages", nargs="+", help="default: all")
+    align.add_argument(
+        "--eval",
+        type=Path,
+        help="what `gamayun eval` wrote: consistency of its answers",
+    )
 
     generate = add(
         commands,

@@ -229,6 +229,8 @@ class Block(nn.Module):
         h_BTD = RMSNorm(eps, name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + SwiGLU(self.cfg, self.dtype, name="mlp")(h_BTD)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
+        # Kept only where the collection is asked for: see `hidden_states`.
+        self.sow("intermediates", "hidden", x_BTD)
         return x_BTD, layer_cache
 
 
@@ -280,6 +282,7 @@ class Transformer(nn.Module):
         )
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
+        self.sow("intermediates", "embedded", x_BTD)
 
         cos_BT1H, sin_BT1H = rope_angles(cfg, positions_BT, dtype)
 
@@ -306,7 +309,7 @@ class Transformer(nn.Module):
         # and exports do not depend on how the loop was compiled.
         x_BTD, layer_caches = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=cfg.num_layers,
@@ -320,6 +323,30 @@ class Transformer(nn.Module):
         k, v = layer_caches
         index = offset + tokens_BT.shape[1]
         return x_BTD, dict(k=k, v=v, segment_ids=kv_segments_BS, index=index)
+
+
+def hidden_states(
+    model: Transformer,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """States of every layer: embedded [1, B, T, D], of the layers but the last
+    [L-1, B, T, D], after the final norm [1, B, T, D].
+
+    One after another they are the `output_hidden_states` of transformers.
+    """
+    (x_BTD, _), kept = model.apply(
+        {"params": params},
+        tokens_BT,
+        positions_BT,
+        segment_ids_BT,
+        mutable=["intermediates"],
+    )
+    (embedded_BTD,) = kept["intermediates"]["embedded"]
+    (hidden_LBTD,) = kept["intermediates"]["layers"]["hidden"]
+    return embedded_BTD[None], hidden_LBTD[:-1], x_BTD[None]
 
 
 def init_cache(

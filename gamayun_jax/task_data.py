@@ -209,13 +209,13 @@ def description_match(documents: Sequence[Document], limit: int = 300) -> list[I
         for part in (1, 0):
             heads = {found[n][part][:40].casefold(): n for n in reversed(names)}
             names = sorted(heads.values())
-        if len(names) < 40:
-            continue
         grams = {n: (pieces(found[n][0]), pieces(found[n][1])) for n in names}
         # Not those that say the same words again.
         names = [
             n for n in names if 2 * len(grams[n][0] & grams[n][1]) <= len(grams[n][0])
         ]
+        if len(names) < 40:
+            continue
         drafts = []
         for name in sorted(rng.sample(names, min(limit, len(names)))):
             size = len(found[name][1])

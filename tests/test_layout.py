@@ -39,6 +39,7 @@ LAYERS = [
     {"lineage"},
     {"figures"},
     {"page"},
+    {"alignment"},
     {"train", "plan", "report"},
     {"task_page"},
     {"cli"},
