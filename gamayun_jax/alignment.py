@@ -41,7 +41,7 @@ from gamayun_jax.evaluate import (
 )
 from gamayun_jax.figures import alignment_figure, best_layer
 from gamayun_jax.files import write_json
-from gamayun_jax.generate import find_tokenizer
+from gamayun_jax.hf import open_tokenizer
 from gamayun_jax.model import Transformer, hidden_states
 
 Texts = Mapping[str, Sequence[tuple[str, str]]]  # language -> (id, text)
@@ -87,9 +87,9 @@ class PooledStates:
 
         Args:
           texts: ids without BOS, no more texts than `units`.
-          bos: put before each text; None or negative: the model has none.
+          bos: put before each text; None: the model has none.
         """
-        prefix = [] if bos is None or bos < 0 else [bos]
+        prefix = [] if bos is None else [bos]
         streams = [[*prefix, *ids] for ids in texts]
         parts = [
             window
@@ -316,12 +316,13 @@ def align(
     languages: Sequence[str] | None = None,
     evaluated: Path | None = None,
 ) -> dict[str, Any]:
-    """Retrieval, parity and consistency of a run folder's newest or of one checkpoint.
+    """Retrieval, parity and consistency of a model.
 
     Args:
+      path: run folder, one checkpoint or a folder in Hugging Face's format.
       out: folder for alignment.json and a picture of each set.
       corpus_folder: whose parallel held-out sets are used; default: the run's own, and
-        where that is not there, the sets that come with this package.
+        where that is not there, the sets that come with this package, without parity.
       languages: default: all of the sets.
       evaluated: what `gamayun eval` wrote, for the consistency of answers.
 
@@ -330,11 +331,11 @@ def align(
     """
     answers = consistency_of(evaluated) if evaluated else {}
     cfg, params, meta, mesh = load_params(path)
-    own = Path(cfg.data.corpus)
+    folder = corpus_folder or Path(cfg.data.corpus or "nowhere")
     corpus = None
-    if corpus_folder or (own / "manifest.json").exists():
-        corpus = open_corpus(corpus_folder or own)
-    tokenizer = find_tokenizer(path, meta, corpus_folder or own)
+    if corpus_folder or (folder / "manifest.json").exists():
+        corpus = open_corpus(folder)
+    tokenizer = open_tokenizer(path, meta, cfg.data.corpus)
     texts = parallel_texts(corpus, languages, cfg.evaluation.max_units)
     result: dict[str, Any] = {
         "format": 1,
@@ -353,9 +354,8 @@ def align(
         most = max(len(rows) for units in texts.values() for rows in units.values())
         pooled = PooledStates(cfg, mesh, model, most)
         parity: dict[str, Any] = {}
-        same_ids = corpus and corpus.manifest["tokenizer"]["fingerprint"]
-        if corpus is not None and same_ids == meta["tokenizer"]:
-            evaluator = HeldoutEvaluator(cfg, corpus, mesh, model, languages)
+        if corpus is not None:
+            evaluator = HeldoutEvaluator(cfg, corpus, mesh, model, languages, tokenizer)
             parity = evaluator.run(params)["sets"]
         for name, units in texts.items():
             states = {

@@ -526,7 +526,9 @@ def build_parser() -> argparse.ArgumentParser:
         "consistency of answers. Reads a run folder or a checkpoint and parallel "
         "held-out sets; writes OUT/alignment.json and a picture per set.",
     )
-    align.add_argument("model", type=Path, help="run folder or checkpoint")
+    align.add_argument(
+        "model", type=Path, help="run folder, checkpoint or Hugging Face folder"
+    )
     align.add_argument("--out", type=Path, help="folder to write")
     align.add_argument("--corpus", type=Path, help="default: the run's own")
     align.add_argument("--languages", nargs="+", help="default: all")

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gamayun_jax import alignment, hf_model, sharding, train
+from gamayun_jax import alignment, hf_model, sharding
+from gamayun_jax.checkpoint import Checkpoints, TrainState
 from gamayun_jax.cli import main
-from gamayun_jax.config import ComputeConfig, MeshConfig, UserError
+from gamayun_jax.config import ComputeConfig, MeshConfig, UserError, to_json
 from gamayun_jax.figures import best_layer
 from gamayun_jax.model import Transformer, hidden_states
+from gamayun_jax.tokenizer import Tokenizer
 
 MESH = MeshConfig(2, 2, 2)
 
@@ -235,9 +237,18 @@ def test_items_that_differ_are_refused():
 
 
 @pytest.fixture(scope="module")
-def run(config, tmp_path_factory):
+def run(config, parameters, tmp_path_factory):
+    """A run folder with a checkpoint of random weights, as training writes it."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    assert train.train(config, folder) == 0
+    store = Checkpoints(folder / "checkpoints")
+    meta = dict(
+        step=7, tokens=3584, config=to_json(config), lineage={"run": "small"},
+        tokenizer=Tokenizer(f"{config.data.corpus}/tokenizer.model").fingerprint,
+    )  # fmt: skip
+    params = jax.tree.map(jnp.asarray, parameters)
+    store.save(TrainState(jnp.int32(7), params, {}), 7, meta)
+    store.wait()
+    store.close()
     return folder
 
 
