@@ -79,6 +79,9 @@ def get_config() -> c.Config:
         ),
         stages=(align,),
         compute=c.ComputeConfig(remat="full", loss_chunk=512),
+        # Weights divided over 16 chips, not all: their rows stay wide enough for a TPU
+        # to gather and scatter, and 1 GiB of state a chip does not hurt.
+        mesh=c.MeshConfig(data=-1, fsdp=16),
         checkpoint=c.CheckpointConfig(
             every_steps=1_000, keep=3, keep_every_steps=50_000
         ),

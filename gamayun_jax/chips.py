@@ -15,16 +15,22 @@ class Chip:
     hbm_bytes: float
     hbm_bandwidth: float  # bytes per second
     ici_bandwidth: float  # bytes per second, all links of a chip, one direction
+    # bytes per second and chip between slices; 0: not known
+    dcn_bandwidth: float = 0.0
+    clock: float = 0.0  # Hz of a TPU's core; 0: not known
 
 
 GIB = 2.0**30
 
-# cloud.google.com/tpu/docs/system-architecture-tpu-vm; NVIDIA H100/H200/A100 sheets
+# cloud.google.com/tpu/docs/system-architecture-tpu-vm; NVIDIA H100/H200/A100 sheets.
+# DCN: the pages of v5e and v6e (6.4 and 25.6 Tbit/s for 256 chips); v4 and v5p: assumed
+# 100 and 200 Gbit/s for a host of 4 chips. Clocks: with them, the compiler's cycles for
+# a large matrix product give the peak (v4: its data sheet).
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(275e12, 32 * GIB, 1.2288e12, 270e9),
-    "v5e": Chip(197e12, 16 * GIB, 0.819e12, 180e9),
-    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 540e9),
-    "v6e": Chip(918e12, 32 * GIB, 1.638e12, 360e9),
+    "v4": Chip(275e12, 32 * GIB, 1.2288e12, 270e9, 3.1e9, 1.05e9),
+    "v5e": Chip(197e12, 16 * GIB, 0.819e12, 180e9, 3.1e9, 1.5e9),
+    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 540e9, 6.2e9, 1.75e9),
+    "v6e": Chip(918e12, 32 * GIB, 1.638e12, 360e9, 12.5e9, 1.75e9),
     "a100": Chip(312e12, 80 * GIB, 2.039e12, 300e9),
     "h100": Chip(989e12, 80 * GIB, 3.35e12, 450e9),
     "h200": Chip(989e12, 141 * GIB, 4.8e12, 450e9),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -201,6 +202,33 @@ def run_train(args: argparse.Namespace) -> int:
 
     join_cluster(args)
     return train.train(load(args), args.workdir, args.init_from)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    # Only described devices are used: whatever is at hand stays free for others.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from gamayun_jax import plan, plan_text, roofline
+
+    cfg = load(args)
+    assume = roofline.Assumptions(compute=args.efficiency)
+    options: dict[str, Any] = dict(price=args.price, assume=assume, cache=args.cache)
+    if args.table:
+        plans = plan.table(cfg, args.table, log=note, **options)
+        print(plan_text.format_table(plans))
+    elif args.search:
+        plans = plan.search(cfg, args.topology, args.slices, log=note, **options)
+        print(f"{plan_text.format_table(plans)}\n\n{plan_text.format_plan(plans[0])}")
+    else:
+        plans = [plan.make_plan(cfg, args.topology, args.slices, **options)]
+        print(plan_text.format_plan(plans[0]))
+    if args.json:
+        args.json.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def note(text: str) -> None:
+    """A line for who waits, not for who reads the output."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def run_eval(args: argparse.Namespace) -> int:
@@ -490,6 +518,45 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts")
     train.add_argument("--num-processes", type=int, help="with --coordinator")
     train.add_argument("--process-id", type=int, help="with --coordinator; from 0")
+
+    planning = add(
+        commands,
+        "plan",
+        run_plan,
+        "Compile CONFIG's training step for TPUs that need not be there: memory, "
+        "traffic, time, cost. Needs the extra `tpu`; takes a minute or two each.",
+    )
+    add_config(planning)
+    where = planning.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", metavar="CHIP:AxB", help="e.g. v5e:16x16")
+    where.add_argument(
+        "--table",
+        nargs="+",
+        metavar="[N*]CHIP:AxB",
+        help="several topologies, N slices each; one row of a table for each",
+    )
+    planning.add_argument("--slices", type=positive(int), default=1, metavar="N")
+    planning.add_argument(
+        "--search",
+        action="store_true",
+        help="rank meshes, microbatches and remat policies of the config's batch",
+    )
+    planning.add_argument(
+        "--price", type=positive(float), default=0.0, help="of a chip-hour"
+    )
+    planning.add_argument(
+        "--efficiency",
+        type=positive(float),
+        default=0.6,
+        help="share of the dense peak that the step reaches when compute binds",
+    )
+    planning.add_argument("--json", type=Path, metavar="FILE", help="write it as data")
+    planning.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("build/plan"),
+        help="folder of compilations' results (default: build/plan)",
+    )
 
     evaluate = add(
         commands,

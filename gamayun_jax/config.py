@@ -113,7 +113,11 @@ class ComputeConfig:
 
     # "auto": bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32.
     dtype: str = "auto"
-    remat: str = "none"  # none | minimal | full: what the backward pass recomputes
+    # What the backward pass makes again: none | minimal | attention | full, from
+    # nothing to all of a layer; offload: as minimal, kept in the host's memory.
+    remat: str = "none"
+    # auto | xla | splash (TPU) | cudnn (GPU); auto takes the platform's kernel.
+    attention: str = "auto"
     scan_layers: bool = True  # one compiled layer body instead of num_layers copies
     # Positions per chunk of the output head; 0 computes all logits at once.
     loss_chunk: int = 0
@@ -348,7 +352,8 @@ class Config:
 
 CHOICES = {
     "compute.dtype": ("auto", "float32", "bfloat16"),
-    "compute.remat": ("none", "minimal", "full"),
+    "compute.remat": ("none", "minimal", "attention", "full", "offload"),
+    "compute.attention": ("auto", "xla", "splash", "cudnn"),
     "mixture.scheme": ("natural", "temperature", "unimax", "explicit"),
     "mixture.ramp": ("step", "linear", "cosine"),
     "token_weights.scheme": ("none", "static", "bytes", "target_share"),
@@ -410,7 +415,7 @@ def validate(cfg: Config) -> None:
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{where}={value} must be a finite number of at least 0")
 
-    for name in ("dtype", "remat"):
+    for name in ("dtype", "remat", "attention"):
         choice(f"compute.{name}", getattr(cfg.compute, name), f"compute.{name}")
     if not cfg.stages:
         raise UserError("stages is empty: a config needs at least one stage")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gamayun_jax import sharding
 from gamayun_jax.config import TokenWeightConfig, UserError
 
 Batch = dict[str, jax.Array]
@@ -145,37 +146,57 @@ def _head_forward(x_BTD, w_VD, targets_BT, weights_BT, z_loss, with_grad):
 
 
 def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, with_grad):
-    B, T, D = x_BTD.shape
-    cast_w_VD = w_VD.astype(x_BTD.dtype)
+    B, T, _ = x_BTD.shape
+    cast_w_VD = sharding.gather(w_VD.astype(x_BTD.dtype), sharding.TABLE)
     if not chunk or chunk >= T:
-        return _head_forward(
+        loss, nll_BT, grads = _head_forward(
             x_BTD, cast_w_VD, targets_BT, weights_BT, z_loss, with_grad
         )
+        if grads is not None:
+            dw_VD = sharding.constrain_parameter(grads[1].T, sharding.TABLE)
+            grads = (grads[0], dw_VD)
+        return loss, nll_BT, grads
     if T % chunk:
         raise UserError(
             f"compute.loss_chunk={chunk} does not divide data.seq_len={T}: choose one "
             "that does"
         )
 
-    def cut(a: jax.Array) -> jax.Array:  # [B, T, ...] -> [T / chunk, B, chunk, ...]
-        return jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
+    # Rows in groups P x Q, one for each part of the batch's division over devices, so
+    # that a device sums its own part of dw over the chunks. Were dw one sum, it would
+    # be added up over all devices in every chunk. It is in the dtype of computation,
+    # as every other gradient when it is summed over devices: in float32 it is the
+    # largest array of all.
+    P, Q = sharding.batch_groups(B)
+
+    def cut(a: jax.Array) -> jax.Array:  # [B, T, ...] -> [T / chunk, P, Q, B', chunk]
+        a = a.reshape(P, Q, B // (P * Q), T // chunk, chunk, *a.shape[2:])
+        return jnp.moveaxis(sharding.divide_groups(a), 3, 0)
+
+    def forward(*part):
+        return _head_forward(part[0], cast_w_VD, *part[1:], z_loss, with_grad)
 
     def step(carry, part):
         loss, dw = carry
-        part_loss, nll, grads = _head_forward(
-            part[0], cast_w_VD, *part[1:], z_loss, with_grad
-        )
+        part_loss, nll, grads = jax.vmap(jax.vmap(forward))(*part)
         dx = grads[0] if with_grad else None
-        dw = dw + grads[1] if with_grad else None
-        return (loss + part_loss, dw), (nll, dx)
+        if with_grad:
+            dw = sharding.divide_groups((dw + grads[1]).astype(dw.dtype))
+        return (loss + jnp.sum(part_loss), dw), (nll, dx)
 
-    dw0 = jnp.zeros(w_VD.shape[::-1], jnp.float32) if with_grad else None
+    dw0 = None
+    if with_grad:
+        dw0 = sharding.divide_groups(jnp.zeros((P, Q, *w_VD.shape[::-1]), x_BTD.dtype))
     parts = (cut(x_BTD), cut(targets_BT), cut(weights_BT))
-    (loss, dw_DV), (nll, dx) = jax.lax.scan(step, (jnp.zeros(()), dw0), parts)
-    nll_BT = jnp.moveaxis(nll, 0, 1).reshape(B, T)
-    if not with_grad:
-        return loss, nll_BT, None
-    return loss, nll_BT, (jnp.moveaxis(dx, 0, 1).reshape(B, T, D), dw_DV)
+    (loss, dw_PQDV), (nll, dx) = jax.lax.scan(step, (jnp.zeros(()), dw0), parts)
+
+    def paste(a: jax.Array) -> jax.Array:  # the inverse of cut
+        return jnp.moveaxis(a, 0, 3).reshape(B, T, *a.shape[5:])
+
+    if dw_PQDV is None:
+        return loss, paste(nll), None
+    dw_VD = sharding.sum_groups(dw_PQDV.mT, sharding.TABLE)
+    return loss, paste(nll), (paste(dx), dw_VD.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -199,9 +220,9 @@ def _head_fwd(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk):
 
 
 def _head_bwd(z_loss, chunk, grads, cotangents):
-    dx_BTD, dw_DV = grads
+    dx_BTD, dw_VD = grads
     g = cotangents[0]
-    return dx_BTD * g.astype(dx_BTD.dtype), dw_DV.T * g, None, None
+    return dx_BTD * g.astype(dx_BTD.dtype), dw_VD * g, None, None
 
 
 head_loss.defvjp(_head_fwd, _head_bwd)

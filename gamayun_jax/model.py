@@ -18,16 +18,42 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from gamayun_jax.attention import attention
+from gamayun_jax import sharding
+from gamayun_jax.attention import OUTPUT, attention, self_attention
 from gamayun_jax.config import ComputeConfig, ModelConfig
 
 Cache = dict[str, jax.Array]
 
-# What the backward pass keeps of a layer's forward pass, by name of the policy.
-REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+
+def _all_but_weights(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    """What `none` keeps: everything, but weights as they were gathered over fsdp.
+
+    Kept, they would undo their division. In a layer only `sharding.gather` is a
+    custom_vjp of one array; its name is not among what a policy is told.
+    """
+    gathered = primitive.name == "custom_vjp_call" and len(inputs) == 1
+    return not gathered and not (primitive.name == "name" and params["name"] == WEIGHT)
+
+
+WEIGHT = "weight"
+# What the backward pass keeps of a layer's forward pass besides the layer's input, by
+# name of the policy. `minimal` makes the products k, v and o again, the cheapest ones
+# for their size; `attention` also gate and up of the MLP, two thirds of its products.
+# `offload` is `minimal` in the memory of the host.
+KEPT = ("q", OUTPUT, "gate", "up")
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "none": _all_but_weights,
+    "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT),
+    "attention": jax.checkpoint_policies.save_only_these_names("q", "k", "v", OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(KEPT),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -114,6 +140,18 @@ def _param(
     return module.param(name, init, shape, jnp.float32)
 
 
+def _weight(
+    module: Any,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    std: float,
+) -> jax.Array:
+    """A matrix to compute with: in the module's dtype, gathered over fsdp."""
+    w = _param(module, name, shape, axes, std).astype(module.dtype)
+    return checkpoint_name(sharding.gather(w, axes), WEIGHT)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, computed in float32 (1910.07467)."""
 
@@ -141,6 +179,7 @@ class Attention(nn.Module):
 
     cfg: ModelConfig
     dtype: jnp.dtype
+    kind: str = "auto"  # ComputeConfig.attention
 
     @nn.compact
     def __call__(self, x_BTD, cos_BT1H, sin_BT1H, segments, layer_cache):
@@ -150,13 +189,13 @@ class Attention(nn.Module):
         std, out_std = cfg.init_std, cfg.init_std / (2 * cfg.num_layers) ** 0.5
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
-            w_DNH = _param(self, name, (D, count, H), ("embed", axis, None), std)
-            y_BTNH = project(x_BTD, w_DNH.astype(self.dtype), 1)
+            w_DNH = _weight(self, name, (D, count, H), ("embed", axis, None), std)
+            y_BTNH = project(x_BTD, w_DNH, 1)
             if cfg.qkv_bias:
                 init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, None))
                 bias: Any = self.param(f"{name}_bias", init, (count, H), jnp.float32)
                 y_BTNH += _like(bias.astype(self.dtype), y_BTNH)
-            return y_BTNH
+            return checkpoint_name(y_BTNH, name)
 
         q_BTNH = heads("q", N, "heads")
         k_BTKH = heads("k", K, "kv_heads")
@@ -182,11 +221,15 @@ class Attention(nn.Module):
             )
             layer_cache = (k_BKHS, v_BKSH)
             k_BTKH, v_BTKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.swapaxes(1, 2)
-        out_BTNH = attention(
-            q_BTNH, k_BTKH, v_BTKH, q_segments, kv_segments, offset, q_contexts
-        )
-        w_NHD = _param(self, "o", (N, H, D), ("heads", None, "embed"), out_std)
-        y_BTD = project(out_BTNH, w_NHD.astype(self.dtype), 2)
+        qkv = (q_BTNH, k_BTKH, v_BTKH)
+        if layer_cache is None and q_contexts is None:
+            # Initialisation looks at one token, which no kernel takes.
+            kind = "xla" if self.is_initializing() else self.kind
+            out_BTNH = self_attention(*qkv, q_segments, kind)
+        else:
+            out_BTNH = attention(*qkv, q_segments, kv_segments, offset, q_contexts)
+        w_NHD = _weight(self, "o", (N, H, D), ("head_rows", None, None), out_std)
+        y_BTD = project(out_BTNH, w_NHD, 2)
         return y_BTD, layer_cache
 
 
@@ -201,15 +244,15 @@ class SwiGLU(nn.Module):
         cfg = self.cfg
         D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
         out_std = std / (2 * cfg.num_layers) ** 0.5
-        gate_DF = _param(self, "gate", (D, F), ("embed", "mlp"), std)
-        up_DF = _param(self, "up", (D, F), ("embed", "mlp"), std)
-        down_FD = _param(self, "down", (F, D), ("mlp", "embed"), out_std)
-        gate_BTF = project(x_BTD, gate_DF.astype(self.dtype), 1)
-        up_BTF = project(x_BTD, up_DF.astype(self.dtype), 1)
+        gate_DF = _weight(self, "gate", (D, F), ("embed", "mlp"), std)
+        up_DF = _weight(self, "up", (D, F), ("embed", "mlp"), std)
+        down_FD = _weight(self, "down", (F, D), ("mlp_rows", None), out_std)
+        gate_BTF = checkpoint_name(project(x_BTD, gate_DF, 1), "gate")
+        up_BTF = checkpoint_name(project(x_BTD, up_DF, 1), "up")
         h_BTF = nn.with_logical_constraint(
             jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "act_mlp")
         )
-        return project(h_BTF, down_FD.astype(self.dtype), 1)
+        return project(h_BTF, down_FD, 1)
 
 
 class Block(nn.Module):
@@ -217,14 +260,15 @@ class Block(nn.Module):
 
     cfg: ModelConfig
     dtype: jnp.dtype
+    kind: str = "auto"
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, cos_BT1H, sin_BT1H, segments):
         eps = self.cfg.norm_eps
         h_BTD = RMSNorm(eps, name="attention_norm")(x_BTD)
-        h_BTD, layer_cache = Attention(self.cfg, self.dtype, name="attention")(
-            h_BTD, cos_BT1H, sin_BT1H, segments, layer_cache
-        )
+        h_BTD, layer_cache = Attention(
+            self.cfg, self.dtype, self.kind, name="attention"
+        )(h_BTD, cos_BT1H, sin_BT1H, segments, layer_cache)
         x_BTD = x_BTD + h_BTD
         h_BTD = RMSNorm(eps, name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + SwiGLU(self.cfg, self.dtype, name="mlp")(h_BTD)
@@ -232,6 +276,39 @@ class Block(nn.Module):
         # Kept only where the collection is asked for: see `hidden_states`.
         self.sow("intermediates", "hidden", x_BTD)
         return x_BTD, layer_cache
+
+
+@jax.custom_vjp
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of the embedding, which is gathered over fsdp like any other weight.
+
+    Left to itself, the partitioner looks up the whole global batch on every device,
+    and sums the whole table's gradient over all of them.
+    """
+    return jnp.take(sharding.gather(table_VD, sharding.TABLE), tokens_BT, axis=0)
+
+
+def _look_up_fwd(table_VD, tokens_BT):
+    return look_up(table_VD, tokens_BT), (tokens_BT, table_VD.shape[0])
+
+
+def _look_up_bwd(kept, dx_BTD):
+    tokens_BT, V = kept
+    B, _, D = dx_BTD.shape
+    P, Q = sharding.batch_groups(B)
+
+    def cut(a: jax.Array) -> jax.Array:  # each device's rows: [P, Q, B' x T, ...]
+        a = a.reshape(P, Q, -1, *a.shape[2:])
+        return sharding.divide_groups(a)
+
+    def add(dx, tokens):
+        return jnp.zeros((V, D), dx.dtype).at[tokens].add(dx)
+
+    parts = jax.vmap(jax.vmap(add))(cut(dx_BTD), cut(tokens_BT))
+    return sharding.sum_groups(sharding.divide_groups(parts), sharding.TABLE), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 class Transformer(nn.Module):
@@ -267,20 +344,11 @@ class Transformer(nn.Module):
           x_BTD in the compute dtype, and the new cache (None without one).
         """
         cfg, dtype = self.cfg, self.dtype
-        axes = ("vocab", "embed")
-        embedding_VD = _param(
-            self, "embedding", (cfg.vocab_size, cfg.d_model), axes, cfg.init_std
-        )
+        shape = (cfg.vocab_size, cfg.d_model)
+        embedding_VD = _param(self, "embedding", shape, sharding.TABLE, cfg.init_std)
         if not cfg.tie_embeddings:
-            _param(
-                self, "unembedding", (cfg.vocab_size, cfg.d_model), axes, cfg.init_std
-            )
-        # Gathered over fsdp like any other weight. Left to itself, the partitioner
-        # looks up the whole global batch on every device.
-        table_VD = nn.with_logical_constraint(
-            embedding_VD.astype(dtype), ("vocab", "act_embed")
-        )
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+            _param(self, "unembedding", shape, sharding.TABLE, cfg.init_std)
+        x_BTD = look_up(embedding_VD.astype(dtype), tokens_BT)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         self.sow("intermediates", "embedded", x_BTD)
 
@@ -299,7 +367,8 @@ class Transformer(nn.Module):
         context = (cos_BT1H, sin_BT1H, segments)
 
         block = Block
-        if self.compute.remat != "none" and cache is None:
+        remat = self.compute.remat != "none" or sharding.divides_parameters()
+        if remat and cache is None:
             block = nn.remat(  # type: ignore[assignment]
                 Block,
                 policy=REMAT_POLICIES[self.compute.remat],
@@ -315,7 +384,9 @@ class Transformer(nn.Module):
             length=cfg.num_layers,
             unroll=1 if self.compute.scan_layers else cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, dtype, name="layers")(x_BTD, layer_caches, *context)
+        )(
+            cfg, dtype, self.compute.attention, name="layers"
+        )(x_BTD, layer_caches, *context)
 
         x_BTD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BTD)
         if cache is None:

@@ -20,7 +20,7 @@ def td(text: str, value: float | None = None, kind: str = "") -> str:
 
 
 def html_table(heads: Iterable[str], body: Iterable[str], foot: Iterable[str]) -> str:
-    """A table that sorts by a click on a heading; `body` and `foot` are rows of HTML."""
+    """A table that sorts by a click on a heading; `body` and `foot` are HTML rows."""
     cells = "".join(f'<th scope="col" tabindex="0">{esc(h)}</th>' for h in heads)
     return (
         f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>'

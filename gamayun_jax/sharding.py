@@ -7,12 +7,15 @@ and optimiser state sharded, batch too) and `tensor` (heads, mlp, vocabulary).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gamayun_jax.config import Config, MeshConfig, ModelConfig, UserError
@@ -28,15 +31,27 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("layers", None),
     ("embed", "fsdp"),
     ("vocab", "tensor"),
+    # Rows of the matrices whose last axis is the model's width: a TPU gathers and
+    # scatters rows, and all-reduces whole gradients where it would cut columns.
+    ("vocab_rows", ("tensor", "fsdp")),
+    ("mlp_rows", ("tensor", "fsdp")),
+    ("head_rows", ("tensor", "fsdp")),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("norm", None),
 )
 
+TABLE = ("vocab_rows", None)  # logical axes of the embedding and the output matrix
+
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The device mesh; raises UserError if the sizes do not multiply to the devices."""
+    """The device mesh, with `data` across slices where there are several.
+
+    Raises:
+      UserError: the sizes do not multiply to the devices, or data does not divide over
+        the slices.
+    """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     count = len(devices)
@@ -59,6 +74,21 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     # Linen's logical constraints need Auto axes (jax defaults to Explicit).
     types = (AxisType.Auto,) * len(AXES)
+    # On GPUs a slice is a host or a rack, and jax.make_mesh orders them well.
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
+    if slices > 1:
+        if sizes[0] % slices:
+            raise UserError(
+                f"mesh.data={sizes[0]} is not a multiple of the {slices} slices, which "
+                f"only data crosses: set mesh.data=-1 and mesh.fsdp to a divisor of "
+                f"the {count // slices} devices of a slice"
+            )
+        within = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+        return Mesh(grid, AXES, axis_types=types)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
 
 
@@ -95,8 +125,52 @@ def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
 
 def logical_shardings(boxed: Any, mesh: Mesh) -> Any:
     """NamedShardings of a tree of boxed (logically partitioned) abstract values."""
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, nn.LogicallyPartitioned)
+
+    def place(x: Any, spec: Any) -> NamedSharding:
+        spec = spec if isinstance(spec, PartitionSpec) else PartitionSpec()
+        value = x.unbox(apply_constraint=False) if is_box(x) else x
+        shape = value.shape
+        return NamedSharding(mesh, parameter_spec(shape, tuple(spec), mesh))
+
     specs = nn.get_partition_spec(boxed)
-    return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+    return jax.tree.map(place, boxed, specs, is_leaf=is_box)
+
+
+def parameter_spec(
+    shape: Sequence[int], axes: Sequence[str | None], mesh: Any
+) -> PartitionSpec:
+    """How a parameter with these logical axes is divided over the mesh.
+
+    An axis that does not divide over fsdp leaves it to the next whole one that does
+    (a vocabulary of 151,936 has rows for 128 devices, not for 256).
+    """
+    spec = list(nn.logical_to_mesh_axes(axes, RULES) or ())
+    spec += [None] * (len(shape) - len(spec))
+    for i, names in enumerate(spec):
+        names = names if isinstance(names, tuple) else (names,)
+        if "fsdp" not in names:
+            continue
+        if shape[i] % int(np.prod([mesh.shape[name] for name in names])):
+            others = tuple(name for name in names if name != "fsdp")
+            spec[i] = others[0] if len(others) == 1 else others or None
+            free = (
+                j
+                for j in range(i + 1, len(shape))
+                if spec[j] is None and shape[j] % mesh.shape["fsdp"] == 0
+            )
+            j = next(free, None)
+            if j is not None:
+                spec[j] = "fsdp"
+    return PartitionSpec(*spec)
+
+
+def without_fsdp(spec: PartitionSpec) -> PartitionSpec:
+    """The same division but for fsdp, over which the array is whole."""
+    names = [k if isinstance(k, tuple) else (k,) for k in spec]
+    return PartitionSpec(*(tuple(k for k in ks if k and k != "fsdp") for ks in names))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -107,3 +181,93 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def divides_parameters() -> bool:
+    """Whether the mesh in use divides parameters over fsdp."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1
+
+
+def batch_groups(rows: int) -> tuple[int, int]:
+    """Parts that so many rows are divided into, along (data, fsdp) of the mesh in use.
+
+    (1, 1) without a mesh, and where they do not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return 1, 1
+    return mesh.shape["data"], mesh.shape["fsdp"]
+
+
+def divide_groups(x: jax.Array) -> jax.Array:
+    """[data, fsdp, ...], from `batch_groups`: each device has its own part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[:2] == (1, 1):
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data", "fsdp", *free))
+
+
+def sum_groups(parts: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Sum a parameter's gradients [data, fsdp, *shape], each on its own device.
+
+    Over fsdp first, so that a device gets only its part, then these over data: the
+    partitioner would sum whole gradients over all devices. The dtype stays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or parts.shape[:2] == (1, 1):
+        total = parts.reshape(-1, *parts.shape[2:])
+        if len(total) > 1:
+            total = jax.lax.reduce(total, jnp.zeros((), total.dtype), jax.lax.add, (0,))
+        return constrain_parameter(total.reshape(parts.shape[2:]), axes)
+    spec = parameter_spec(parts.shape[2:], axes, mesh)
+
+    def add(x: jax.Array) -> jax.Array:
+        x = x[0, 0]
+        at = next((i for i, k in enumerate(spec) if "fsdp" in (k or "")), None)
+        if at is None:
+            return jax.lax.psum(x, ("data", "fsdp"))
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=at, tiled=True)
+        return jax.lax.psum(x, "data")
+
+    return jax.shard_map(
+        add,
+        in_specs=PartitionSpec("data", "fsdp", *without_fsdp(spec)),
+        out_specs=spec,
+    )(parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter with these logical axes, whole over fsdp: what a layer computes with.
+
+    One gather for all its uses, and its gradient is scattered at once. Left to the
+    partitioner, a weight is gathered for each use; a plain constraint would also hold
+    for the gradient, which all devices would then have whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return w
+    whole = without_fsdp(parameter_spec(w.shape, axes, mesh))
+    return jax.lax.with_sharding_constraint(w, whole)
+
+
+def _gather_fwd(w, axes):
+    return gather(w, axes), None
+
+
+def _gather_bwd(axes, _, gradient):
+    return (constrain_parameter(gradient, axes),)
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def constrain_parameter(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """`x` laid out as the parameter with these logical axes; a no-op without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = parameter_spec(x.shape, axes, mesh)
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -5,7 +5,6 @@ Shape suffixes: B batch, T length, D model.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -36,9 +35,9 @@ def abstract_state(cfg: Config, mesh: Mesh) -> TrainState:
 
     The one source for initialisation, restore and ahead-of-time compilation.
     """
-    init = functools.partial(init_state, cfg)
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    plain = jax.eval_shape(lambda key: nn.unbox(init(key)), jax.random.key(0))
+    # The key is made inside: under the mesh of a topology no array can exist.
+    boxed = jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
+    plain = jax.eval_shape(lambda: nn.unbox(init_state(cfg, jax.random.key(0))))
     shardings = sharding.logical_shardings(boxed, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -21,18 +21,18 @@ from gamayun_jax.model import abstract_params
 
 # Last part of a parameter's path -> its sharding, without the axis of the layers.
 SPECS = {
-    "embedding": P("tensor", "fsdp"),
-    "unembedding": P("tensor", "fsdp"),
+    "embedding": P(("tensor", "fsdp"), None),
+    "unembedding": P(("tensor", "fsdp"), None),
     "q": P("fsdp", "tensor", None),
     "k": P("fsdp", "tensor", None),
     "v": P("fsdp", "tensor", None),
     "q_bias": P("tensor", None),
     "k_bias": P("tensor", None),
     "v_bias": P("tensor", None),
-    "o": P("tensor", None, "fsdp"),
+    "o": P(("tensor", "fsdp"), None, None),
     "gate": P("fsdp", "tensor"),
     "up": P("fsdp", "tensor"),
-    "down": P("tensor", "fsdp"),
+    "down": P(("tensor", "fsdp"), None),
     "scale": P(),
 }
 
@@ -192,10 +192,59 @@ def test_constraints_do_nothing_without_rules(wide_config):
             text = jax.jit(lambda *a: apply(*a)).lower(params, tokens).as_text()
         return re.findall(r"sdy.sharding_constraint .*<@mesh, (\[.*\])>", text)
 
-    assert constraints(()) == []
-    assert set(constraints(sharding.RULES)) == {
-        '[{"tensor"}, {}]',  # the embedding
+    # What weights are gathered to follows from the mesh alone.
+    weights = {'[{"tensor"}, {}]', '[{}, {"tensor"}]', '[{}, {"tensor"}, {}]'}
+    weights.add('[{"tensor"}, {}, {}]')
+    assert set(constraints(())) == weights
+    assert set(constraints(sharding.RULES)) - weights == {
         '[{"data", "fsdp"}, {}, {}]',  # the residual stream
         '[{"data", "fsdp"}, {}, {"tensor"}, {}]',  # queries
         '[{"data", "fsdp"}, {}, {"tensor"}]',  # the mlp
     }
+
+
+def test_rows_that_do_not_divide_over_fsdp():
+    """A vocabulary of 151,936 has rows for 128 devices, not for 256."""
+    shape = {"data": 1, "fsdp": 256, "tensor": 1}
+    mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+    at = sharding.parameter_spec
+    assert at((151_936, 1536), sharding.TABLE, mesh) == P("tensor", "fsdp")
+    assert at((131_072, 2048), sharding.TABLE, mesh)[0] == ("tensor", "fsdp")
+    # Heads, then their width, then the model's.
+    assert at((16, 128, 2048), ("head_rows", None, None), mesh)[2] == "fsdp"
+    small = jax.sharding.AbstractMesh((2, 64, 2), tuple(shape))
+    assert at((16, 128, 2048), ("head_rows", None, None), small)[1] == "fsdp"
+
+
+def test_no_parameter_is_whole_over_the_layers(gradients_on, wide_config):
+    """Weights exist whole a layer at a time: neither gathered before the loop, nor
+    kept from the forward for the backward pass."""
+    hlo_text = gradients_on((1, 8, 1)).hlo
+    L = wide_config.model.num_layers
+    assert not re.findall(rf"f32\[{L},48,56\]|f32\[{L},56,48\]", hlo_text)
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", hlo_text)
+    assert not [dims for dims in gathered if dims.startswith(f"{L},")]
+
+
+class FakeDevice:
+    """As much of a TPU device as laying out a mesh looks at."""
+
+    platform, device_kind, process_index, core_on_chip = "tpu", "TPU v5 lite", 0, 0
+
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.slice_index = number, slice_index
+        self.coords = (number % 4, number // 4 % 2, 0)
+
+
+def test_data_crosses_slices():
+    devices = [FakeDevice(n, n // 8) for n in range(16)]
+    mesh = sharding.make_mesh(MeshConfig(-1, 4, 1), devices)
+    assert mesh.devices.shape == (4, 4, 1)
+    slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    # Each row of fsdp is within one slice, and data has both.
+    assert (slices == slices[:, :1]).all()
+    assert set(slices[:, 0, 0].tolist()) == {0, 1}
+    with pytest.raises(
+        UserError, match="mesh.data=1 is not a multiple of the 2 slices"
+    ):
+        sharding.make_mesh(MeshConfig(1, -1, 1), devices)
