@@ -138,9 +138,12 @@ def main() -> None:
                 run()
                 rates[name].append(batch * NEW / (time.perf_counter() - begin))
         a, b = (statistics.median(x) for x in rates.values())
+        # Of each round, as what else runs on the machine slows down both.
+        ratios = sorted(x / y for x, y in zip(*rates.values(), strict=True))
         print(
             f"batch {batch:2}: {a:8.1f} tokens/s (gamayun_jax), {b:8.1f} tokens/s "
-            f"(transformers), ratio {a / b:.2f}; same tokens {same:.1%}; "
+            f"(transformers), ratio {statistics.median(ratios):.2f} "
+            f"({ratios[0]:.2f}-{ratios[-1]:.2f}); same tokens {same:.1%}; "
             f"spread {min(rates['ours']):.0f}-{max(rates['ours']):.0f}, "
             f"{min(rates['transformers']):.0f}-{max(rates['transformers']):.0f}",
             flush=True,

@@ -327,16 +327,25 @@ def run_quantize(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise UserError(f"{args.out} exists already: choose another folder")
     cfg, params, meta, _ = evaluate.load_params(args.model, quantised=True)
-    tokenizer = hf.open_tokenizer(args.model, meta, cfg.data.corpus)
+    where = args.corpus or cfg.data.corpus
+    if not (where or args.no_eval):
+        raise UserError(
+            f"{args.model} was not trained on a corpus here: give --corpus, a corpus "
+            "folder with held-out sets, or --no-eval"
+        )
+    tokenizer = hf.open_tokenizer(args.model, meta, where)
     small = jax.jit(quantize.quantize, static_argnums=1)(params, args.bits)
     quantize.save(small, meta, args.bits, tokenizer, args.out)
     old, new = (quantize.size_bytes(tree) for tree in (params, small))
     print(f"{args.out}: {new:,} bytes of weights, before {old:,}", flush=True)
-    if not args.no_eval:
-        results = [
-            {**evaluate.evaluate_checkpoint(path, args.corpus), "label": label}
-            for path, label in ((args.model, "before"), (args.out, f"int{args.bits}"))
-        ]
+    del params, small
+    results = [
+        {**evaluate.evaluate_checkpoint(path, args.corpus), "label": label}
+        for path, label in ((args.model, "before"), (args.out, f"int{args.bits}"))
+        if not args.no_eval
+    ]
+    quantize.write_record(args.out, meta, args.bits, (old, new), results)
+    if results:
         print(runs.language_table(results, cfg.languages))
     return 0
 
@@ -671,9 +680,12 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "report",
         run_report,
-        "Make the HTML report of one run, or of several overlaid.",
+        "Make the HTML report of one run, or of several overlaid; folders of "
+        "`quantize` among them are compared with what they were made from.",
     )
-    report.add_argument("runs", type=Path, nargs="+", help="run folders")
+    report.add_argument(
+        "runs", type=Path, nargs="+", help="run folders, and quantised ones"
+    )
     report.add_argument("--out", type=Path, help="default: RUN/report")
     return parser
 

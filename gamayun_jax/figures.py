@@ -23,6 +23,7 @@ from gamayun_jax.runs import (
     entries,
     esc,
     get,
+    label_of,
     languages_of,
     num,
     plain,
@@ -315,6 +316,27 @@ def stage_figure(run: Run, name: str, languages: Sequence[str]) -> Any:
     right.axvline(1, color=INK, alpha=0.6, linewidth=0.8)
     for ax in (left, middle, right):
         horizontal(ax, 8 if ax is left else 4)
+    return figure
+
+
+@styled
+def quantised_figure(evals: Sequence[Any], name: str, languages: Sequence[str]) -> Any:
+    """By language: what each quantisation added to the bits per byte of the first."""
+    tested = languages_of(evals, name)
+    shown = [*(k for k in languages if k in tested), "macro"]
+    figure, panels = axes(9.5, 0.22 * len(shown) + 0.8, 1, len(evals) - 1, sharey=True)
+    for ax, e in zip(panels, evals[1:], strict=True):
+        for i, language in enumerate(shown):
+            found = [score(x, name, language) for x in (evals[0], e)]
+            old, new = (num(r, "bits_per_byte") for r in found)
+            if old is not None and new is not None:
+                colour = colours_of(languages).get(language, INK)
+                ax.barh(i, new - old, color=colour, height=0.62)
+        ax.set_yticks(range(len(shown)), [plain(k, 14) for k in shown])
+        ax.set_ylim(len(shown) - 0.4, -0.6)
+        ax.set_title(f"bits per byte added by {label_of(e)}")
+        ax.axvline(0, color=INK, alpha=0.6, linewidth=0.8)
+        horizontal(ax, 5)
     return figure
 
 

@@ -350,24 +350,29 @@ def names_in(path: Path) -> list[str]:
         return list(f.keys())
 
 
+def check_tensor(file: Any, path: Path, tensor: Tensor) -> None:
+    """Compare shape and dtype in an open file's header with what is needed."""
+    info = file.get_slice(tensor.name)
+    dtype, shape = info.get_dtype(), tuple(info.get_shape())
+    if shape != tensor.shape:
+        raise UserError(
+            f"{path}: {tensor.name} is {list(shape)}, the config needs "
+            f"{list(tensor.shape)}"
+        )
+    if dtype not in FILE_DTYPES:
+        raise UserError(
+            f"{path}: {tensor.name} has dtype {dtype}; {', '.join(FILE_DTYPES)} are "
+            "read"
+        )
+
+
 def read_tensor(path: Path, tensor: Tensor) -> np.ndarray:
     """One tensor in the dtype of its file, checked.
 
     The file is opened anew each time: what was mapped of it does not stay in memory.
     """
     with open_tensors(path) as f:
-        info = f.get_slice(tensor.name)
-        dtype, shape = info.get_dtype(), tuple(info.get_shape())
-        if shape != tensor.shape:
-            raise UserError(
-                f"{path}: {tensor.name} is {list(shape)}, the config needs "
-                f"{list(tensor.shape)}"
-            )
-        if dtype not in FILE_DTYPES:
-            raise UserError(
-                f"{path}: {tensor.name} has dtype {dtype}; {', '.join(FILE_DTYPES)} "
-                "are read"
-            )
+        check_tensor(f, path, tensor)
         value = f.get_tensor(tensor.name)
     if not all_finite(value):
         raise UserError(f"{path}: {tensor.name} has values that are not finite")
@@ -387,6 +392,10 @@ def read_weights(folder: Path, cfg: ModelConfig, shardings: Any = None) -> Any:
         another shape or dtype, or not finite.
     """
     where = find_tensors(folder)
+    if cfg.num_layers > len(where):  # before a number of any size is believed
+        raise UserError(
+            f"{folder} has {len(where)} tensors, the config {cfg.num_layers} layers"
+        )
     expected = {t.name: t for t in tensors_of(cfg)}
     if missing := sorted(set(expected) - set(where)):
         raise UserError(
@@ -403,6 +412,12 @@ def read_weights(folder: Path, cfg: ModelConfig, shardings: Any = None) -> Any:
             f"{folder} has tensor {min(extra)!r}, which the config has no place for "
             f"({len(extra)} are left over)"
         )
+    # All headers before the first allocation.
+    for file in sorted(set(where.values())):
+        with open_tensors(file) as f:
+            for tensor in expected.values():
+                if where[tensor.name] == file:
+                    check_tensor(f, file, tensor)
     placed = {}
     if shardings is not None:
         leaves = jax.tree_util.tree_flatten_with_path(shardings)[0]

@@ -17,11 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gamayun_jax import files
 from gamayun_jax.checkpoint import Checkpoints, TrainState
 from gamayun_jax.config import UserError
 from gamayun_jax.tokenizer import TextCoder
 
 GROUP = 64
+RECORD = "quantised.json"  # of a quantised folder; `gamayun report` reads it
 # Matrix -> its axes that are summed over, from the end; the rest are output channels.
 SUMMED: dict[str, tuple[int, ...]] = {
     "embedding": (-1,),
@@ -162,6 +164,28 @@ def save(
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_record(
+    out: Path, meta: dict[str, Any], bits: int, sizes: Any, evals: Any
+) -> None:
+    """Write what was lost and won: RECORD in the quantised folder.
+
+    Args:
+      meta: of the checkpoint that was quantised.
+      sizes: bytes of the weights before and after.
+      evals: evaluations of the floats and of the quantised weights, or none.
+    """
+    record = dict(
+        format=1,
+        run=meta["lineage"].get("run"),
+        step=meta["step"],
+        tokens=meta["tokens"],
+        bits=bits,
+        bytes=dict(zip(("before", "after"), sizes, strict=True)),
+        evals=list(evals),
+    )
+    files.write_json(out / RECORD, record)
 
 
 def size_bytes(params: Any) -> int:

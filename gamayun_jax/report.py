@@ -20,6 +20,7 @@ from gamayun_jax.figures import (
     loss_figure,
     loss_points,
     panels_figure,
+    quantised_figure,
     sources_figure,
     stage_figure,
     to_svg,
@@ -41,6 +42,7 @@ from gamayun_jax.runs import (
     languages_of,
     num,
     plain,
+    read_quantised,
     read_run,
     rows,
     score,
@@ -261,6 +263,43 @@ def heldout_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[
         )
 
 
+def quantised_sections(
+    records: Sequence[dict[str, Any]], languages: Sequence[str]
+) -> Iterable[str]:
+    """A section per model and held-out set: its floats, and each quantisation."""
+    models: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for record in records:
+        if len(rows(record, "evals")) == 2:
+            models.setdefault((get(record, "run"), get(record, "step")), []).append(
+                record
+            )
+    for (run, step), found in models.items():
+        found.sort(key=lambda r: -(num(r, "bits") or 0))
+        first = rows(found[0], "evals")[0]
+        evals = [first, *(rows(r, "evals")[1] for r in found)]
+        sizes = [num(found[0], "bytes", "before")]
+        sizes += [num(r, "bytes", "after") for r in found]
+        weights = ", ".join(
+            f"{esc(label_of(e))} {short(size)}B"
+            for e, size in zip(evals, sizes, strict=True)
+        )
+        columns = [
+            (label_of(e), e, "change", first if k else None)
+            for k, e in enumerate(evals)
+        ]
+        for name in sets_of(evals):
+            text = (
+                f"Bits per byte of step {esc(step)} before and after its weights were "
+                f"quantised. Weights: {weights}. {MARKS}"
+            )
+            svg = to_svg(
+                quantised_figure(evals, name, languages), f"Quantised, on {name}"
+            )
+            table = score_table(columns, name, languages, baselines=False)
+            title = f"Quantised weights of {plain(run, 30)}, “{name}”"
+            yield section(title, text, table, svg)
+
+
 def of_run(run: Run, runs: Sequence[Run]) -> str:
     return f"{run.name}: " if len(runs) > 1 else ""
 
@@ -304,13 +343,25 @@ def origin_sections(run: Run, who: str, languages: Sequence[str]) -> Iterable[st
 def write_report(folders: Sequence[Path], out: Path) -> Path:
     """Write OUT/index.html for one run folder, or for several overlaid.
 
+    Folders of `gamayun quantize` among them get a section: before and after.
+
     Raises:
       UserError: a folder that holds no run, or a record that is damaged.
     """
-    runs = [read_run(Path(f)) for f in folders]
+    quantised = {f: read_quantised(Path(f)) for f in folders}
+    runs = [read_run(Path(f)) for f, record in quantised.items() if record is None]
+    records = [r for r in quantised.values() if r is not None]
     if not runs:
         raise UserError("report: there is no run folder: give at least one")
-    languages = list(dict.fromkeys(k for r in runs for k in r.languages))
+    languages = list(dict.fromkeys(k for r in runs for k in r.languages if k != "und"))
+    languages += [
+        k
+        for r in records
+        for name in sets_of(rows(r, "evals"))
+        for k in languages_of(rows(r, "evals"), name)
+        if k not in languages
+    ]
+    languages = list(dict.fromkeys(languages))
     trained = [r for r in runs if r.metrics]
     parts = []
     if len(runs) == 1:
@@ -332,6 +383,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     parts += heldout_sections(runs, languages)
     if not sets_of(e for r in runs for e in r.evals):
         parts.append(section("Held-out evaluation", "", gap("evaluations in eval/")))
+    parts += quantised_sections(records, languages)
     if trained:
         parts += training_sections(trained, languages)
     else:

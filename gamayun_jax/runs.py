@@ -132,6 +132,19 @@ def read_run(folder: Path) -> Run:
     return Run(name, load(config), load(lineage), metrics, evals, unread)
 
 
+def read_quantised(folder: Path) -> dict[str, Any] | None:
+    """What `gamayun quantize` recorded in a folder; None if it is no such folder.
+
+    Raises:
+      UserError: the record is not JSON.
+    """
+    path = folder / "quantised.json"
+    try:
+        return entries(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({e}): quantise again") from e
+
+
 def sets_of(evals: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(s for e in evals for s in entries(e, "sets")))
 

@@ -429,9 +429,20 @@ def broken_config(folder):
     (folder / "config.json").write_text("{")
 
 
+def enormous(folder, **change):
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, **change}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (lambda folder: enormous(folder, intermediate_size=10**9), "the config needs"),
+        (lambda folder: enormous(folder, num_hidden_layers=10**9), "1000000000 layers"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({})),
+            "model.safetensors cannot be read",
+        ),
         (truncated, "model.safetensors cannot be read"),
         (pickled, "pickle"),
         (escaping, "only safetensors files in the same folder"),

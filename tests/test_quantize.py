@@ -1,5 +1,6 @@
 """Quantised weights: error bounds, a round trip through a checkpoint, bits per byte."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -76,6 +77,10 @@ def test_the_command_line(trained, tmp_path, capfd):
         said = capfd.readouterr().out
         assert ("bits per byte on held-out set 'udhr'" in said) == (not option)
         new = evaluate.evaluate_checkpoint(out)["sets"]["udhr"]["languages"]
+        record = json.loads((out / "quantised.json").read_text())
+        assert record["bytes"]["after"] < record["bytes"]["before"] / 2
+        found = [e["sets"]["udhr"]["languages"] for e in record["evals"]]
+        assert found == ([] if option else [old, new])
         for language, row in old.items():
             change = new[language]["bits_per_byte"] - row["bits_per_byte"]
             assert abs(change) < most
@@ -84,6 +89,8 @@ def test_the_command_line(trained, tmp_path, capfd):
         assert cli.main(argv) == 0
         assert capfd.readouterr().out.startswith("The ")
         assert not list(tmp_path.glob(".*"))
+    assert cli.main(["report", str(trained), str(out), f"--out={tmp_path / 'r'}"]) == 0
+    assert "Quantised weights of" in (tmp_path / "r" / "index.html").read_text()
     assert cli.main(["quantize", str(out), str(tmp_path / "again")]) == 2
     assert "quantised already" in capfd.readouterr().err
     assert cli.main(["quantize", str(trained), str(out)]) == 2

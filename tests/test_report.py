@@ -404,3 +404,41 @@ def test_import_is_light():
     code = "import sys, gamayun_jax.report as r; print([m for m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert not {"'jax'", "'matplotlib'"} & set(out.stdout.strip("[]\n").split(", "))
+
+
+def quantised(folder: Path, bits: int, added: float) -> Path:
+    """A folder as `gamayun quantize` leaves it, as far as the report reads it."""
+    before = evaluation(1000, "before", 2.4, random.Random(0))
+    after = copy.deepcopy(before) | {"label": f"int{bits}"}
+    for part in after["sets"].values():
+        for row in (*part["languages"].values(), part["macro"]):
+            row["bits_per_byte"] += added
+    record = {
+        "format": 1, "run": "tiny", "step": 1000, "bits": bits,
+        "bytes": {"before": 4_000_000, "after": bits * 125_000},
+        "evals": [before, after],
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "quantised.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_quantised_weights_beside_their_floats(run, tmp_path):
+    small = [
+        quantised(tmp_path / f"int{b}", b, x) for b, x in ((4, 0.125), (8, -0.003))
+    ]
+    page = page_of(tmp_path / "out", run, *small)
+    assert "Quantised weights of tiny, “help”" in page.source
+    assert "Weights: before 4MB, int8 1MB, int4 500kB" in page.source
+    part = page.source.split("Quantised weights of tiny, “udhr”")[1].split("</table>")[
+        0
+    ]
+    assert part.count(">+0.125<") == len(LANGUAGES) + 2  # and the means
+    assert part.count(">−0.003<") == len(LANGUAGES) + 2
+    # Beyond two standard errors, but the errors of 0.03 are wider than 0.003.
+    assert part.count('class="worse"') == len(LANGUAGES) + 2
+    assert 'class="better"' not in part
+    assert "Quantised" not in page_of(tmp_path / "out", run).source
+    (small[0] / "quantised.json").write_text("{")
+    with pytest.raises(UserError, match="quantised.json is damaged"):
+        report.write_report([run, small[0]], tmp_path / "out")
