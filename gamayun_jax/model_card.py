@@ -92,13 +92,15 @@ def model_card(
     ]
     if not imported:  # with our tokenizer
         lines += [
-            "With llama.cpp, whose converter takes a SentencePiece model to begin "
-            "texts with a space, which this one does not:",
+            "With llama.cpp (its converter takes every SentencePiece model of this "
+            "architecture to begin texts with a space, which this one does not; the "
+            "second command writes that into the file):",
             "",
             "```sh",
-            "python convert_hf_to_gguf.py . --outfile model.gguf",
-            "llama-cli -m model.gguf "
-            "--override-kv tokenizer.ggml.add_space_prefix=bool:false",
+            "python convert_hf_to_gguf.py . --outtype f32 --outfile model-f32.gguf",
+            "llama-quantize --override-kv tokenizer.ggml.add_space_prefix=bool:false "
+            "model-f32.gguf model.gguf Q8_0",
+            'llama-cli -m model.gguf -no-cnv -p "..."',
             "```",
             "",
         ]

@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 
 import jax
@@ -696,43 +693,3 @@ def test_merges_prefer_the_left_of_equal_pairs(both):
         ("a", "b"), ("b", "a"), ("ab", "a"), ("a", "ba"),
     ]  # fmt: skip
     assert to_tokenizers(both[0]).get_vocab_size() == both[0].vocab_size
-
-
-@pytest.mark.slow
-def test_llama_cpp_continues_the_same(trained, config, tmp_path):
-    """With LLAMA_CPP=<its source folder> and the package llama-cpp-python."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    source = os.environ.get("LLAMA_CPP")
-    if not source:
-        pytest.skip("LLAMA_CPP does not name the source folder of llama.cpp")
-    run, params = trained
-    hf.export_hf(run, tmp_path / "out")
-    converter = f"{source}/convert_hf_to_gguf.py"
-    command = [sys.executable, converter, tmp_path / "out", "--outtype", "f32"]
-    environment = {**os.environ, "PYTHONPATH": f"{source}/gguf-py"}
-    gguf = tmp_path / "model.gguf"
-    subprocess.run([*command, "--outfile", gguf], check=True, env=environment)
-    # Caches in float32, as ours; and no space before a text (see the model card).
-    llama = llama_cpp.Llama(
-        str(gguf), n_ctx=64, verbose=False, logits_all=True, type_k=0, type_v=0,
-        kv_overrides={"tokenizer.ggml.add_space_prefix": False},
-    )  # fmt: skip
-    tokenizer = HFTokenizer(tmp_path / "out")
-    for text in ADVERSARIAL:
-        if "\u2581" not in text:  # which llama.cpp takes for a space
-            found = llama.tokenize(text.encode(), add_bos=False, special=False)
-            assert found == tokenizer.encode(text), text
-    ids = [tokenizer.bos_id, *tokenizer.encode("Все люди рождаются свободными")][:20]
-    llama.eval(ids)
-    expected = ours(config.model, params, np.array([ids], np.int32))[0]
-    assert_close(np.array(llama.scores[: len(ids)]), expected, 1e-5)
-    llama.reset()
-    made = []
-    for token in llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0):
-        made.append(token)
-        if len(ids) + len(made) == 60:
-            break
-    llama.close()
-    row = np.array([ids + made], np.int32)
-    expected = ours(config.model, params, row)[0].argmax(-1)
-    assert made == expected[len(ids) - 1 : -1].tolist()
