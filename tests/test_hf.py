@@ -103,7 +103,16 @@ def assert_close(a, b, tolerance):
     assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
-@pytest.fixture(scope="module", params=CASES)
+QUICK = ("llama", "qwen2_mqa_untied", "qwen3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def case(request, tmp_path_factory):
     """(cfg, our parameters, the model of transformers that loaded our files)."""
     cfg = CASES[request.param]

@@ -56,7 +56,10 @@ def byte_level(folder, texts, bos):
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=["llama", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"],
+)
 def imported(request, corpus, tmp_path_factory):
     """(folder that transformers wrote, its model) with weights of some size."""
     kind, bos = KINDS[request.param]
