@@ -43,6 +43,7 @@ from gamayun_jax.figures import alignment_figure, best_layer
 from gamayun_jax.files import write_json
 from gamayun_jax.hf import open_tokenizer
 from gamayun_jax.model import Transformer, hidden_states
+from gamayun_jax.tokenizer import TextCoder
 
 Texts = Mapping[str, Sequence[tuple[str, str]]]  # language -> (id, text)
 
@@ -335,7 +336,9 @@ def align(
     corpus = None
     if corpus_folder or (folder / "manifest.json").exists():
         corpus = open_corpus(folder)
-    tokenizer = open_tokenizer(path, meta, cfg.data.corpus)
+    tokenizer: TextCoder | None = corpus.tokenizer() if corpus else None
+    if tokenizer is None or tokenizer.fingerprint != meta["tokenizer"]:
+        tokenizer = open_tokenizer(path, meta, cfg.data.corpus)
     texts = parallel_texts(corpus, languages, cfg.evaluation.max_units)
     result: dict[str, Any] = {
         "format": 1,

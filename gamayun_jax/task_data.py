@@ -91,9 +91,17 @@ def next_paragraph(
     pages: Pages,
     text_of: Callable[[str, str], str],
 ) -> list[Item]:
-    """The paragraph after one or two others; wrong ones are from the same page."""
+    """The paragraph after one or two others; wrong ones are from the same page.
+
+    Choices are short enough for a window of 256 tokens and a small vocabulary.
+    """
     rng = draw("next_paragraph")
     drafts = []
+
+    def short(name: str) -> bool:
+        most = {k: 150 if k in DENSE else 360 for k in LANGUAGES}
+        return all(len(text_of(k, name)) <= most[k] for k in LANGUAGES)
+
     for units in pages.values():
         for i in range(1, len(units)):
             if units[i][0] - units[i - 1][0] > 3:
@@ -101,8 +109,9 @@ def next_paragraph(
             near = i > 1 and units[i - 1][0] - units[i - 2][0] <= 3
             context = [name for _, name in units[i - 2 if near else i - 1 : i]]
             right = units[i][1]
-            wrong = [name for _, name in units if name not in (*context, right)]
-            if len(wrong) >= CHOICES - 1:
+            taken = (*context, right)
+            wrong = [name for _, name in units if name not in taken and short(name)]
+            if short(right) and len(wrong) >= CHOICES - 1:
                 drafts.append((context, right, rng.sample(wrong, CHOICES - 1)))
     return [
         {
