@@ -319,6 +319,19 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_lm_eval(args: argparse.Namespace) -> int:
+    try:
+        from gamayun_jax import lm_eval_adapter
+    except ImportError as e:
+        raise UserError(
+            f"lm-evaluation-harness is not whole here ({e}): "
+            'pip install "gamayun_jax[lm-eval]"'
+        ) from e
+    begin = 1 if args.arguments[:1] == ["--"] else 0
+    lm_eval_adapter.main(args.arguments[begin:])
+    return 0
+
+
 def run_quantize(args: argparse.Namespace) -> int:
     import jax
 
@@ -639,6 +652,15 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         generate.add_argument(f"--{name}", type=kind, default=default, help=text)
 
+    harness = add(
+        commands,
+        "lm-eval",
+        run_lm_eval,
+        "lm-evaluation-harness with our models: all further arguments are its own, "
+        "e.g. --model gamayun --model_args path=RUN --tasks NAME.",
+    )
+    harness.add_argument("arguments", nargs=argparse.REMAINDER)
+
     quantize = add(
         commands,
         "quantize",
@@ -692,6 +714,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["lm-eval"]:  # all else is the harness's own, options too
+        argv = ["lm-eval", "--", *argv[1:]]
     args = build_parser().parse_args(argv)
     # Libraries' warnings are not for the user of the command line.
     logging.getLogger("absl").setLevel(logging.ERROR)

@@ -117,8 +117,13 @@ class Generator:
         sampling: Sampling = Sampling(),
         on_text: Callable[[int, str], None] | None = None,
         stop_ids: Sequence[int] | None = None,
+        finished: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """`generate` for prompts of token ids, with BOS where it belongs."""
+        """`generate` for prompts of token ids, with BOS where it belongs.
+
+        Args:
+          finished: given the new ids of a prompt from time to time; True ends it.
+        """
         stop_ids = list(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
         if max_tokens < 1 or len(stop_ids) > STOPS:
             raise UserError(
@@ -147,6 +152,8 @@ class Generator:
                     if ended[row]:
                         break
                     made[row].append(int(token))
+                if finished and not ended[row]:
+                    ended[row] = finished(made[row])
                 if on_text:
                     text = streams[row](made[row][begin:], ended[row] or last)
                     if text:

@@ -37,7 +37,7 @@ LAYERS = [
     {"step", "evaluate", "hf"},
     {"score", "tasks"},
     {"metrics"},
-    {"run_tasks"},
+    {"lm_eval_adapter", "run_tasks"},
     {"lineage"},
     {"figures"},
     {"page"},
