@@ -7,12 +7,14 @@ what to do), 3 a run that a signal stopped after it had saved, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +234,6 @@ def note(text: str) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from gamayun_jax import run_tasks, runs, task_page, tasks
 
     names = args.tasks or []
@@ -241,25 +241,16 @@ def run_eval(args: argparse.Namespace) -> int:
         names = [*tasks.known_tasks(), *(n for n in names if n != "all")]
     chosen = [tasks.load_task(n, args.languages, args.limit) for n in names]
     tasks.check_languages(chosen, args.languages)
-    bars: list[tqdm] = []
-
-    def watch(name: str, total: int) -> Any:
-        for bar in bars:
-            bar.close()
-        bars.append(tqdm(desc=name, total=total, unit="text", disable=None))
-        return bars[-1].update
-
-    result, rows = run_tasks.evaluate_model(
-        args.model,
-        chosen,
-        args.corpus,
-        heldout=bool(args.corpus) or not names,
-        languages=args.languages,
-        batch_size=args.batch_size,
-        watch=watch,
-    )
-    for bar in bars:
-        bar.close()
+    with task_bars() as watch:
+        result, rows = run_tasks.evaluate_model(
+            args.model,
+            chosen,
+            args.corpus,
+            heldout=bool(args.corpus) or not names,
+            languages=args.languages,
+            batch_size=args.batch_size,
+            watch=watch,
+        )
     if "sets" in result:
         print(runs.language_table([result]))
     if chosen:
@@ -279,6 +270,44 @@ def run_align(args: argparse.Namespace) -> int:
     )
     print(alignment.table(result))
     return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from gamayun_jax import compare, tasks
+
+    names = [n for n in args.tasks if n != "all"]
+    if "all" in args.tasks:
+        names = [*tasks.known_tasks(), *names]
+    chosen = []
+    if not all(compare.is_result(m) for m in args.models):
+        chosen = [tasks.load_task(n, args.languages, args.limit) for n in names]
+        tasks.check_languages(chosen, args.languages)
+    with task_bars() as watch:
+        results = compare.collect(args.models, chosen, args.out, note, watch)
+    found = compare.compare(results)
+    print(compare.comparison_text(found))
+    print(f"\n{compare.write_comparison(found, args.out)}")
+    return 0
+
+
+@contextlib.contextmanager
+def task_bars() -> Iterator[Any]:
+    """A progress bar for each task that begins, when shown on a terminal."""
+    from tqdm import tqdm
+
+    bars: list[tqdm] = []
+
+    def watch(name: str, total: int) -> Any:
+        for bar in bars:
+            bar.close()
+        bars.append(tqdm(desc=name, total=total, unit="text", disable=None))
+        return bars[-1].update
+
+    try:
+        yield watch
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -626,6 +655,31 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         help="what `gamayun eval` wrote: consistency of its answers",
     )
+
+    compare = add(
+        commands,
+        "compare",
+        run_compare,
+        "Models side by side by language and task, with paired confidence intervals. "
+        "Reads models, or folders that `gamayun eval --out` wrote; writes "
+        "OUT/index.html, OUT/compare.json and the results of the models.",
+    )
+    compare.add_argument(
+        "models",
+        type=Path,
+        nargs="+",
+        metavar="MODEL",
+        help="run folder, checkpoint, Hugging Face folder or result folder; the others "
+        "are compared with the first",
+    )
+    compare.add_argument(
+        "--tasks", nargs="+", metavar="TASK", default=["all"], help="default: all"
+    )
+    compare.add_argument(
+        "--limit", type=positive(int), default=0, help="most items a language and task"
+    )
+    compare.add_argument("--languages", nargs="+", help="default: all")
+    compare.add_argument("--out", type=Path, required=True, help="folder to write")
 
     generate = add(
         commands,

@@ -44,7 +44,7 @@ LAYERS = [
     {"alignment"},
     {"plan_text"},
     {"train", "plan", "report"},
-    {"task_page"},
+    {"task_page", "compare"},
     {"cli"},
 ]
 CORPUS = ("documents", "files", "corpus", "corpus_jobs", "corpus_build")

@@ -1,0 +1,353 @@
+"""Models side by side, by language and task, with paired confidence intervals.
+
+Two models answer the same items, so what they differ by is told from the items'
+differences (paired bootstrap, Efron 1979; Koehn, EMNLP 2004): far narrower than two
+separate errors. An interval is for one cell alone; a mark stands where the difference
+is significant at 5 % over the whole table of a model (Holm, 1979), for among a hundred
+cells of nothing five would else be marked.
+
+Shape suffixes: R resamples, I items.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gamayun_jax import run_tasks
+from gamayun_jax.config import UserError
+from gamayun_jax.figures import axes, colours_of, horizontal, styled, to_svg
+from gamayun_jax.files import write_json, write_text
+from gamayun_jax.page import html_page, html_table, section, td
+from gamayun_jax.run_tasks import cell
+from gamayun_jax.runs import INK, esc, plain
+from gamayun_jax.tasks import Task
+
+RESAMPLES = 4000
+LEVEL = 0.05
+SEED = 0
+MACRO = "macro"
+
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def is_result(path: Path) -> bool:
+    """Whether a folder is what `gamayun eval --out` wrote."""
+    return (Path(path) / "eval.json").is_file() and (Path(path) / "items").is_dir()
+
+
+def read_result(path: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """eval.json and the items of each task; UserError if they cannot be read."""
+    path = Path(path)
+    try:
+        result = json.loads((path / "eval.json").read_text(encoding="utf-8"))
+        names = list(result["tasks"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{path}/eval.json cannot be read ({e!r}): run `gamayun eval --tasks ... "
+            "--out` again"
+        ) from e
+    if result.get("format") != run_tasks.FORMAT:
+        raise UserError(f"{path}/eval.json is of another version: run it again")
+    return result, {n: run_tasks.read_items(path / "items", n) for n in names}
+
+
+def collect(
+    models: Sequence[Path],
+    tasks: Sequence[Task],
+    out: Path,
+    log: Callable[[str], None],
+    watch: Callable[[str, int], Any] = lambda name, total: None,
+) -> list[tuple[dict[str, Any], Rows]]:
+    """Results of each model or result folder; models are evaluated into OUT/<n>-<name>.
+
+    A model whose results are there already is not evaluated again, so that an
+    interrupted comparison goes on.
+    """
+    found: list[tuple[dict[str, Any], Rows]] = []
+    for number, path in enumerate(models):
+        if is_result(path):
+            found.append(read_result(path))
+            continue
+        folder = out / f"{number}-{run_tasks.plain_name(path).replace(' ', '-')}"
+        wanted = {t.name: t.hash for t in tasks}
+        if is_result(folder):
+            result, rows = read_result(folder)
+            same = {k: t["hash"] for k, t in result["tasks"].items()} == wanted
+            if same and result["model"]["path"] == str(path):
+                log(f"{path}: results of before, in {folder}")
+                found.append((result, rows))
+                continue
+        log(f"{path}: evaluating")
+        result, made = run_tasks.evaluate_model(path, tasks, heldout=False, watch=watch)
+        run_tasks.write_results(folder, result, made)
+        found.append((result, made))
+    labels: list[str] = []
+    for result, _ in found:  # the same name twice would be one column
+        label, n = result["label"], 2
+        while label in labels:
+            label, n = f"{result['label']} ({n})", n + 1
+        labels.append(label)
+        result["label"] = label
+    return found
+
+
+def pair(
+    kind: str, metric: str, a: Sequence[Mapping[str, Any]], b: Sequence[Any]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Language -> id -> (b's value - a's, weight) of the items that both have."""
+
+    def value(row: Mapping[str, Any]) -> float:
+        return row["bits"] if kind == "perplexity" else row["correct"][metric]
+
+    of = {(r["language"], str(r["id"])): r for r in a}
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in b:
+        key = (row["language"], str(row["id"]))
+        if key in of:
+            weight = float(row["bytes"]) if kind == "perplexity" else 1.0
+            difference = value(row) - value(of[key])
+            found.setdefault(key[0], {})[key[1]] = (difference, weight)
+    return found
+
+
+def resample(count: int, seed: int) -> np.ndarray:
+    """How often each item is drawn, int [R, I]."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+
+
+def interval(
+    difference: float, draws_R: np.ndarray, better_low: bool
+) -> dict[str, float]:
+    """Difference with its 95 % interval and two-sided p value.
+
+    p is by how often a resample falls on the other side of 0, never below 1 / R.
+    """
+    low, high = np.quantile(draws_R, [LEVEL / 2, 1 - LEVEL / 2])
+    side = min((draws_R <= 0).mean(), (draws_R >= 0).mean())
+    p = min(1.0, max(2 * float(side), 1 / RESAMPLES))
+    gain = -difference if better_low else difference
+    return {
+        "difference": difference, "low": float(low), "high": float(high), "p": p,
+        "gain": gain,
+    }  # fmt: skip
+
+
+def compare_rows(
+    task: Mapping[str, Any], a: Sequence[Any], b: Sequence[Any]
+) -> dict[str, dict[str, float]]:
+    """Language (and macro) -> how b differs from a on a task's headline metric.
+
+    Bits per byte differ by the sum of the items' differences over their bytes. In a
+    parallel task the same ids are drawn for all languages, in others each has its own.
+    """
+    low = task["kind"] == "perplexity"
+    paired = pair(task["kind"], task["metric"], a, b)
+    found: dict[str, dict[str, float]] = {}
+    every: list[tuple[float, np.ndarray]] = []
+    ids = sorted({i for v in paired.values() for i in v})
+    together = task["parallel"] and all(len(v) == len(ids) for v in paired.values())
+    for number, (language, items) in enumerate(paired.items()):
+        names = sorted(items)
+        values_I, weights_I = np.array([items[i] for i in names]).T
+        counts_RI = resample(len(names), SEED if together else SEED + number + 1)
+        draws_R = (counts_RI @ values_I) / np.maximum(counts_RI @ weights_I, 1e-9)
+        difference = float(values_I.sum() / weights_I.sum())
+        found[language] = {
+            **interval(difference, draws_R, low), "items": len(names),
+        }  # fmt: skip
+        every.append((difference, draws_R))
+    if every:
+        difference = float(np.mean([d for d, _ in every]))
+        draws_R = np.mean([r for _, r in every], axis=0)
+        found[MACRO] = interval(difference, draws_R, low)
+    return found
+
+
+def mark_significant(cells: Sequence[dict[str, Any]]) -> None:
+    """Holm's step-down over all cells: sets "significant" in each."""
+    order = sorted(range(len(cells)), key=lambda k: cells[k]["p"])
+    going = True
+    for rank, k in enumerate(order):
+        going = going and cells[k]["p"] <= LEVEL / (len(cells) - rank)
+        cells[k]["significant"] = going
+
+
+def compare(results: Sequence[tuple[Mapping[str, Any], Rows]]) -> dict[str, Any]:
+    """compare.json: the models, and for each task and language their values and how
+    each differs from the first.
+
+    Raises:
+      UserError: fewer than two, or no task that all have answered in the same way.
+    """
+    if len(results) < 2:
+        raise UserError("compare: give at least two models or result folders")
+    first, base = results[0]
+    names = [n for n in first["tasks"] if all(n in r["tasks"] for r, _ in results)]
+
+    def version(result: Mapping[str, Any], name: str) -> tuple[str, str]:
+        task = result["tasks"][name]
+        return task["hash"], task["prompt_hash"]
+
+    other = [n for n in names if len({version(r, n) for r, _ in results}) > 1]
+    if other:
+        raise UserError(
+            f"the task {other[0]!r} was not the same for all models (other items or "
+            "prompts): evaluate them again with the same version"
+        )
+    if not names:
+        raise UserError(
+            "the models have no task in common: evaluate them on the same tasks"
+        )
+    tasks: dict[str, Any] = {}
+    cells: list[list[dict[str, Any]]] = [[] for _ in results]
+    for name in names:
+        task = first["tasks"][name]
+        differences: list[dict[str, dict[str, Any]]] = [{}]
+        for k, (_, rows) in enumerate(results[1:], 1):
+            differences.append(compare_rows(task, base[name], rows[name]))
+            cells[k] += differences[-1].values()
+        keys = ("kind", "metric", "description", "parallel", "hash", "baseline")
+        tasks[name] = {
+            **{k: task[k] for k in keys},
+            "values": [
+                {**r["tasks"][name]["languages"], MACRO: r["tasks"][name]["macro"]}
+                for r, _ in results
+            ],
+            "differences": differences,
+        }
+    for found in cells[1:]:
+        mark_significant(found)
+    return {
+        "format": 1,
+        "models": [{**r["model"], "label": r["label"]} for r, _ in results],
+        "resamples": RESAMPLES,
+        "seed": SEED,
+        "level": LEVEL,
+        "tasks": tasks,
+    }
+
+
+def languages_in(task: Mapping[str, Any]) -> list[str]:
+    """Languages with a value of any model, macro last."""
+    found = (k for v in task["values"] for k in v if k != MACRO)
+    return [*dict.fromkeys(found), MACRO]
+
+
+def signed(task: Mapping[str, Any], value: float) -> str:
+    text = cell(task, abs(value)).removesuffix(" %")
+    return f"{'−' if value < 0 else '+'}{text}"
+
+
+def comparison_text(found: Mapping[str, Any]) -> str:
+    """Plain text: a table per task; * marks significant differences to the first."""
+    labels = [m["label"] for m in found["models"]]
+    lines = []
+    for name, task in found["tasks"].items():
+        unit = "bits per byte, lower is better" if task["kind"] == "perplexity" else "%"
+        lines.append(f"{name}: {task['metric']} ({unit}); * differs from {labels[0]}")
+        heads = "".join(f"{plain(label, 20):>22}" for label in labels)
+        lines.append(f"  {'':<7}{heads}")
+        for language in languages_in(task):
+            line = f"  {language:<7}"
+            for values, gaps in zip(task["values"], task["differences"], strict=True):
+                value = values.get(language, {}).get(task["metric"])
+                text = cell(task, value).removesuffix(" %") or "–"
+                if (d := gaps.get(language)) is not None:
+                    star = "*" if d["significant"] else " "
+                    text += f" ({signed(task, d['difference'])}){star}"
+                line += f"{text:>22}"
+            lines.append(line.rstrip())
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+@styled
+def difference_figure(
+    task: Mapping[str, Any], labels: Sequence[str], languages: Sequence[str]
+) -> Any:
+    """A panel per model after the first: differences with 95 % intervals."""
+    gaps = task["differences"][1:]
+    height = 0.24 * len(languages) + 0.8
+    shape = {"sharey": True, "sharex": True}
+    figure, grid = axes(9.5, height, 1, len(gaps), **shape)
+    for ax, label, by in zip(grid, labels[1:], gaps, strict=True):
+        ax.axvline(0, color=INK, alpha=0.6, linewidth=0.8)
+        for i, language in enumerate(languages):
+            if (d := by.get(language)) is None:
+                continue
+            colour = colours_of(languages).get(language, INK)
+            error = [[d["difference"] - d["low"]], [d["high"] - d["difference"]]]
+            face = colour if d["significant"] else "none"
+            ax.errorbar(
+                d["difference"], i, xerr=np.maximum(error, 0), fmt="o", color=colour,
+                markerfacecolor=face, markersize=5,
+            )  # fmt: skip
+        ax.set_yticks(range(len(languages)), [plain(k, 14) for k in languages])
+        ax.set_ylim(len(languages) - 0.4, -0.6)
+        ax.set_title(f"{plain(label, 24)} − {plain(labels[0], 24)}")
+        horizontal(ax, 5)
+    return figure
+
+
+def task_section(name: str, task: Mapping[str, Any], labels: Sequence[str]) -> str:
+    """A task's table and figure."""
+    languages = languages_in(task)
+    heads = ["language", labels[0]]
+    for label in labels[1:]:
+        heads += [label, "difference", "95 %"]
+    body = []
+    for i, language in enumerate(languages):
+        cells = td(esc(language, 20), i)
+        for values, gaps in zip(task["values"], task["differences"], strict=True):
+            row = values.get(language, {})
+            value, error = row.get(task["metric"]), row.get(f"{task['metric']}_se")
+            small = "" if error is None else f"<small> ±{cell(task, error)}</small>"
+            cells += td((cell(task, value) or "–") + small, value)
+            if gaps is task["differences"][0]:
+                continue
+            d = gaps.get(language)
+            if d is None:
+                cells += td("–") + td("")
+                continue
+            kind = ("better" if d["gain"] > 0 else "worse") if d["significant"] else ""
+            cells += td(signed(task, d["difference"]), d["difference"], kind)
+            ends = f"{signed(task, d['low'])} … {signed(task, d['high'])}"
+            cells += td(f"<small>{ends}</small>", d["low"])
+        body.append(f"<tr>{cells}</tr>")
+    low = task["kind"] == "perplexity"
+    text = (
+        f"{esc(task['description'])}: {esc(task['metric'])}"
+        f"{', lower is better' if low else ''}. Filled dots and colours: significant "
+        "over the whole table of that model."
+    )
+    svg = to_svg(difference_figure(task, labels, languages), f"Differences on {name}")
+    return section(name, text, html_table(heads, body[:-1], body[-1:]), svg)
+
+
+def write_comparison(found: Mapping[str, Any], out: Path) -> Path:
+    """OUT/compare.json and OUT/index.html."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "compare.json", found)
+    labels = [m["label"] for m in found["models"]]
+    facts = [
+        f"<tr>{td(esc(m['label']))}{td(format(m['parameters'], ','), m['parameters'])}"
+        f"{td(esc(m['path'], 200))}{td(esc(str(m['tokenizer'])[:12]))}</tr>"
+        for m in found["models"]
+    ]
+    heads = ["model", "parameters", "path", "tokenizer"]
+    note = (
+        f"Paired bootstrap with {found['resamples']} resamples of the items; marks at "
+        f"{found['level']:.0%} after Holm's correction over all cells of a model. Bits "
+        "per byte compare across tokenizers; perplexities would not."
+    )
+    parts = [section("Models", note, html_table(heads, facts, []))]
+    parts += [task_section(n, t, labels) for n, t in found["tasks"].items()]
+    write_text(out / "index.html", html_page(" · ".join(labels), "Comparison", parts))
+    return out / "index.html"

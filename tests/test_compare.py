@@ -1,0 +1,189 @@
+"""Comparisons: the bootstrap against formulas, Holm, tables, pages, the command."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from gamayun_jax import cli, compare, run_tasks
+from gamayun_jax.config import UserError
+from gamayun_jax.tasks import METRICS
+
+LANGUAGES = ("en", "ru", "tr")
+
+
+def task(kind="multiple_choice", parallel=True, **more):
+    return {
+        "kind": kind, "metric": METRICS[kind][0], "parallel": parallel,
+        "description": "d", "hash": "h", "prompt_hash": "p", "baseline": "none",
+        "shots": 0, "set_aside": {}, "gaps": [], **more,
+    }  # fmt: skip
+
+
+def choice_rows(right, languages=LANGUAGES):
+    return [
+        {"id": i, "language": k, "correct": {"norm": float(r)}}
+        for k in languages
+        for i, r in enumerate(right)
+    ]
+
+
+def result(label, rows, kind="multiple_choice", **more):
+    metric = METRICS[kind][0]
+    languages = {
+        k: {metric: float(np.mean([r["correct"][metric] for r in rows
+                                   if r["language"] == k])), f"{metric}_se": 0.01}
+        for k in LANGUAGES
+    }  # fmt: skip
+    mean = {metric: float(np.mean([v[metric] for v in languages.values()]))}
+    found = {
+        "format": run_tasks.FORMAT,
+        "label": label,
+        "model": {"path": f"/{label}", "parameters": 10, "tokenizer": "t"},
+        "tasks": {"t": {**task(kind, **more), "languages": languages, "macro": mean}},
+    }
+    return found, {"t": rows}
+
+
+def test_interval_is_that_of_the_mean_of_differences():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 2, 400), rng.integers(0, 2, 400)
+    found = compare.compare_rows(task(), choice_rows(a), choice_rows(b))
+    d = b - a
+    error = d.std(ddof=1) / math.sqrt(len(d))
+    for language in (*LANGUAGES, "macro"):  # languages agree: the mean is no surer
+        cell = found[language]
+        assert cell["difference"] == pytest.approx(d.mean())
+        width = cell["high"] - cell["low"]
+        assert width == pytest.approx(2 * 1.96 * error, rel=0.06)
+    apart = compare.compare_rows(task(parallel=False), choice_rows(a), choice_rows(b))
+    width = apart["macro"]["high"] - apart["macro"]["low"]
+    assert width == pytest.approx(2 * 1.96 * error / math.sqrt(3), rel=0.06)
+
+
+def test_bits_per_byte_differ_by_sums_not_by_means():
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(10, 1000, 200)
+    bits = sizes * rng.uniform(1, 3, 200)
+    more = bits + sizes * rng.normal(0.05, 0.1, 200)
+
+    def rows(values):
+        return [
+            {"id": i, "language": "en", "bits": float(v), "bytes": int(n)}
+            for i, (v, n) in enumerate(zip(values, sizes, strict=True))
+        ]
+
+    found = compare.compare_rows(task("perplexity"), rows(bits), rows(more))["en"]
+    expected = more.sum() / sizes.sum() - bits.sum() / sizes.sum()
+    assert found["difference"] == pytest.approx(expected)
+    assert found["gain"] == pytest.approx(-expected)
+    assert found["low"] < expected < found["high"]
+    assert found["p"] <= 0.01
+
+
+def test_items_are_paired_by_language_and_id():
+    a = choice_rows([1, 1, 0, 0])
+    b = list(reversed(choice_rows([1, 1, 0, 0])))[1:]
+    found = compare.compare_rows(task(), a, b)
+    assert all(v["difference"] == 0 and v["p"] == 1 for v in found.values())
+    assert found["tr"]["items"] == 3
+
+
+def test_five_in_a_hundred_cells_of_nothing_are_not_marked():
+    """The same model twice, on fresh items: Holm keeps the whole table at 5 %."""
+    rng = np.random.default_rng(2)
+    tables, marked, small = 60, 0, 0
+    for _ in range(tables):
+        cells = []
+        for _ in range(20):
+            d = rng.normal(0, 1, 100)
+            draws = (compare.resample(100, int(rng.integers(1 << 30)))[:1000] @ d) / 100
+            cells.append(compare.interval(float(d.mean()), draws, False))
+        small += sum(c["p"] <= 0.05 for c in cells)
+        compare.mark_significant(cells)
+        marked += any(c["significant"] for c in cells)
+    assert 0.03 < small / (20 * tables) < 0.08  # each alone is at 5 %
+    assert marked / tables < 0.13
+    cells = [{"p": p} for p in (0.03, 0.001, 0.02)]
+    compare.mark_significant(cells)
+    assert [c["significant"] for c in cells] == [True, True, True]
+    cells = [{"p": p} for p in (0.04, 0.001, 0.03)]
+    compare.mark_significant(cells)
+    assert [c["significant"] for c in cells] == [False, True, False]
+
+
+def test_tables_and_page(tmp_path):
+    rng = np.random.default_rng(3)
+    good, bad = np.ones(60), rng.integers(0, 2, 60)
+    found = compare.compare(
+        [
+            result("<b>one</b>", choice_rows(bad)),
+            result("two", choice_rows(good)),
+            result("three", choice_rows(bad)),
+        ]
+    )
+    text = compare.comparison_text(found)
+    assert text.count(")*") == 4  # two is better in three languages and on the whole
+    page = compare.write_comparison(found, tmp_path).read_text()
+    assert "<b>one" not in page
+    assert page.count('class="better"') == 4
+    saved = json.loads((tmp_path / "compare.json").read_text())
+    assert saved["tasks"]["t"]["differences"][2]["en"]["difference"] == 0.0
+
+
+def test_refuses_what_does_not_compare(tmp_path):
+    rows = choice_rows([1, 0, 1])
+    one = result("one", rows)
+    with pytest.raises(UserError, match="at least two"):
+        compare.compare([one])
+    with pytest.raises(UserError, match="was not the same for all models"):
+        compare.compare([one, result("two", rows, hash="other")])
+    other = result("two", rows)
+    other[0]["tasks"]["u"] = other[0]["tasks"].pop("t")
+    with pytest.raises(UserError, match="no task in common"):
+        compare.compare([one, other])
+    (tmp_path / "items").mkdir()
+    (tmp_path / "eval.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        compare.read_result(tmp_path)
+
+
+def test_the_command_on_three_architectures(tmp_path, capsys):
+    """Random models of the three architectures: imported, evaluated, compared; what
+    is there already is not evaluated again."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    from test_imported import KINDS, byte_level
+
+    torch.manual_seed(0)
+    folders = []
+    for name, (kind, bos) in KINDS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        byte_level(folder, ["Все люди рождаются", "all human beings"] * 20, bos)
+        config = kind(
+            vocab_size=416, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            max_position_embeddings=512, tie_word_embeddings=True,
+            bos_token_id=1 if bos else 0, eos_token_id=0, initializer_range=0.3,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(folder)
+        folders.append(str(folder))
+    out = tmp_path / "out"
+    command = ["compare", *folders, "--tasks", "udhr", "cldr_facts", "--limit", "5"]
+    command += ["--languages", "en", "tr", "--out", str(out)]
+    assert cli.main(command) == 0
+    first = capsys.readouterr()
+    for name in ("udhr", "cldr_facts", "llama", "qwen2", "qwen3", "macro"):
+        assert name in first.out
+    results = sorted(p.name for p in out.iterdir())
+    assert results == ["0-llama", "1-qwen2", "2-qwen3", "compare.json", "index.html"]
+    assert cli.main(command) == 0
+    again = capsys.readouterr()
+    assert again.err.count("results of before") == 3
+    assert again.out == first.out
+    assert cli.main(["compare", *(str(out / r) for r in results[:3]), "--out",
+                     str(tmp_path / "again")]) == 0  # fmt: skip
+    assert capsys.readouterr().out.startswith(first.out.split("\n/")[0])
