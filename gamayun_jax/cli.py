@@ -200,9 +200,13 @@ def join_cluster(args: argparse.Namespace) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    from gamayun_jax import xla
+
+    xla.set_flags()
     from gamayun_jax import train
 
     join_cluster(args)
+    xla.keep_compilations(args.workdir / "compiled")
     return train.train(load(args), args.workdir, args.init_from)
 
 

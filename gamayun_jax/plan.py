@@ -81,6 +81,7 @@ def topology_devices(topology: str, slices: int = 1) -> tuple[Any, ...]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it locks a file
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     try:
@@ -317,9 +318,16 @@ def _compiled(
 # --- search -----------------------------------------------------------------------
 
 
-def candidates(cfg: Config, chips: int, slices: int, hbm: float) -> list[Config]:
-    """Configs of the same batch that may fit: mesh, microbatches and remat policy."""
+def candidates(
+    cfg: Config, chips: int, slices: int, hbm: float, meshes: bool = True
+) -> list[Config]:
+    """Configs of the same batch that may fit: microbatches, remat policy, and meshes.
+
+    Without `meshes`, only the config's own mesh. A slice of a weight of fewer than 16
+    rows is less than a tile of bfloat16, and then whole gradients are all-reduced.
+    """
     found = []
+    own = cfg.mesh
     powers = [2**n for n in range(chips.bit_length()) if chips % 2**n == 0]
     for tensor in (1, 2, 4):
         for fsdp in powers:
@@ -327,6 +335,14 @@ def candidates(cfg: Config, chips: int, slices: int, hbm: float) -> list[Config]
             if rest or data < slices or data % slices:
                 continue
             shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+            asked = (own.data, own.fsdp, own.tensor)
+            if meshes:
+                if fsdp > 1 and cfg.model.d_model // fsdp < 16:
+                    continue
+            elif any(
+                n not in (-1, shape[k]) for k, n in zip(shape, asked, strict=True)
+            ):
+                continue
             for microbatches in (1, 2, 4, 8):
                 if cfg.data.batch_size % (data * fsdp * microbatches):
                     continue
@@ -351,6 +367,7 @@ def search(
     assume: Assumptions = Assumptions(),
     cache: Path | None = None,
     compiled: int = 6,
+    meshes: bool = True,
     log: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Rank meshes, microbatches and remat policies by time; compile the best ones.
@@ -373,7 +390,8 @@ def search(
         # Of equal times, the one with less of everything else beside it.
         return times["step"], sum(times.values())
 
-    ranked = sorted(candidates(cfg, chips, slices, chip.hbm_bytes), key=estimate)
+    found = candidates(cfg, chips, slices, chip.hbm_bytes, meshes)
+    ranked = sorted(found, key=estimate)
     plans: list[dict[str, Any]] = []
     refused = ""
     for c in ranked[: 2 * compiled + 2]:
@@ -402,12 +420,12 @@ def table(
     log: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """The best plan that `search` finds for each of "[SLICES*]TOPOLOGY"."""
+    """The best plan of the config's own mesh for each of "[SLICES*]TOPOLOGY"."""
     plans = []
     for name in names:
         m = re.fullmatch(r"(?:(\d+)\*)?(.*)", name)
         assert m  # it matches anything
         slices = int(m[1] or 1)
         chip_name(m[2])
-        plans += search(cfg, m[2], slices, log=log, compiled=1, **options)
+        plans += search(cfg, m[2], slices, log=log, compiled=1, meshes=False, **options)
     return plans

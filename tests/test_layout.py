@@ -17,6 +17,7 @@ LAYERS = [
         "presets",
         "chips",
         "hlo",
+        "xla",
         "attention",
         "tokenizer",
         "curriculum",
