@@ -20,6 +20,7 @@ from gamayun_jax.demo_corpus import LANGUAGES
 from gamayun_jax.demo_tasks import FOLDER, task_files
 from gamayun_jax.heldout import is_heldout_page
 from gamayun_jax.pages import Document
+from gamayun_jax.tasks import load_task
 
 TASKS = {
     name: yaml.safe_load(path.read_text("utf-8")) for name, path in task_files().items()
@@ -83,6 +84,17 @@ def test_a_description_fits_its_items(task):
                 t and t.isprintable() for text in texts for t in text.split("\n")
             )
             assert not any(re.search("</?[a-z]+>|&[a-z]+;", text) for text in texts)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluation_takes_every_item(task):
+    found = load_task(task)
+    assert not found.set_aside
+    assert set(found.languages) == set(LANGUAGES)
+    for k in LANGUAGES:
+        scored = [row["id"] for row in items(task, k) if "split" not in row]
+        assert [row["id"] for row in found.items[k]] == scored
+        assert len(found.examples.get(k, ())) >= found.shots
 
 
 @pytest.mark.parametrize("task", [t for t in TASKS if TASKS[t]["parallel"]])
