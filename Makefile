@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup demo demo-long test test-slow lint corpus tasks clean
+.PHONY: setup demo demo-long test test-slow soak lint corpus tasks clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+# Kill the corpus build, training and the report at least a hundred times.
+soak: setup
+	$(BIN)/python tests/faults/soak.py --kills 120
 
 lint: setup
 	$(BIN)/ruff check .

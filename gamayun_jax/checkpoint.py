@@ -3,23 +3,43 @@
 A checkpoint holds three items: `params`, `opt_state` (arrays, with the step), and
 `meta` (JSON: resolved config, data cursors, curriculum and its fingerprint, lineage,
 running sums of the records). Evaluation and export read `params` and `meta` alone.
+
+Files may be cut, changed or lost after they were written. So `meta` has a checksum of
+every array, taken on the devices from the values themselves: one pass over memory at
+each save and restore, no pass over files, the same on any mesh; and one of itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from gamayun_jax.config import CheckpointConfig, UserError
+from gamayun_jax.config import CheckpointConfig, Config, UserError
 from gamayun_jax.optim import parameter_path
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1 had no checksums
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint whose files are not what was written."""
+
+    def __init__(self, where: Path, reason: str, advice: str):
+        super().__init__(f"checkpoint {where} cannot be read ({reason}). {advice}")
+        self.reason = reason
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -40,10 +60,8 @@ class Checkpoints:
         forever: Collection[int] = (),
         read_only: bool = False,
     ):
-        """`forever`: steps that are never deleted (the stages' ends)."""
+        """`forever`: steps that are never deleted (see `kept_forever`)."""
         keep: list[Any] = [policies.LatestN(cfg.keep)]
-        if cfg.keep_every_steps:
-            keep.append(policies.EveryNSteps(cfg.keep_every_steps))
         if forever:
             keep.append(policies.CustomSteps(sorted(forever)))
         self.folder = folder.absolute()
@@ -62,23 +80,35 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, step: int, meta: dict[str, Any]) -> None:
-        """Begin to save; returns once the arrays are copied off the devices."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(
-                    {"opt_state": state.opt_state, "step": state.step}
+        """Begin to save; returns once the arrays are copied off the devices.
+
+        Raises:
+          UserError: this checkpoint, or the one before, cannot be written.
+        """
+        items = {"params": state.params, "opt_state": saved_optimizer(state)}
+        meta = {**meta, "format": FORMAT, "checksums": checksums(items)}
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{k: ocp.args.StandardSave(v) for k, v in items.items()},
+                    meta=ocp.args.JsonSave({**meta, "sha256": json_sha256(meta)}),
                 ),
-                meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
-            ),
-            force=True,
-        )
+                force=True,
+            )
+
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint that the run has gone back before."""
+        self._manager.delete(step)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON item; UserError if another version of this project wrote it."""
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-        if meta.get("format") != FORMAT:
+        if not isinstance(meta, dict) or (
+            "sha256" in meta and meta.pop("sha256") != json_sha256(meta)
+        ):
+            raise self._damaged(step, "its meta has changed since it was written")
+        if meta.get("format") not in READABLE:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} has format "
                 f"{meta.get('format')}, this version reads {FORMAT}"
@@ -86,25 +116,112 @@ class Checkpoints:
         return meta
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state at `step`, on the shardings of `abstract`; every leaf checked."""
-        rest = {"opt_state": abstract.opt_state, "step": abstract.step}
-        restored = self._read(
-            step,
-            params=ocp.args.StandardRestore(abstract.params),
-            opt_state=ocp.args.StandardRestore(rest),
-        )
-        state = TrainState(
+        """The state at `step`, on the shardings of `abstract`; every leaf checked.
+
+        Raises:
+          UserError: a state of another structure.
+          DamagedCheckpointError: what is read is not what was written.
+        """
+        items = {"params": abstract.params, "opt_state": saved_optimizer(abstract)}
+        restored = self._restore(step, items)
+        return TrainState(
             step=restored["opt_state"]["step"],
             params=restored["params"],
             opt_state=restored["opt_state"]["opt_state"],
         )
-        verify(state, abstract, self.folder / str(step))
-        return state
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        params = self._read(step, params=ocp.args.StandardRestore(abstract_params))
-        verify(params["params"], abstract_params, self.folder / str(step))
-        return params["params"]
+        """The parameters alone; as `restore`."""
+        return self._restore(step, {"params": abstract_params})["params"]
+
+    def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        where = self.folder / str(step)
+        expected = self.meta(step).get("checksums")
+        # A checkpoint of another model, or of another version, is not a damaged one.
+        if expected is not None:
+            for item, tree in items.items():
+                if set(expected[item]) != {name for name, _ in named_leaves(tree)}:
+                    raise UserError(
+                        f"checkpoint {where} holds other {item} than this config and "
+                        "this version have"
+                    )
+        found = self._read(
+            step, **{k: ocp.args.StandardRestore(v) for k, v in items.items()}
+        )
+        restored = {k: found[k] for k in items}
+        for item, tree in items.items():
+            verify(restored[item], tree, where)
+        if expected is not None:
+            for item, values in checksums(restored).items():
+                for name, value in values.items():
+                    if value != expected[item][name]:
+                        raise self._damaged(
+                            step, f"{item} {name!r} has changed since it was written"
+                        )
+        return restored
+
+    def newest(
+        self,
+        abstract: TrainState,
+        check: Callable[[dict[str, Any], str], None],
+        aside: Path,
+        log: Callable[[str], None],
+    ) -> tuple[int, dict[str, Any], TrainState, list[dict[str, Any]]] | None:
+        """(step, meta, state, lineage events) of the newest checkpoint that is whole.
+
+        Damaged newer ones are moved to the folder `aside`, with one event each. None
+        if there is no checkpoint at all.
+
+        Args:
+          check: called with each meta and its place before anything is moved or read
+            further; what it raises is raised.
+
+        Raises:
+          UserError: from `check`, or the last checkpoint that is left is damaged too.
+        """
+        events: list[dict[str, Any]] = []
+        while (step := self.latest()) is not None:
+            meta, damage = self._attempt(step, lambda: self.meta(step))
+            if damage is None:
+                check(meta, f"{self.folder}/{step}")
+                state, damage = self._attempt(
+                    step, lambda: self.restore(step, abstract)
+                )
+                if damage is None:
+                    return step, meta, state, events
+            if len(self.steps()) == 1:
+                raise damage
+            place = self._set_aside(step, aside)
+            log(f"checkpoint {step} is damaged ({damage.reason}): moved to {place}")
+            events.append({"event": "damaged", "step": step, "reason": damage.reason})
+        return None
+
+    def _attempt(
+        self, step: int, read: Callable[[], Any]
+    ) -> tuple[Any, DamagedCheckpointError | None]:
+        """What `read` gives, and damage that this process or another has found."""
+        result, damage = None, None
+        try:
+            result = read()
+        except DamagedCheckpointError as e:
+            damage = e
+        if jax.process_count() > 1:
+            found = multihost_utils.process_allgather(np.array(damage is not None))
+            if found.any() and damage is None:
+                who = np.flatnonzero(found).tolist()
+                damage = self._damaged(step, f"processes {who} cannot read it")
+        return result, damage
+
+    def _set_aside(self, step: int, aside: Path) -> Path:
+        place, number = aside / str(step), 1
+        while place.exists():
+            place, number = aside / f"{step}.{number}", number + 1
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            os.rename(self.folder / str(step), place)
+        barrier(f"set aside {step}")
+        self._manager.reload()
+        return place
 
     def _read(self, step: int, **items: Any) -> Any:
         where = self.folder / str(step)
@@ -116,23 +233,125 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as e:  # Orbax and TensorStore raise many kinds
-            others = [s for s in self.steps() if s != step]
-            reason = " ".join(str(e).split())[:300]
+            reason = shortened(e)
+            raise self._damaged(step, f"{type(e).__name__}: {reason}") from e
+
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
+        others = [s for s in self.steps() if s != step]
+        return DamagedCheckpointError(
+            self.folder / str(step),
+            reason,
+            f"Move that folder away to go on from step {max(others)}"
+            if others
+            else "There is no other: start again in an empty folder",
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # Orbax and TensorStore raise many kinds
+            there = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
+            reason = shortened(e)
             raise UserError(
-                f"checkpoint {where} cannot be read ({type(e).__name__}: {reason}). "
-                + (
-                    f"Move that folder away to go on from step {max(others)}"
-                    if others
-                    else "There is no other: start again in an empty folder"
-                )
+                f"a checkpoint cannot be written to {self.folder} "
+                f"({type(e).__name__}: {reason}): make room or give --workdir a folder "
+                "that can be written; the same command then goes on from "
+                + (f"step {max(there)}" if there else "the beginning")
             ) from e
+
+    def check(self) -> None:
+        """Raise what went wrong in the background since the last save began."""
+        with self._writing():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Return when the last save is committed; raises what it raised."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+
+def kept_forever(cfg: Config) -> list[int]:
+    """Steps whose checkpoints stay: the stages' ends, those that
+    checkpoint.keep_every_steps names, and the first regular one at or after each
+    checkpoint.keep_every_tokens tokens of the run."""
+    keep = cfg.checkpoint
+    steps = {cfg.stage_start(k + 1) for k in range(len(cfg.stages))}
+    if keep.keep_every_steps:
+        every = keep.keep_every_steps
+        steps |= set(range(every, cfg.total_steps, every))
+    if keep.keep_every_tokens:
+        for n in range(
+            1, cfg.total_steps * cfg.tokens_per_step // keep.keep_every_tokens + 1
+        ):
+            first = -(-n * keep.keep_every_tokens // cfg.tokens_per_step)
+            steps.add(-(-first // keep.every_steps) * keep.every_steps)
+    return sorted(steps)
+
+
+def saved_optimizer(state: TrainState) -> dict[str, Any]:
+    """The item `opt_state` of a checkpoint."""
+    return {"opt_state": state.opt_state, "step": state.step}
+
+
+def shortened(e: Exception) -> str:
+    """An error's message on one line: its beginning and, for the cause, its end."""
+    text = " ".join(str(e).split())
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+def json_sha256(data: Any) -> str:
+    """Hash of plain JSON data, whatever the order of its keys."""
+    text = json.dumps(json.loads(json.dumps(data)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """(path, leaf) of every leaf."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(parameter_path(path), leaf) for path, leaf in leaves]
+
+
+def checksum(x: jax.Array) -> jax.Array:
+    """uint32 of an array's values and their places: the sum of each element's bits
+    times an odd number of its place, modulo 2**32.
+
+    Integers add up the same in any order, so on any mesh. Any change of one element
+    changes the sum, since an odd number has an inverse; more escape once in 2**32.
+    """
+    if x.dtype.itemsize not in (1, 2, 4) or not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.int32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 2
+    for axis in reversed(range(x.ndim)):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        place += iota * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(bits * (place + jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def checksums(items: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """item -> path -> checksum of each array, in hexadecimal."""
+    values = jax.device_get(_all_checksums(items))
+    return {
+        item: {name: f"{int(v):08x}" for name, v in named_leaves(tree)}
+        for item, tree in values.items()
+    }
+
+
+@jax.jit
+def _all_checksums(items: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(checksum, items)
+
+
+def barrier(name: str) -> None:
+    """Wait for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def verify(tree: Any, abstract: Any, where: Path) -> None:

@@ -284,6 +284,20 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep: int = 3  # the newest; stage ends are kept forever
     keep_every_steps: int = 0  # besides, one every so many steps forever (0: none)
+    keep_every_tokens: int = 0  # and the first after each so many tokens (0: none)
+
+
+@dataclass(frozen=True)
+class DivergenceConfig:
+    """What is done when training diverges; skip=False stops at the first such step."""
+
+    skip: bool = True  # no update where loss or gradient is not finite
+    nonfinite: int = 3  # so many of those in a row: go back (0: never)
+    # A loss so many robust standard deviations above the median of the last `window`
+    # steps of the stage: go back (0: never).
+    spike: float = 0.0
+    window: int = 128
+    rollbacks: int = 3  # at most, then the run stops
 
 
 @dataclass(frozen=True)
@@ -317,6 +331,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
     evaluation: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     seed: int = 0
@@ -373,6 +388,7 @@ POSITIVE = (
     "data.max_epochs",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "divergence.window",
     "evaluation.batch_size",
     "log.every_steps",
     "compute.microbatches",
@@ -384,6 +400,10 @@ POSITIVE = (
 AT_LEAST_0 = (
     "compute.loss_chunk",
     "checkpoint.keep_every_steps",
+    "checkpoint.keep_every_tokens",
+    "divergence.nonfinite",
+    "divergence.spike",
+    "divergence.rollbacks",
     "evaluation.every_steps",
     "evaluation.max_units",
     "optimizer.weight_decay",
@@ -463,6 +483,12 @@ def validate(cfg: Config) -> None:
                 f"{at}.token_weights.weights lacks {missing[0]!r}: scheme "
                 f"{weights.scheme!r} needs a number for every language"
             )
+    if cfg.checkpoint.keep_every_steps % cfg.checkpoint.every_steps:
+        raise UserError(
+            f"checkpoint.keep_every_steps={cfg.checkpoint.keep_every_steps} is not a "
+            f"multiple of checkpoint.every_steps={cfg.checkpoint.every_steps}: there "
+            "would be nothing to keep"
+        )
     if cfg.data.batch_size % cfg.compute.microbatches:
         raise UserError(
             f"data.batch_size={cfg.data.batch_size} is not a multiple of "

@@ -68,6 +68,8 @@ class Records(Sequence):
 
     def __init__(self, parts: Sequence[FilePart], dtype: str):
         self._source = ArrayRecordDataSource(parts)
+        self._files = [p.filename for p in parts]
+        self._ends = np.cumsum([p.take for p in parts])
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def __len__(self) -> int:
@@ -77,6 +79,11 @@ class Records(Sequence):
         if not 0 <= i < len(self._source):
             raise IndexError(f"record {i} is outside 0..{len(self._source) - 1}")
         return np.frombuffer(self._source[i], self._dtype).astype(np.int32)
+
+    def locate(self, i: int) -> tuple[str, int]:
+        """(file, number of the record in it) of record number `i`."""
+        k = int(np.searchsorted(self._ends, i, side="right"))
+        return self._files[k], i - (int(self._ends[k - 1]) if k else 0)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ A batch is a dict of arrays [B, T], B rows over all hosts:
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gamayun_jax.config import Config, StageConfig, UserError
-from gamayun_jax.corpus import Corpus
+from gamayun_jax.corpus import Corpus, Records
 from gamayun_jax.curriculum import Curriculum, Phase, check_epochs, mixture_shares
 
 
@@ -41,6 +42,16 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """Positions [begin, end) of a source's order that are left out of a segment."""
+
+    segment: int
+    source: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class DataPlan:
     """What a run reads, from its first example to its last."""
 
@@ -50,6 +61,7 @@ class DataPlan:
     segments: tuple[Segment, ...]
     batch_size: int
     total_steps: int
+    skipped: tuple[Skipped, ...] = ()
 
     def segment_at(self, example: int) -> int:
         starts = [s.first_example for s in self.segments]
@@ -68,15 +80,37 @@ class DataPlan:
             )
             dataset[mine] = k * len(self.sources) + source
             position[mine] = place
+        # In order, so that each counts with the ones before it already left out.
+        for s in sorted(self.skipped, key=lambda s: s.begin):
+            number = s.segment * len(self.sources) + self.sources.index(s.source)
+            beyond = (dataset == number) & (position >= s.begin)
+            position[beyond] += s.end - s.begin
         return dataset, position
+
+    def positions(self, first: int, last: int) -> list[dict[str, Any]]:
+        """What steps `first` to `last` (from 1) serve, as `Skipped` in plain JSON."""
+        examples = np.arange((first - 1) * self.batch_size, last * self.batch_size)
+        dataset, position = self.lookup(examples)
+        found = []
+        for number in np.unique(dataset).tolist():
+            segment, source = divmod(number, len(self.sources))
+            places = np.sort(position[dataset == number])
+            for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
+                begin, end = int(run[0]), int(run[-1]) + 1
+                found.append(Skipped(segment, self.sources[source], begin, end))
+        return [dataclasses.asdict(s) for s in found]
 
     def consumed(self, step: int) -> dict[str, int]:
         """Data cursor of each source, in examples, before step number `step`."""
         k = self.segment_at(max(0, step * self.batch_size - 1))
         segment = self.segments[k]
-        return segment.curriculum.consumed(
+        cursors = segment.curriculum.consumed(
             step * self.batch_size - segment.first_example
         )
+        for s in sorted(self.skipped, key=lambda s: s.begin):
+            if s.segment == k and cursors[s.source] >= s.begin:
+                cursors[s.source] += s.end - s.begin
+        return cursors
 
     def served(self, step: int) -> dict[str, int]:
         """Examples of each source that this run served before step `step`."""
@@ -110,13 +144,17 @@ def stage_shares(stage: StageConfig, tokens: Mapping[str, int]) -> dict[str, flo
 
 
 def make_plan(
-    cfg: Config, corpus: Corpus, origin: Mapping[str, Any] | None = None
+    cfg: Config,
+    corpus: Corpus,
+    origin: Mapping[str, Any] | None = None,
+    rollbacks: Sequence[Mapping[str, Any]] = (),
 ) -> DataPlan:
     """The plan of a run.
 
     Args:
       origin: of a run that goes on from a former one: its `cursors` (source ->
         position), `seed` of the shuffling and final `shares`. See lineage.load_origin.
+      rollbacks: what was decided to leave out; see divergence.py.
 
     Raises:
       UserError: a mixture that does not fit the corpus, a language unknown to the
@@ -189,6 +227,17 @@ def make_plan(
         segments=tuple(segments),
         batch_size=cfg.data.batch_size,
         total_steps=cfg.total_steps,
+        skipped=tuple(Skipped(**s) for r in rollbacks for s in r["skipped"]),
+    )
+
+
+def example_order(seed: int, source: str, records: Records, per_record: int) -> Any:
+    """Position in a segment's order of a source -> example, for any number of epochs;
+    `seed`: the segment's."""
+    # By name, so that another source's coming or going changes nothing.
+    seed = (seed * 65_537 + zlib.crc32(source.encode())) % 2**32
+    return (
+        grain.MapDataset.range(len(records) * per_record).seed(seed).shuffle().repeat()
     )
 
 
@@ -244,11 +293,8 @@ class LocalBatches:
         self._order = []
         for segment in plan.segments:
             for name, records in zip(plan.sources, self._records, strict=True):
-                # By name, so that another source's coming or going changes nothing.
-                seed = (segment.seed * 65_537 + zlib.crc32(name.encode())) % 2**32
-                size = len(records) * self._per_record
                 self._order.append(
-                    grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+                    example_order(segment.seed, name, records, self._per_record)
                 )
 
     def __len__(self) -> int:

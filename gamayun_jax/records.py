@@ -140,6 +140,9 @@ class RunFolder:
         """
         if not self.writer:
             return
+        for file in (self._events, self._metrics):
+            if file:
+                file.close()
         for evaluation in (self.path / "eval").glob("*.json"):
             if not step or int(evaluation.stem) > step:
                 evaluation.unlink()
@@ -191,16 +194,17 @@ class Interval:
     def __init__(self, num_languages: int, saved: Mapping[str, Any] | None = None):
         zeros = np.zeros(num_languages)
         self.sums: dict[str, Any] = dict(steps=0, numerator=0.0, denominator=0.0)
-        self.sums |= dict(grad_norm=0.0, learning_rate=0.0)
+        self.sums |= dict(grad_norm=0.0, learning_rate=0.0, skipped=0)
         self.languages = {k: zeros.copy() for k in ("nll", "targets", "tokens")}
         if saved is not None:
-            self.sums = dict(saved["sums"])
+            self.sums |= saved["sums"]
             self.languages = {k: np.array(v) for k, v in saved["languages"].items()}
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         self.sums["steps"] += 1
         for name in ("numerator", "denominator", "grad_norm"):
             self.sums[name] += float(metrics[name])
+        self.sums["skipped"] += int(metrics["skipped"])
         self.sums["learning_rate"] = float(metrics["learning_rate"])
         for name, values in metrics["languages"].items():
             self.languages[name] += np.asarray(values, np.float64)
@@ -221,7 +225,8 @@ class Interval:
             "loss": mean(s["numerator"], s["denominator"]),
             "nll": mean(by["nll"].sum(), by["targets"].sum()),
             "lr": s["learning_rate"],
-            "grad_norm": mean(s["grad_norm"], s["steps"]),
+            "grad_norm": mean(s["grad_norm"], s["steps"] - s["skipped"]),
+            "skipped": s["skipped"],
             "languages": {
                 name: {
                     "nll": mean(by["nll"][k], by["targets"][k]),

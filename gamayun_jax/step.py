@@ -120,7 +120,9 @@ def train_step(
       first_token: tokens trained before this run (of the run it was started from).
 
     Returns:
-      The new state, and metrics: sums of weighted_loss, gradient norm, learning rate.
+      The new state, and metrics: sums of weighted_loss, gradient norm, learning rate,
+      and `skipped`: 1 if loss or gradient were not finite, so that the state is the
+      old one but for its step number, and the sums are 0.
     """
     grads, sums = gradient_sums(state.params, batch, cfg, tables)
     denominator = jnp.maximum(sums["denominator"], 1.0)
@@ -134,11 +136,20 @@ def train_step(
         grads, state.opt_state, state.params
     )
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    metrics = {
-        **sums,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": rate,
-    }
+    norm = optax.tree.norm(grads)
+    sums = {**sums, "grad_norm": norm, "skipped": jnp.zeros(())}
+    if cfg.divergence.skip:
+        good = jnp.isfinite(sums["numerator"]) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        served = sums["languages"]["tokens"]
+        sums = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), sums)
+        sums["languages"] = {**sums["languages"], "tokens": served}
+        sums["skipped"] = 1.0 - good.astype(jnp.float32)
+    metrics = {**sums, "learning_rate": rate}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

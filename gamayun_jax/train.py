@@ -20,11 +20,19 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gamayun_jax import optim, sharding
-from gamayun_jax.checkpoint import Checkpoints, TrainState
+from gamayun_jax.checkpoint import Checkpoints, TrainState, kept_forever
 from gamayun_jax.chips import chip_of
 from gamayun_jax.config import Config, UserError, from_json, to_json
 from gamayun_jax.corpus import Corpus, open_corpus
 from gamayun_jax.data import DataPlan, batches, make_plan
+from gamayun_jax.divergence import (
+    Diverged,
+    Watch,
+    discard_abandoned,
+    load_rollbacks,
+    roll_back,
+    rollbacks_of,
+)
 from gamayun_jax.evaluate import HeldoutEvaluator
 from gamayun_jax.lineage import (
     check_corpus,
@@ -105,18 +113,27 @@ def train(
     check_corpus(cfg, corpus)
     first = jax.process_index() == 0
     run = RunFolder(workdir, writer=first)
-    ends = [cfg.stage_start(k + 1) for k in range(len(cfg.stages))]
+    forever = kept_forever(cfg)
     with (
         jax.set_mesh(mesh),
         nn.logical_axis_rules(sharding.RULES),
         contextlib.closing(run),
         contextlib.closing(
-            Checkpoints(run.path / "checkpoints", cfg.checkpoint, forever=ends)
+            Checkpoints(run.path / "checkpoints", cfg.checkpoint, forever)
         ) as store,
         StopSignal() as stop,
     ):
         report = log if first else lambda text: None
-        return _train(cfg, mesh, corpus, run, store, stop, init_from, report)
+        rollbacks = load_rollbacks(run.path)
+        while True:
+            discard_abandoned(store, rollbacks)
+            args = (cfg, mesh, corpus, run, store, stop, init_from, report)
+            try:
+                return _train(*args, rollbacks)
+            except Diverged as e:
+                decision = roll_back(e, cfg, corpus, run, store)
+                rollbacks = [*e.rollbacks, decision]
+                report(f"{e.reason}: going back to step {decision['to']}")
 
 
 def _train(
@@ -128,45 +145,52 @@ def _train(
     stop: StopSignal,
     init_from: Path | None,
     log: Callable[[str], None],
+    rollbacks: list[dict[str, Any]],
 ) -> int:
+    """To the end or a signal; raises Diverged to be called again."""
     ends = [cfg.stage_start(k + 1) for k in range(len(cfg.stages))]
     abstract = abstract_state(cfg, mesh)
-    step = store.latest()
     changes: dict[str, tuple[Any, Any]] = {}
 
+    def check(meta: dict[str, Any], where: str) -> None:
+        config_changes(from_json(meta["config"], where), cfg)
+        check_origin(init_from, meta["origin"], None, run.path)
+        check_past(cfg, make_plan(cfg, corpus, meta["origin"]), corpus, meta, where)
+
     # Where the run stands: its own checkpoint, another run's, or nowhere.
-    if step is not None:
-        meta = store.meta(step)
-        where = f"{run.path}/checkpoints/{step}"
-        changes = config_changes(from_json(meta["config"], where), cfg)
+    found = store.newest(abstract, check, run.path / "damaged", log)
+    if found is not None:
+        step, meta, state, damages = found
+        changes = config_changes(from_json(meta["config"]), cfg)
         origin = meta["origin"]
-        check_origin(init_from, origin, None, run.path)
-        plan = make_plan(cfg, corpus, origin)
-        check_past(cfg, plan, corpus, meta, where)
-        state = store.restore(step, abstract)
+        rollbacks = rollbacks_of(meta, rollbacks)
+        plan = make_plan(cfg, corpus, origin, rollbacks)
         interval = Interval(len(cfg.languages), meta["interval"])
+        watch = Watch(cfg.divergence, meta.get("watch"))
         # What is to come may have changed; what has happened stays.
         kept = ("started", "events", "checkpoints")
         lineage = new_lineage(cfg, corpus, plan, origin)
         lineage |= {k: meta["lineage"][k] for k in kept}
-        lineage["events"].append({"event": "resumed", "step": step})
+        lineage["events"] += [*damages, {"event": "resumed", "step": step}]
         log(f"going on from step {step} of {cfg.total_steps} in {run.path}")
     else:
         step, origin = 0, None
         recorded = run.lineage().get("init_from")
         if init_from is None:
             check_origin(None, None, recorded, run.path)
-            plan = make_plan(cfg, corpus)
+            plan = make_plan(cfg, corpus, None, rollbacks)
             state = new_state(cfg, mesh)
         else:
             source, source_step, meta, origin = load_origin(init_from, cfg, corpus)
             for name in origin["restarted"]:
                 log(f"source {name} is not what it was: its data begin anew")
-            plan = make_plan(cfg, corpus, origin)
+            plan = make_plan(cfg, corpus, origin, rollbacks)
             state = start_from(cfg, abstract, source, source_step, meta)
             source.close()
         lineage = new_lineage(cfg, corpus, plan, origin)
         interval = Interval(len(cfg.languages))
+        watch = Watch(cfg.divergence)
+    lineage["rollbacks"] = rollbacks
     for name, (old, new) in changes.items():
         log(f"config change since the checkpoint: {name}: {old!r} -> {new!r}")
         lineage["events"].append(
@@ -246,6 +270,10 @@ def _train(
         while len(in_flight) > keep:
             at, metrics = in_flight.pop(0)
             metrics = jax.device_get(metrics)
+            if why := watch.observe(at, cfg.stage_at(at - 1), metrics):
+                bar.close()
+                jax.block_until_ready(in_flight)
+                raise Diverged(*why, plan, rollbacks)
             if not np.isfinite(metrics["numerator"] + metrics["grad_norm"]):
                 last = store.latest()
                 raise UserError(
@@ -255,6 +283,7 @@ def _train(
                     f"{'none' if last is None else f'step {last}'}"
                 )
             interval.add(metrics)
+            store.check()
             if at % cfg.log.every_steps == 0 or at in ends:
                 write_record(at)
                 interval = Interval(len(cfg.languages))
@@ -285,6 +314,8 @@ def _train(
                 origin=origin,
                 lineage=lineage,
                 interval=interval.to_json(),
+                watch=watch.to_json(),
+                rollbacks=rollbacks,
                 seed=plan.segments[-1].seed,
                 shares=plan.shares[cfg.stage_at(max(step - 1, 0))],
             )

@@ -39,7 +39,7 @@ LAYERS = [
     {"score", "tasks"},
     {"metrics"},
     {"lm_eval_adapter", "run_tasks"},
-    {"lineage"},
+    {"lineage", "divergence"},
     {"figures"},
     {"page"},
     {"alignment"},

@@ -338,18 +338,6 @@ def test_a_harmless_change_goes_on_with_a_note(straight, config, replace, tmp_pa
     assert lineage["events"][-1]["field"] == "checkpoint.keep"
 
 
-def test_a_truncated_checkpoint_is_named(straight, config, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    folder = run / "checkpoints" / "13" / "params"
-    largest = max(
-        (p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
-    )
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoints/13 cannot be read.*step 12"):
-        train.train(config, run, log=quiet)
-
-
 def test_two_runs_in_one_folder(straight, config):
     from gamayun_jax.records import RunFolder
 

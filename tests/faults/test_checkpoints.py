@@ -1,0 +1,257 @@
+"""Checkpoints that are cut, changed, half deleted, or cannot be written."""
+
+import json
+import random
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gamayun_jax import checkpoint, train
+from gamayun_jax.checkpoint import Checkpoints, DamagedCheckpointError, TrainState
+from gamayun_jax.config import UserError
+
+
+def quiet(text):
+    pass
+
+
+def leaves(run, step):
+    store = Checkpoints(run / "checkpoints", read_only=True)
+    meta = store.meta(step)
+    store.close()
+    return meta["checksums"]
+
+
+def records(run):
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def small(config):
+    """A few steps of one stage: what is damaged below."""
+    import dataclasses
+
+    return dataclasses.replace(config, evaluation=dataclasses.replace(
+        config.evaluation, max_units=2
+    ))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory):
+    run = tmp_path_factory.mktemp("faults") / "run"
+    assert train.train(small, run, log=quiet) == 0
+    return run
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def truncate(folder, rng):
+    path = max(files(folder / "params"), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(folder, rng):
+    """One bit in the largest file: the values of the arrays."""
+    path = max(files(folder / "params"), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def flip_meta(folder, rng):
+    path = max(files(folder / "meta"), key=lambda p: p.stat().st_size)
+    text = path.read_text()
+    at = text.index('"consumed"')
+    digit = next(i for i in range(at, len(text)) if text[i].isdigit())
+    path.write_text(text[:digit] + str(9 - int(text[digit])) + text[digit + 1 :])
+
+
+def delete_half(folder, rng):
+    for path in files(folder)[::2]:
+        path.unlink()
+
+
+def delete_item(folder, rng):
+    shutil.rmtree(folder / "opt_state")
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, flip_meta, delete_half, delete_item]
+)
+def test_a_damaged_newest_checkpoint_is_set_aside(small, straight, tmp_path, damage):
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    damage(run / "checkpoints" / "13", random.Random(seed))
+    said = []
+    assert train.train(small, run, log=said.append) == 0
+    assert any("checkpoint 13 is damaged" in x and "damaged/13" in x for x in said)
+    assert (run / "damaged" / "13").is_dir()
+    assert any("going on from step 12" in x for x in said)
+    lineage = json.loads((run / "lineage.json").read_text())
+    assert [e["step"] for e in lineage["events"] if e["event"] == "damaged"] == [13]
+    assert leaves(run, 13) == leaves(straight, 13)
+    assert records(run) == records(straight)
+
+
+def test_every_bit_counts(straight, config):
+    """Any one flipped bit of the arrays' file is found when it is read, wherever it
+    is; what is not found (padding of the file format) leaves every value as it was."""
+    rng = np.random.default_rng(7)
+    tree = {
+        "a": jnp.arange(300, dtype=jnp.float32).reshape(3, 100),
+        "b": jnp.bfloat16(2),
+    }
+    state = TrainState(jnp.int32(5), tree, {})
+    folder = Path(str(straight)).parent / "bits"
+    store = Checkpoints(folder)
+    store.save(state, 1, {})
+    store.wait()
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    paths = [p for item in ("params", "opt_state") for p in files(folder / "1" / item)]
+    found = 0
+    for _ in range(40):
+        path = paths[rng.integers(len(paths))]
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[rng.integers(len(bad))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad)
+        try:
+            back = store.restore(1, abstract)
+            np.testing.assert_array_equal(back.params["a"], tree["a"])
+            assert back.step == 5
+        except DamagedCheckpointError:
+            found += 1
+        path.write_bytes(good)
+    assert found > 5
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "int32", "int8", "int4", "bool"]
+)
+def test_checksum_is_the_sum_of_bits_times_odd_places(dtype):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 5)) * 3, dtype)
+    if dtype in ("float32", "bfloat16"):
+        unsigned = {4: np.uint32, 2: np.uint16}[x.dtype.itemsize]
+        bits = np.asarray(x).view(unsigned).astype(object)
+    else:
+        bits = np.asarray(x).astype(np.int32).view(np.uint32).astype(object)
+    places = 2 * np.arange(60).reshape(3, 4, 5).astype(object) + 1
+    assert int(checkpoint.checksum(x)) == int((bits * places).sum() % 2**32)
+
+
+def test_another_structure_is_not_taken_for_damage(tmp_path):
+    store = Checkpoints(tmp_path / "checkpoints")
+    store.save(TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {}), 1, {})
+    store.save(TrainState(jnp.int32(2), {"a": jnp.ones(3)}, {}), 2, {})
+    store.wait()
+    other = TrainState(jnp.int32(1), {"b": jnp.ones(3)}, {})
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), other
+    )
+    with pytest.raises(UserError, match="holds other params"):
+        store.newest(abstract, lambda *a: None, tmp_path / "damaged", quiet)
+    assert store.steps() == [1, 2]
+    store.close()
+
+
+def test_the_last_checkpoint_is_never_moved(small, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    for path in (run / "checkpoints").iterdir():
+        if path.name != "13":
+            shutil.rmtree(path)
+    delete_half(run / "checkpoints" / "13", None)
+    with pytest.raises(UserError, match="There is no other"):
+        train.train(small, run, log=quiet)
+    assert (run / "checkpoints" / "13").is_dir()
+
+
+def test_a_full_disk_leaves_the_former_checkpoints_whole(small, straight, tmp_path):
+    """A file size limit makes every write of the arrays fail, as a full disk does."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    for step in (12, 13):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    before = {p: p.read_bytes() for p in files(run / "checkpoints" / "9")}
+    import signal
+
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written.*from step 9"):
+            train.train(small, run, log=quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
+    assert {p: p.read_bytes() for p in files(run / "checkpoints" / "9")} == before
+    assert train.train(small, run, log=quiet) == 0
+    assert leaves(run, 13) == leaves(straight, 13)
+    assert records(run) == records(straight)
+
+
+def fill(store, state):
+    for step in range(3, 6):
+        store.save(state, step, {})
+        store.wait()
+
+
+# Orbax's writing thread tells of its end, besides raising it here.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_small_file_system_that_fills_up(tmp_path):
+    """A real full file system, where this user may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        store = Checkpoints(folder / "checkpoints")
+        rng = np.random.default_rng(0)
+        state = TrainState(
+            jnp.int32(1), {"a": rng.normal(size=250_000).astype("f4")}, {}
+        )
+        store.save(state, 1, {})
+        store.wait()
+        store.save(state, 2, {})
+        store.wait()
+        with pytest.raises(UserError, match=r"No space left.*from step [23]$"):
+            fill(store, state)
+        store.close()
+        store = Checkpoints(folder / "checkpoints", read_only=True)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=jnp.ones(1).sharding
+            ),
+            state,
+        )
+        for step in store.steps():
+            store.restore(step, abstract)
+        store.close()
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_kept_forever(replace, config):
+    few = replace(config, "checkpoint.keep_every_steps", 6)
+    assert checkpoint.kept_forever(few) == [6, 7, 12, 13]
+    step = config.tokens_per_step
+    tokens = replace(config, "checkpoint.keep_every_tokens", 4 * step)
+    # 4, 8 and 12 steps, each at the next multiple of 3; and the stages' ends.
+    assert checkpoint.kept_forever(tokens) == [6, 7, 9, 12, 13]
+    with pytest.raises(UserError, match="not a multiple"):
+        replace(config, "checkpoint.keep_every_steps", 4)
