@@ -184,6 +184,11 @@ class DataConfig:
     block_examples: int = 1024  # curriculum block: counts are exact at its ends
     max_epochs: float = 4.0  # cap per source over all stages (math.inf: none)
     max_epochs_of: Mapping[str, float] = field(default_factory=dict)
+    # Records that cannot be read or are not what they should be: stop, or set_aside
+    # (padding takes their place; they are listed in the run folder).
+    faults: str = "stop"
+    retry_seconds: float = 120.0  # before a file that cannot be read is a fault
+    verify: bool = False  # read the whole corpus at the start, to compare its hashes
     prefetch: int = 8  # batches made ahead
     threads: int = 4
 
@@ -367,6 +372,7 @@ class Config:
 
 CHOICES = {
     "compute.dtype": ("auto", "float32", "bfloat16"),
+    "data.faults": ("stop", "set_aside"),
     "compute.remat": ("none", "minimal", "attention", "full", "offload"),
     "compute.attention": ("auto", "xla", "splash", "cudnn"),
     "mixture.scheme": ("natural", "temperature", "unimax", "explicit"),
@@ -399,6 +405,7 @@ POSITIVE = (
 )
 AT_LEAST_0 = (
     "compute.loss_chunk",
+    "data.retry_seconds",
     "checkpoint.keep_every_steps",
     "checkpoint.keep_every_tokens",
     "divergence.nonfinite",
@@ -437,6 +444,7 @@ def validate(cfg: Config) -> None:
 
     for name in ("dtype", "remat", "attention"):
         choice(f"compute.{name}", getattr(cfg.compute, name), f"compute.{name}")
+    choice("data.faults", cfg.data.faults, "data.faults")
     if not cfg.stages:
         raise UserError("stages is empty: a config needs at least one stage")
     if len(set(cfg.languages)) < len(cfg.languages) or not cfg.languages:

@@ -20,8 +20,9 @@ or uint32 if the vocabulary has more than 65,536 pieces.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,43 @@ class FilePart:
     examples_in_shard: int
 
 
-class Records(Sequence):
-    """A source's records, int32[record_tokens + 1] each. Picklable, thread-safe."""
+class BadRecordError(UserError):
+    """A record that cannot be used; names the shard, the record and the reason."""
 
-    def __init__(self, parts: Sequence[FilePart], dtype: str):
+    def __init__(self, shard: str, record: int, reason: str):
+        super().__init__(
+            f"shard {shard}, record {record}: {reason}: copy or build the corpus "
+            "again, or set data.faults=set_aside to go on without such records"
+        )
+        self.shard, self.record, self.reason = shard, record, reason
+
+
+class Records(Sequence):
+    """A source's records, int32[record_tokens + 1] each. Picklable, thread-safe.
+
+    ArrayRecord has a hash of each chunk, so changed bytes are an error here, as are
+    token ids that are none. A file that cannot be read at all is tried again for
+    `retry_seconds`, since file systems come back.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[FilePart],
+        dtype: str,
+        vocab_size: int,
+        length: int,
+        retry_seconds: float = 0.0,
+        damaged: Mapping[str, str] | None = None,
+    ):
+        """`length`: tokens of each record; `damaged`: file -> reason never to read."""
+        self._parts = parts
         self._source = ArrayRecordDataSource(parts)
         self._files = [p.filename for p in parts]
         self._ends = np.cumsum([p.take for p in parts])
         self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._vocab_size, self._length = vocab_size, length
+        self._retry_seconds = retry_seconds
+        self._damaged = dict(damaged or {})
 
     def __len__(self) -> int:
         return len(self._source)
@@ -78,7 +108,39 @@ class Records(Sequence):
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self._source):
             raise IndexError(f"record {i} is outside 0..{len(self._source) - 1}")
-        return np.frombuffer(self._source[i], self._dtype).astype(np.int32)
+        tokens = np.frombuffer(self._read(int(i)), self._dtype)
+        if len(tokens) != self._length or tokens.max() >= self._vocab_size:
+            reason = f"{len(tokens)} tokens, {self._length} expected"
+            if len(tokens) == self._length:
+                reason = f"token id {tokens.max()} is beyond the {self._vocab_size}"
+            raise BadRecordError(*self.locate(i), reason)
+        return tokens.astype(np.int32)
+
+    def _read(self, i: int) -> bytes:
+        shard, record = self.locate(i)
+        begin, pause = time.monotonic(), 0.1
+        while shard not in self._damaged:
+            try:
+                return self._source[i]
+            except (RuntimeError, ValueError, OSError, IndexError) as e:
+                reason = first_line(e)
+            self._source = ArrayRecordDataSource(self._parts)  # nothing kept open
+            try:
+                with open(shard, "rb") as f:
+                    f.read(1)
+            except OSError as e:  # the file system's fault: it may come back
+                waited = time.monotonic() - begin
+                if waited < self._retry_seconds:
+                    time.sleep(pause)
+                    pause = min(2 * pause, 10.0)
+                    continue
+                reason = f"{e.strerror}, for {waited:.0f} s"
+                self._damaged[shard] = reason
+            try:
+                return self._source[i]  # it came back between the two
+            except (RuntimeError, ValueError, OSError, IndexError):
+                raise BadRecordError(shard, record, reason) from None
+        raise BadRecordError(shard, record, self._damaged[shard])
 
     def locate(self, i: int) -> tuple[str, int]:
         """(file, number of the record in it) of record number `i`."""
@@ -93,6 +155,7 @@ class Corpus:
     folder: Path
     manifest: dict[str, Any]
     sources: dict[str, SourceInfo]
+    damaged: Mapping[str, str] = field(default_factory=dict)  # shard -> reason
 
     def examples(self, seq_len: int) -> dict[str, int]:
         """Source -> number of examples of `seq_len` tokens."""
@@ -149,14 +212,16 @@ class Corpus:
                 f"{path} cannot be read ({e}): build the corpus again"
             ) from e
 
-    def records(self, source: str) -> Records:
+    def records(self, source: str, retry_seconds: float = 0.0) -> Records:
         """Random access to a source's records, int32[record_tokens + 1] each."""
         rows = self.manifest["sources"][self._source(source).name]["shards"]
         parts = [
             FilePart(str(self.folder / r["file"]), 0, r["records"], r["records"])
             for r in rows
         ]
-        return Records(parts, self.manifest["dtype"])
+        m = self.manifest
+        sizes = (m["tokenizer"]["vocab_size"], m["record_tokens"] + 1)
+        return Records(parts, m["dtype"], *sizes, retry_seconds, self.damaged)
 
     def _source(self, name: str) -> SourceInfo:
         if name not in self.sources:
@@ -167,8 +232,14 @@ class Corpus:
         return self.sources[name]
 
 
-def open_corpus(path: str | Path) -> Corpus:
+def open_corpus(
+    path: str | Path, set_aside: bool = False, hashes: bool = False
+) -> Corpus:
     """Open a corpus folder; checks the manifest and each shard's number of records.
+
+    Args:
+      set_aside: list missing and damaged shards in `damaged` instead of raising.
+      hashes: read every shard and compare its SHA-256 too.
 
     Raises:
       UserError: no folder, an unfinished build, a broken manifest, a missing shard.
@@ -192,6 +263,7 @@ def open_corpus(path: str | Path) -> Corpus:
             f"{FORMAT}: build the corpus again"
         )
     sources: dict[str, SourceInfo] = {}
+    damaged: dict[str, str] = {}
     try:
         for name, s in manifest["sources"].items():
             shards = [(folder / row["file"], row["records"]) for row in s["shards"]]
@@ -207,8 +279,23 @@ def open_corpus(path: str | Path) -> Corpus:
             )
             if sum(n for _, n in shards) != s["records"]:
                 raise KeyError(f"records of {name}")
-            for shard, records in shards:
-                check_shard(shard, records)
+            for row in s["shards"]:
+                shard = folder / row["file"]
+                if not shard.resolve().is_relative_to(folder.resolve()):
+                    raise UserError(
+                        f"{file} names a shard outside of the corpus: {row['file']}"
+                    )
+                try:
+                    check_shard(shard, row["records"])
+                    if hashes and file_sha256(shard) != row["sha256"]:
+                        raise UserError(
+                            f"shard {shard} has another SHA-256 than the manifest "
+                            "says: copy or build the corpus again"
+                        )
+                except UserError as e:
+                    if not set_aside:
+                        raise
+                    damaged[str(shard)] = str(e)
         _ = manifest["record_tokens"], manifest["recipe"], manifest["heldout"]
         _ = manifest["tokenizer"]["fingerprint"], manifest["tokenizer"]["vocab_size"]
         if manifest["dtype"] not in ("uint16", "uint32"):
@@ -218,7 +305,7 @@ def open_corpus(path: str | Path) -> Corpus:
             f"{file} lacks or contradicts {e}: it was changed by hand or by another "
             "program; build the corpus again"
         ) from e
-    return Corpus(folder, manifest, sources)
+    return Corpus(folder, manifest, sources, damaged)
 
 
 def check_shard(path: Path, records: int) -> None:

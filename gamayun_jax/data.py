@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gamayun_jax.config import Config, StageConfig, UserError
-from gamayun_jax.corpus import Corpus, Records
+from gamayun_jax.corpus import BadRecordError, Corpus, Records
 from gamayun_jax.curriculum import Curriculum, Phase, check_epochs, mixture_shares
+
+Aside = Callable[[str, str, int, str], None]  # (source, shard, record, reason)
 
 
 @dataclass(frozen=True)
@@ -283,12 +285,22 @@ class LocalBatches:
     more than that of reading one (benchmarks/loader.py).
     """
 
-    def __init__(self, cfg: Config, corpus: Corpus, plan: DataPlan, rows: np.ndarray):
+    def __init__(
+        self,
+        cfg: Config,
+        corpus: Corpus,
+        plan: DataPlan,
+        rows: np.ndarray,
+        aside: Aside | None = None,
+    ):
         tokenizer = corpus.tokenizer()
         self._bos, self._pad = tokenizer.bos_id, tokenizer.pad_id
         self._plan, self._rows, self._seq_len = plan, rows, cfg.data.seq_len
         self._per_record = corpus.manifest["record_tokens"] // self._seq_len
-        self._records = [corpus.records(name) for name in plan.sources]
+        self._aside = aside if cfg.data.faults == "set_aside" else None
+        self._records = [
+            corpus.records(name, cfg.data.retry_seconds) for name in plan.sources
+        ]
         self._languages = np.array(plan.languages, np.int32)
         self._order = []
         for segment in plan.segments:
@@ -311,15 +323,26 @@ class LocalBatches:
             example = self._order[dataset][position]
             record, part = divmod(example, self._per_record)
             at = part * self._seq_len
-            tokens[row] = self._records[source][record][at : at + self._seq_len + 1]
+            try:
+                tokens[row] = self._records[source][record][at : at + self._seq_len + 1]
+            except BadRecordError as e:
+                if self._aside is None:
+                    raise
+                self._aside(self._plan.sources[source], e.shard, e.record, e.reason)
+                tokens[row] = self._pad
         return make_batch(tokens, self._languages[sources], self._bos, self._pad)
 
 
 def local_batches(
-    cfg: Config, corpus: Corpus, plan: DataPlan, rows: np.ndarray, first_step: int
+    cfg: Config,
+    corpus: Corpus,
+    plan: DataPlan,
+    rows: np.ndarray,
+    first_step: int,
+    aside: Aside | None = None,
 ) -> grain.IterDataset:
     """This host's batches from `first_step` on: dicts of arrays [len(rows), T]."""
-    source: Any = LocalBatches(cfg, corpus, plan, rows)
+    source: Any = LocalBatches(cfg, corpus, plan, rows, aside)
     return grain.MapDataset.source(source)[first_step:].to_iter_dataset(
         grain.ReadOptions(
             num_threads=cfg.data.threads, prefetch_buffer_size=cfg.data.prefetch
@@ -363,8 +386,9 @@ def batches(
     plan: DataPlan,
     sharding: NamedSharding,
     first_step: int = 0,
+    aside: Aside | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, from `first_step` to the run's last step."""
     rows = host_rows(cfg.data.batch_size, sharding)
-    for local in local_batches(cfg, corpus, plan, rows, first_step):
+    for local in local_batches(cfg, corpus, plan, rows, first_step, aside):
         yield global_batch(local, rows, cfg.data.batch_size, sharding)

@@ -23,7 +23,7 @@ import numpy as np
 
 from gamayun_jax.checkpoint import Checkpoints, DamagedCheckpointError, barrier
 from gamayun_jax.config import Config, DivergenceConfig, UserError
-from gamayun_jax.corpus import Corpus
+from gamayun_jax.corpus import BadRecordError, Corpus
 from gamayun_jax.data import DataPlan, example_order
 from gamayun_jax.files import read_json, write_json
 from gamayun_jax.records import RunFolder
@@ -188,8 +188,11 @@ def describe(
         records = corpus.records(name)
         order = example_order(plan.segments[segment].seed, name, records, per_record)
         record, part = divmod(order[position], per_record)
-        tokens = records[record][part * seq_len : (part + 1) * seq_len + 1]
         shard, inside = records.locate(record)
+        try:
+            tokens = records[record][part * seq_len : (part + 1) * seq_len + 1]
+        except BadRecordError:  # set aside
+            tokens = np.zeros(0, np.int32)
         rows.append(
             {
                 "step": example // size + 1,

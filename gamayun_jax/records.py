@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -185,6 +186,39 @@ class RunFolder:
             if value is not None:
                 self._events.add_scalar(name, value, tokens)
         self._events.flush()
+
+
+class SetAside:
+    """What a process met in the corpus and could not use, each record once, in
+    set_aside.<process>.jsonl of the run folder."""
+
+    def __init__(self, run: Path, process: int):
+        self._path = run / f"set_aside.{process}.jsonl"
+        self._lock = threading.Lock()
+        self._known: set[tuple[str, int]] = set()
+        self.counts: dict[str, int] = {}  # by source
+        text = self._path.read_text("utf-8") if self._path.exists() else ""
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+                self._count(row["source"], row["shard"], row["record"])
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a crash: it will be met again
+
+    def _count(self, source: str, shard: str, record: int) -> bool:
+        new = (shard, record) not in self._known
+        self._known.add((shard, record))
+        self.counts[source] = self.counts.get(source, 0) + new
+        return new
+
+    def __call__(self, source: str, shard: str, record: int, reason: str) -> None:
+        """Note a record; called from the loader's threads."""
+        with self._lock:
+            if not self._count(source, shard, record):
+                return
+            row = dict(source=source, shard=shard, record=record, reason=reason)
+            with open(self._path, "a", encoding="utf-8") as f:
+                f.write("\n" * (f.tell() > 0) + json.dumps(row, ensure_ascii=False))
 
 
 class Interval:

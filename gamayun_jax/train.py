@@ -43,7 +43,7 @@ from gamayun_jax.lineage import (
 )
 from gamayun_jax.losses import TokenWeights, make_token_weights
 from gamayun_jax.model import Transformer, flops_per_token
-from gamayun_jax.records import Clock, Interval, RunFolder, config_changes
+from gamayun_jax.records import Clock, Interval, RunFolder, SetAside, config_changes
 from gamayun_jax.step import (
     abstract_state,
     compile_step,
@@ -109,7 +109,9 @@ def train(
     """
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_divisible(cfg, mesh)
-    corpus = open_corpus(Path(cfg.data.corpus))
+    corpus = open_corpus(
+        Path(cfg.data.corpus), cfg.data.faults == "set_aside", cfg.data.verify
+    )
     check_corpus(cfg, corpus)
     first = jax.process_index() == 0
     run = RunFolder(workdir, writer=first)
@@ -211,6 +213,7 @@ def _train(
     flops = flops_per_token(cfg.model, cfg.data.seq_len) * cfg.tokens_per_step
     chip = chip_of(jax.devices()[0])
     evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))
+    aside = SetAside(run.path, jax.process_index())
     clock = Clock()
     in_flight: list[tuple[int, dict[str, Any]]] = []
 
@@ -293,6 +296,11 @@ def _train(
             entry = {"step": step, "tokens": tokens_at(step), "reason": reason}
             entry["stage"] = stage_name()
             lineage["checkpoints"].append(entry)
+            if aside.counts:
+                event = {"event": "records set aside so far", "step": step}
+                lineage["events"] = [
+                    e for e in lineage["events"] if e["event"] != event["event"]
+                ] + [{**event, **aside.counts}]
             run.sync()
             run.write_lineage(lineage)
             meta = dict(
@@ -343,7 +351,8 @@ def _train(
             log(f"{'eval':>8} step {step}  {name}: {macro:.3f} bits per byte (macro)")
 
     compiled_stage = -1
-    data = batches(cfg, corpus, plan, sharding.batch_sharding(mesh), step)
+    rows = sharding.batch_sharding(mesh)
+    data = batches(cfg, corpus, plan, rows, step, aside)
     hidden = None if run.writer else True  # None: shown on a terminal
     bar = tqdm(total=cfg.total_steps, initial=step, unit="step", disable=hidden)
     evaluate()

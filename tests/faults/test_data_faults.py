@@ -1,0 +1,186 @@
+"""Shards that are cut, gone, changed or away for a while; ids that are none."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from gamayun_jax import train
+from gamayun_jax.config import UserError
+from gamayun_jax.corpus import BadRecordError, open_corpus
+from gamayun_jax.data import LocalBatches, make_plan
+
+
+def quiet(text):
+    pass
+
+
+@pytest.fixture
+def copy(config, tmp_path):
+    """The config with a corpus of its own, to damage; and a shard of it."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(config.data.corpus, folder)
+    cfg = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, corpus=str(folder))
+    )
+    return cfg, Path(open_corpus(folder).sources["ru/help"].shards[0])
+
+
+def policy(cfg, **changes):
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
+
+
+def truncate(shard):
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+
+
+def remove(shard):
+    shard.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, remove])
+def test_a_shard_that_is_not_whole_stops_and_is_named(copy, tmp_path, damage):
+    cfg, shard = copy
+    damage(shard)
+    with pytest.raises(UserError, match=f"shard {shard} is (damaged|missing)"):
+        train.train(cfg, tmp_path / "run", log=quiet)
+
+
+@pytest.mark.parametrize("damage", [truncate, remove])
+def test_a_shard_set_aside_is_padding_and_listed(copy, config, damage):
+    cfg, shard = copy
+    damage(shard)
+    corpus = open_corpus(cfg.data.corpus, set_aside=True)
+    assert list(corpus.damaged) == [str(shard)]
+    cfg = policy(cfg, faults="set_aside")
+    met = []
+    plan, rows = make_plan(cfg, corpus), np.arange(8)
+    found = LocalBatches(cfg, corpus, plan, rows, lambda *a: met.append(a))
+    whole = open_corpus(config.data.corpus)
+    expected = LocalBatches(config, whole, make_plan(config, whole), rows)
+    aside = 0
+    for step in range(13):
+        got, want = found[step], expected[step]
+        lost = ~got["valid"].any(1)
+        aside += int(lost.sum())
+        # The others are as if nothing had happened.
+        np.testing.assert_array_equal(got["inputs"][~lost], want["inputs"][~lost])
+    assert aside == len(met) > 0
+    assert {(source, file) for source, file, _, _ in met} == {("ru/help", str(shard))}
+
+
+def test_a_changed_bit_is_named_with_its_record(copy):
+    cfg, shard = copy
+    rng = random.Random(seed := random.randrange(10**6))
+    print(f"seed {seed}")
+    data = bytearray(shard.read_bytes())
+    data[rng.randrange(len(data) // 4, len(data) // 2)] ^= 1 << rng.randrange(8)
+    shard.write_bytes(data)
+    records = open_corpus(cfg.data.corpus).records("ru/help")
+    bad, said = [], ""
+    for i in range(len(records)):
+        try:
+            records[i]
+        except BadRecordError as e:
+            bad.append(i)
+            said = str(e)
+    assert f"shard {shard}, record {bad[-1]}: " in said
+    whole = [i for i in range(len(records)) if i not in bad]
+    assert 1 <= len(bad) <= 2
+    assert all(records[i].max() < 512 for i in whole[:20])
+
+
+def test_ids_beyond_the_vocabulary(copy):
+    cfg, shard = copy
+    records = open_corpus(cfg.data.corpus).records("ru/help")
+    rows = [records[i].astype("<u2") for i in range(len(records))]
+    rows[5][7] = 60_000
+    shards = open_corpus(cfg.data.corpus).sources["ru/help"].shards
+    writer = ArrayRecordWriter(str(shard), "group_size:1")
+    manifest = json.loads((Path(cfg.data.corpus) / "manifest.json").read_text())
+    count = manifest["sources"]["ru/help"]["shards"][0]["records"]
+    for row in rows[:count]:
+        writer.write(row.tobytes())
+    writer.close()
+    damaged = open_corpus(cfg.data.corpus).records("ru/help")
+    with pytest.raises(
+        UserError, match=rf"{shard}, record 5: token id 60000 is beyond the 512"
+    ):
+        damaged[5]
+    np.testing.assert_array_equal(damaged[6], rows[6])
+    assert shards[0] == str(shard)
+
+
+def test_a_wrong_hash_is_found_when_asked(copy):
+    cfg, shard = copy
+    path = Path(cfg.data.corpus) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["sources"]["ru/help"]["shards"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    assert not open_corpus(cfg.data.corpus).damaged
+    with pytest.raises(UserError, match=f"{shard} has another SHA-256"):
+        open_corpus(cfg.data.corpus, hashes=True)
+    found = open_corpus(cfg.data.corpus, set_aside=True, hashes=True)
+    assert list(found.damaged) == [str(shard)]
+
+
+def test_a_file_system_that_comes_back(copy):
+    cfg, shard = copy
+    away = shard.with_suffix(".away")
+    os.rename(shard, away)
+    records = open_corpus(cfg.data.corpus, set_aside=True).records("en/help")
+    corpus = dataclasses.replace(
+        open_corpus(cfg.data.corpus, set_aside=True), damaged={}
+    )
+    records = corpus.records("ru/help", retry_seconds=30.0)
+    timer = threading.Timer(0.7, os.rename, (away, shard))
+    timer.start()
+    begin = time.monotonic()
+    assert len(records[3]) == 65
+    assert time.monotonic() - begin > 0.5
+    timer.join()
+
+
+def test_a_file_system_that_does_not_come_back(copy):
+    cfg, shard = copy
+    corpus = open_corpus(cfg.data.corpus)
+    shard.unlink()
+    records = corpus.records("ru/help", retry_seconds=0.3)
+    with pytest.raises(BadRecordError, match=r"record 3: No such file.*for 0 s"):
+        records[3]
+    begin = time.monotonic()
+    with pytest.raises(BadRecordError):
+        records[4]  # no further waiting
+    assert time.monotonic() - begin < 0.2
+
+
+def test_a_shard_outside_of_the_corpus(copy):
+    cfg, _ = copy
+    path = Path(cfg.data.corpus) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    row = manifest["sources"]["ru/help"]["shards"][0]
+    row["file"] = "../" * 20 + "etc/passwd"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="outside of the corpus"):
+        open_corpus(cfg.data.corpus)
+
+
+@pytest.mark.slow
+def test_a_run_counts_what_it_set_aside(copy, tmp_path):
+    cfg, shard = copy
+    truncate(shard)
+    run = tmp_path / "run"
+    assert train.train(policy(cfg, faults="set_aside"), run, log=quiet) == 0
+    lines = (run / "set_aside.0.jsonl").read_text().splitlines()
+    rows = [json.loads(x) for x in lines]
+    lineage = json.loads((run / "lineage.json").read_text())
+    (event,) = [e for e in lineage["events"] if "set aside" in e["event"]]
+    assert event["ru/help"] == len(rows) == len({r["record"] for r in rows}) > 0
