@@ -103,7 +103,7 @@ BAD = [
     ('model.rope_scaling={"factor":8}', "rope_scaling.low_freq_factor is missing"),
     ("stages.align.mixture.shares=5", "shares: expected an object"),
     # a value that cannot be
-    ("compute.remat=some", "choose one of none, minimal, full"),
+    ("compute.remat=some", "choose one of none, minimal, attention, full"),
     ("stages.align.schedule.kind=wds", "stages.align.schedule.kind='wds' is unknown"),
     ("stages.align.token_weights.scheme=static", "lacks 'en'"),
     ("stages.align.token_weights.weights.xx=1", "names 'xx', which is not in"),
