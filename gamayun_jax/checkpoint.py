@@ -59,8 +59,15 @@ class Checkpoints:
         cfg: CheckpointConfig = CheckpointConfig(),
         forever: Collection[int] = (),
         read_only: bool = False,
+        in_flight: int | None = None,
     ):
-        """`forever`: steps that are never deleted (see `kept_forever`)."""
+        """The checkpoints in `folder`.
+
+        Args:
+          forever: steps that are never deleted (see `kept_forever`).
+          in_flight: bytes of parameters on their way to or from the disk at a time,
+            at least the largest one's; default: Orbax's own, tens of gigabytes.
+        """
         keep: list[Any] = [policies.LatestN(cfg.keep)]
         if forever:
             keep.append(policies.CustomSteps(sorted(forever)))
@@ -71,7 +78,19 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers: Any = None
+        if in_flight is not None:
+            size = in_flight / 1e9
+            handlers = {
+                "params": ocp.StandardCheckpointHandler(
+                    save_concurrent_gb=size, restore_concurrent_gb=size
+                ),
+                "opt_state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            }
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_handlers=handlers
+        )
 
     def latest(self) -> int | None:
         return self._manager.latest_step()

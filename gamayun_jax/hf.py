@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ from gamayun_jax.hf_model import (
     config_from_hf,
     config_to_hf,
     read_weights,
+    shapes_of,
     write_weights,
 )
 from gamayun_jax.hf_tokenizer import (
@@ -185,7 +187,9 @@ def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, An
     data, _, tokenizer = describe(folder)
     with new_folder(out) as temporary:
         cfg, params, meta = read_hf(folder, mesh)
-        store = Checkpoints(temporary / "checkpoints")
+        store = Checkpoints(
+            temporary / "checkpoints", in_flight=largest_bytes(cfg.model)
+        )
         try:
             store.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 0, meta)
             store.wait()
@@ -207,6 +211,11 @@ def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, An
         "tokenizer": tokenizer.vocab_size if tokenizer else None,
         "notes": [] if tokenizer else [missing],
     }
+
+
+def largest_bytes(cfg: ModelConfig) -> int:
+    """Of the largest float32 parameter: what a disk is given to do at a time."""
+    return max(4 * math.prod(x.shape) for x in shapes_of(cfg).values()) + 2**20
 
 
 def imported_config(name: str, model: ModelConfig) -> Config:
@@ -344,9 +353,8 @@ def export_hf(
         )
     folder, step = find_checkpoint(model)
     run = folder.parent if folder.name == "checkpoints" else folder
-    store = Checkpoints(folder, read_only=True)
-    with contextlib.closing(store):
-        meta = store.meta(step)
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as reader:
+        meta = reader.meta(step)
         if meta.get("bits"):
             raise UserError(
                 f"{folder}/{step} is quantised to {meta['bits']} bits: export the "
@@ -369,7 +377,10 @@ def export_hf(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
                 nn.unbox(abstract_params(cfg.model)),
             )
-            params = store.restore_params(step, abstract)
+            limit = largest_bytes(cfg.model)
+            store = Checkpoints(folder, read_only=True, in_flight=limit)
+            with contextlib.closing(store):
+                params = store.restore_params(step, abstract)
             paths = write_weights(params, cfg.model, temporary, max_shard_bytes, dtype)
             write_rest(found, cfg, data, temporary)
             path = run / "eval" / f"{step}.json"
