@@ -213,6 +213,8 @@ def run_train(args: argparse.Namespace) -> int:
 def run_plan(args: argparse.Namespace) -> int:
     # Only described devices are used: whatever is at hand stays free for others.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # JAX's own cache cannot read back what was compiled for absent devices.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     from gamayun_jax import plan, plan_text, roofline
 
     cfg = load(args)

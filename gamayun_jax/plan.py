@@ -150,7 +150,9 @@ def out_of_memory(
     cfg: Config, mesh: Mapping[str, int], message: str
 ) -> OutOfMemoryError:
     """The compiler's refusal as one line: by how much, and what would help."""
-    m = re.search(r"Used ([\d.]+)(\w?) of ([\d.]+)(\w?) hbm", message)
+    m = re.search(r"Used ([\d.]+)(\w?) of ([\d.]+)(\w?) hbm", message) or re.search(
+        r"\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)", message
+    )
     used = float(m[1]) * UNITS[m[2]] if m else math.nan
     limit = float(m[3]) * UNITS[m[4]] if m else math.nan
     knobs = []
@@ -421,11 +423,21 @@ def table(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """The best plan of the config's own mesh for each of "[SLICES*]TOPOLOGY"."""
-    plans = []
+    wanted = []
     for name in names:
-        m = re.fullmatch(r"(?:(\d+)\*)?(.*)", name)
+        m = re.fullmatch(r"(?:([1-9]\d*)\*)?(.*)", name)
         assert m  # it matches anything
-        slices = int(m[1] or 1)
         chip_name(m[2])
-        plans += search(cfg, m[2], slices, log=log, compiled=1, meshes=False, **options)
+        wanted.append((m[2], int(m[1] or 1)))
+    plans: list[dict[str, Any]] = []
+    for topology, slices in wanted:
+        try:
+            plans += search(
+                cfg, topology, slices, log=log, compiled=1, meshes=False, **options
+            )
+        except UserError as e:
+            if log:
+                log(str(e))
+    if not plans:
+        raise UserError(f"nothing fits any of {', '.join(names)}")
     return plans
