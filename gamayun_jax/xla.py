@@ -42,5 +42,8 @@ def keep_compilations(folder: Path) -> None:
     """
     import jax
 
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    if (
+        jax.default_backend() != "cpu"
+        and not jax.config.values["jax_compilation_cache_dir"]
+    ):
         jax.config.update("jax_compilation_cache_dir", str(folder))
