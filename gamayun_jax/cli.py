@@ -203,11 +203,12 @@ def run_train(args: argparse.Namespace) -> int:
     from gamayun_jax import xla
 
     xla.set_flags()
-    from gamayun_jax import train
+    from gamayun_jax import hosts, train
 
     join_cluster(args)
     xla.keep_compilations(args.workdir / "compiled")
-    return train.train(load(args), args.workdir, args.init_from)
+    with hosts.together(args.silence):
+        return train.train(load(args), args.workdir, args.init_from)
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -575,6 +576,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts")
     train.add_argument("--num-processes", type=int, help="with --coordinator")
     train.add_argument("--process-id", type=int, help="with --coordinator; from 0")
+    train.add_argument(
+        "--silence",
+        type=positive(float),
+        default=60.0,
+        metavar="SECONDS",
+        help="several hosts: all stop (status 4) when one was silent so long",
+    )
 
     planning = add(
         commands,

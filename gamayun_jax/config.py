@@ -682,7 +682,7 @@ def from_json(text: str, where: str = "config") -> Config:
     """Inverse of `to_json`; UserError names the field that does not fit."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:  # too deep, or a number too long
         raise UserError(f"{where} is not JSON: {e}") from e
     if not isinstance(data, Mapping):
         raise UserError(f"{where} is not a JSON object")

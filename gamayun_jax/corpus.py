@@ -194,7 +194,7 @@ class Corpus:
         try:
             with open(path, encoding="utf-8") as f:
                 units = [(u["id"], u["text"]) for u in map(json.loads, f)]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(
                 f"{path} cannot be read ({e}): build the corpus again"
             ) from e
@@ -297,7 +297,13 @@ def open_corpus(
                         raise
                     damaged[str(shard)] = str(e)
         _ = manifest["record_tokens"], manifest["recipe"], manifest["heldout"]
-        _ = manifest["tokenizer"]["fingerprint"], manifest["tokenizer"]["vocab_size"]
+        _ = manifest["tokenizer"]["fingerprint"]
+        sizes = [manifest["record_tokens"], manifest["tokenizer"]["vocab_size"]]
+        for held in manifest["heldout"].values():
+            sizes += [row["units"] for row in held["languages"].values()]
+        sizes += [n for s in sources.values() for n in (s.bytes, s.tokens, s.records)]
+        if not all(type(n) is int and n >= 0 for n in sizes) or not sizes[0]:
+            raise TypeError("its own numbers")
         if manifest["dtype"] not in ("uint16", "uint32"):
             raise KeyError("dtype")
     except (KeyError, TypeError, AttributeError) as e:

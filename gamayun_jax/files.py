@@ -73,7 +73,7 @@ def lock(folder: Path) -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(
             f"{path} cannot be read ({first_line(e)}): delete the folder and build the "
             "corpus again"

@@ -26,6 +26,7 @@ import safetensors
 
 from gamayun_jax import files
 from gamayun_jax.config import ModelConfig, RopeScaling, UserError, decode
+from gamayun_jax.documents import first_line
 from gamayun_jax.hf_tokenizer import read_object
 from gamayun_jax.model import abstract_params
 from gamayun_jax.optim import parameter_path
@@ -117,7 +118,14 @@ def config_from_hf(data: Mapping[str, Any], where: str = "config.json") -> Model
       UserError: one line with everything in it that is unsupported, or the first field
         that is missing or of another type.
     """
-    if found := unsupported(data):
+    try:
+        found = unsupported(data)
+    except (TypeError, AttributeError, KeyError, ValueError, IndexError) as e:
+        raise UserError(
+            f"{where} has a value of a kind that it cannot have ({first_line(e)}): "
+            "copy it again"
+        ) from e
+    if found:
         raise UserError(f"{where}: this model cannot do {'; '.join(found)}")
 
     def get(source: Mapping[str, Any], name: str, hint: Any, default: Any) -> Any:

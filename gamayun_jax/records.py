@@ -113,7 +113,15 @@ class RunFolder:
 
     def lineage(self) -> dict[str, Any]:
         path = self.path / "lineage.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as e:
+            raise UserError(
+                f"{path} is not a JSON object ({e}): restore it from a copy, or give "
+                "another --workdir"
+            ) from e
 
     def write_lineage(self, lineage: Mapping[str, Any]) -> None:
         if self.writer:
@@ -128,7 +136,11 @@ class RunFolder:
         path = self.path / "eval" / f"{step}.json"
         if not path.exists():
             return False
-        return json.loads(path.read_text(encoding="utf-8")).get("label") == label
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return False  # it is made again
+        return isinstance(found, dict) and found.get("label") == label
 
     def write_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         if self.writer:

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gamayun_jax import optim, sharding
+from gamayun_jax import hosts, optim, sharding
 from gamayun_jax.checkpoint import Checkpoints, TrainState, kept_forever
 from gamayun_jax.chips import chip_of
 from gamayun_jax.config import Config, UserError, from_json, to_json
@@ -233,6 +233,7 @@ def _train(
     def write_record(at: int) -> None:
         """Record the interval that ends with step `at`."""
         times = clock.lap()
+        shared = {k: times.get(k, 0.0) for k in ("input_s", "wait_s")}
         busy = times["seconds"] - sum(
             times.get(k, 0.0) for k in ("compile_s", "checkpoint_s", "evaluate_s")
         )
@@ -251,6 +252,7 @@ def _train(
                 k: {"tokens": n * cfg.data.seq_len} for k, n in plan.served(at).items()
             },
             "time": {**times, "tokens_per_s": rate, "mfu": mfu},
+            **({"hosts": hosts.compare(shared)} if jax.process_count() > 1 else {}),
         }
         run.add(record)
         flat = {"loss": record["loss"], "nll": record["nll"], "lr": record["lr"]}
@@ -272,7 +274,8 @@ def _train(
         nonlocal interval
         while len(in_flight) > keep:
             at, metrics = in_flight.pop(0)
-            metrics = jax.device_get(metrics)
+            with clock.measure("wait"):
+                metrics = jax.device_get(metrics)
             if why := watch.observe(at, cfg.stage_at(at - 1), metrics):
                 bar.close()
                 jax.block_until_ready(in_flight)

@@ -55,6 +55,7 @@ def outcome(run, config):
     records = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     for r in records:
         del r["time"]
+        r.pop("hosts", None)
     evals = {p.name: json.loads(p.read_text()) for p in (run / "eval").glob("*.json")}
     return jax.tree.leaves(jax.device_get(state)), records, evals
 

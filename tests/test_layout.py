@@ -24,7 +24,7 @@ LAYERS = [
         "demo_corpus",
         "demo_tasks",
     },
-    {"sharding"},
+    {"sharding", "hosts"},
     {"model", "losses", "optim", "records", "pages", "runs"},
     {"heldout"},
     {"debian"},

@@ -77,6 +77,7 @@ def test_one_bad_step_is_left_out_and_counted(config, poison, tmp_path):
     store.close()
 
 
+@pytest.mark.slow
 def test_a_skipped_update_changes_nothing_but_the_step(config, poison, tmp_path):
     """The state after a bad last step is the state before it."""
     cfg = dataclasses.replace(
@@ -131,6 +132,7 @@ def test_bad_steps_in_a_row_roll_back_and_are_left_out(
     assert all(r["text"] and r["shard"].endswith(".arrayrecord") for r in report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "decided", "restored"])
 def test_killed_around_a_rollback(strict, poison, tmp_path, monkeypatch, moment):
     """Whatever moment it dies at, the end is the same."""
@@ -168,6 +170,7 @@ def test_killed_around_a_rollback(strict, poison, tmp_path, monkeypatch, moment)
     assert records(run) == records(straight)
 
 
+@pytest.mark.slow
 def test_stopped_after_a_rollback_and_resumed(strict, poison, tmp_path):
     poison([(5, 3), (6, 0)], np.nan)
     straight, run = tmp_path / "straight", tmp_path / "run"
@@ -183,6 +186,7 @@ def test_stopped_after_a_rollback_and_resumed(strict, poison, tmp_path):
     assert records(run) == records(straight)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_abandoned_branch_go(config, poison, tmp_path):
     """A checkpoint between the first bad step and the decision is not resumed from."""
     cfg = dataclasses.replace(
@@ -199,6 +203,7 @@ def test_checkpoints_of_the_abandoned_branch_go(config, poison, tmp_path):
     metas.close()
 
 
+@pytest.mark.slow
 def test_a_spike_rolls_back(config, poison, tmp_path):
     cfg = dataclasses.replace(config, divergence=DivergenceConfig(spike=30.0, window=4))
     poison([(5, 3)], 1000.0)
@@ -210,6 +215,7 @@ def test_a_spike_rolls_back(config, poison, tmp_path):
     assert max(r["loss"] for r in records(run)) < 10
 
 
+@pytest.mark.slow
 def test_the_limit_stops_with_a_report(config, tmp_path, monkeypatch):
     weighted_loss = step.weighted_loss
 

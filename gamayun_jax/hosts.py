@@ -1,0 +1,133 @@
+"""Several processes that train together: none waits for another for ever.
+
+Each one tells JAX's coordination service, once a second, that it lives. The first
+looks at what they told; when one has been silent too long, or says that it failed,
+all of them end with status LOST and the reason, whatever they are waiting for. The
+launcher then starts all of them again. If the first one itself is lost, so is the
+service: JAX may end the process before this module does (SIGABRT, status 134).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+LOST = 4  # exit status of a process that another one has left alone
+FAILED, ALIVE = "gamayun/failed", "gamayun/alive/"
+
+
+def client() -> Any:
+    """JAX's connection to its coordination service; None in a lone process."""
+    from jax._src import distributed  # there is no public way to it
+
+    return distributed.global_state.client
+
+
+@contextlib.contextmanager
+def together(silence: float = 60.0, pause: float = 1.0) -> Iterator[None]:
+    """Watch over the other processes while the block runs; end with them.
+
+    A UserError or any other error inside ends all of them, this one with status 2
+    after its message. Does nothing in a lone process.
+
+    Args:
+      silence: seconds without a sign of life after which a process is lost.
+      pause: seconds between signs.
+    """
+    service, me = client(), jax.process_index()
+    if service is None:
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(
+        target=_watch, args=(service, me, silence, pause, done), daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    except Exception as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        print(f"gamayun: {reason}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            service.key_value_set(FAILED, f"process {me} failed: {reason}")
+        time.sleep(3 * pause)  # the others must hear it before the service may end
+        os._exit(2)
+    finally:
+        done.set()
+        thread.join()
+    with contextlib.suppress(Exception):
+        service.key_value_set(f"{ALIVE}{me}", "done", allow_overwrite=True)
+
+
+def _watch(
+    service: Any, me: int, silence: float, pause: float, done: threading.Event
+) -> None:
+    heard: dict[str, tuple[str, float]] = {}  # process -> its last sign, when it came
+    began, sign, trouble = time.monotonic(), 0, 0
+    while not done.wait(pause):
+        try:
+            sign += 1
+            service.key_value_set(f"{ALIVE}{me}", str(sign), allow_overwrite=True)
+            failed = dict(service.key_value_dir_get(FAILED))
+            signs = service.key_value_dir_get(ALIVE) if me == 0 else []
+            trouble = 0
+        except Exception as e:  # the service's own kinds
+            trouble += 1
+            if trouble < 3:
+                continue
+            _end(f"the first process cannot be reached ({' '.join(str(e).split())})")
+        if failed:
+            _end(next(iter(failed.values())))
+        if me:
+            continue
+        now = time.monotonic()
+        for key, value in signs:
+            process = key.rsplit("/", 1)[1]
+            if heard.get(process, ("", 0.0))[0] != value:
+                heard[process] = (value, now)
+        for process in map(str, range(jax.process_count())):
+            value, when = heard.get(process, ("", began))
+            if value != "done" and now - when > silence:
+                reason = f"process {process} was not heard of for {now - when:.0f} s"
+                with contextlib.suppress(Exception):
+                    service.key_value_set(FAILED, reason)
+                time.sleep(3 * pause)
+                _end(reason)
+
+
+def _end(reason: str) -> None:
+    print(
+        f"gamayun: {reason[:500]}; all processes stop, start them again to go on from "
+        "the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)
+
+
+def compare(seconds: dict[str, float]) -> dict[str, Any]:
+    """How the processes' seconds differ: name -> most, mean and which has most.
+
+    A straggler has the longest input; the others wait for it. Called by all.
+    """
+    if jax.process_count() == 1:
+        return {}
+    names = sorted(seconds)
+    all_PN = multihost_utils.process_allgather(np.array([seconds[n] for n in names]))
+    return {
+        name: {
+            "max": float(all_PN[:, k].max()),
+            "mean": float(all_PN[:, k].mean()),
+            "process": int(all_PN[:, k].argmax()),
+        }
+        for k, name in enumerate(names)
+    }

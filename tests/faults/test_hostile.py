@@ -1,0 +1,377 @@
+"""Files by a stranger: one line says what is wrong, nothing is written, nothing grows.
+
+Config files are code. Everything else is data: corpus folders, documents,
+checkpoints, run folders, Hugging Face folders.
+"""
+
+import ast
+import gzip
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from gamayun_jax import checkpoint, documents, hf
+from gamayun_jax.config import SourceConfig, UserError, from_json, to_json
+from gamayun_jax.corpus import open_corpus
+from gamayun_jax.files import read_json
+
+FUZZ = settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,  # the same examples in every session
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x),
+    max_leaves=12,
+)
+KINDS = ("jsonl", "txt", "jsonl.gz", "jsonl.zst", "txt.zst", "parquet")
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+OUTSIDE = ("../../secret.safetensors", "/etc/passwd", "a/../../b.safetensors")
+DEEP = "[" * 200_000 + "]" * 200_000
+DEEP_OBJECT = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+def quietly(action, *args):
+    """Only a UserError may come out of it, of one line."""
+    try:
+        return action(*args)
+    except UserError as e:
+        said = str(e)
+    assert said
+    assert "\n" not in said
+    return None
+
+
+def places(data, at=()):
+    """Paths to every value inside of JSON data."""
+    yield at
+    if isinstance(data, dict):
+        for k in data:
+            yield from places(data[k], (*at, k))
+    elif isinstance(data, list):
+        for i in range(len(data)):
+            yield from places(data[i], (*at, i))
+
+
+def put(data, at, value):
+    if not at:
+        return value
+    copy = dict(data) if isinstance(data, dict) else list(data)
+    copy[at[0]] = put(copy[at[0]], at[1:], value)
+    return copy
+
+
+@settings(FUZZ, max_examples=100)
+@pytest.mark.slow
+@given(data=st.data())
+def test_manifests(data, config, tmp_path):
+    folder = tmp_path / "corpus"
+    if not folder.exists():
+        shutil.copytree(config.data.corpus, folder)
+    good = json.loads((Path(config.data.corpus) / "manifest.json").read_text())
+    at = data.draw(st.sampled_from(sorted(places(good), key=str)))
+    bad = put(good, at, data.draw(JSON))
+    (folder / "manifest.json").write_text(json.dumps(bad))
+    corpus = quietly(open_corpus, folder)
+    if corpus is not None:
+        quietly(corpus.examples, 64)
+        quietly(corpus.tokenizer)
+        for name in list(corpus.sources)[:1]:
+            quietly(lambda name=name: corpus.records(name)[0])
+        quietly(lambda: [corpus.heldout("udhr", k) for k in ("en", "ru")])
+
+
+@pytest.mark.parametrize("text", [DEEP, DEEP_OBJECT, "", "[]", "1" * 10_000, "\0"])
+def test_json_of_every_bad_kind(text, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        read_json(path)
+    with pytest.raises(UserError):
+        from_json(text)
+
+
+@FUZZ
+@given(data=st.data())
+def test_configs(data, config):
+    good = json.loads(to_json(config))
+    at = data.draw(st.sampled_from(sorted(places(good), key=str)))
+    quietly(from_json, json.dumps(put(good, at, data.draw(JSON))))
+
+
+@FUZZ
+@given(body=st.binary(max_size=300), kind=st.sampled_from(KINDS))
+@example(body=DEEP.encode(), kind="jsonl")
+@example(body=b'{"text": "\\ud800"}\n', kind="jsonl")
+@example(body=b"PAR1" + b"\xff" * 100 + b"PAR1", kind="parquet")
+def test_documents(body, kind, tmp_path):
+    for number, content in enumerate(
+        (body, gzip.compress(body), zstandard.compress(body))
+    ):
+        path = tmp_path / f"{number}.{kind}"
+        path.write_bytes(content)
+        found = quietly(
+            lambda path=path: list(
+                documents.read_documents(SourceConfig("en/x", (str(path),)))
+            )
+        )
+        for d in found or ():
+            assert isinstance(d, documents.Document | documents.BadDocument)
+
+
+BOMB = """
+import resource, sys
+from gamayun_jax import documents
+from gamayun_jax.config import SourceConfig
+soft = 3 << 30
+resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
+found = list(documents.read_documents(SourceConfig("en/x", (sys.argv[1],))))
+assert [type(d).__name__ for d in found] == ["BadDocument"], found
+assert found[0].reason == "too long"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_decompression_bombs(kind, tmp_path):
+    """Two GB of one line in a few MB or KB: read in blocks, its beginning kept."""
+    path = tmp_path / f"bomb.jsonl.{kind}"
+    block = bytes(1 << 24)
+    if kind == "gz":
+        with gzip.open(path, "wb", compresslevel=1) as f:
+            for _ in range(30):
+                f.write(b"x" * len(block))
+    else:
+        packer = zstandard.ZstdCompressor(level=1)
+        with open(path, "wb") as f, packer.stream_writer(f) as out:
+            for _ in range(125):
+                out.write(b"x" * len(block))
+    run = subprocess.run(
+        [sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A small LLaMA folder, as others write it."""
+    import jax
+    import jax.numpy as jnp
+
+    from gamayun_jax.config import ModelConfig
+    from gamayun_jax.hf_model import config_to_hf, shapes_of, write_weights
+
+    cfg = ModelConfig(
+        vocab_size=32, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1,
+        head_dim=4, d_ff=16, max_seq_len=16,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_to_hf(cfg)))
+    from flax import linen as nn
+
+    from gamayun_jax.model import abstract_params
+
+    params = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(abstract_params(cfg))
+    )
+    write_weights(params, cfg, folder, 10**9, "float32")
+    assert shapes_of(cfg)
+    return folder
+
+
+def attempt_import(folder, tmp_path):
+    """Import it; nothing but the named folder may appear beside it."""
+    out = tmp_path / "out"
+    before = {p.name for p in tmp_path.iterdir()}
+    result = quietly(hf.import_hf, folder, out)
+    assert {p.name for p in tmp_path.iterdir()} - before <= {"out"}
+    shutil.rmtree(out, ignore_errors=True)
+    return result
+
+
+@settings(FUZZ, max_examples=100)
+@pytest.mark.slow
+@given(data=st.data())
+def test_hugging_face_configs(data, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder, dirs_exist_ok=True)
+    good = json.loads((model_folder / "config.json").read_text())
+    at = data.draw(st.sampled_from(sorted(places(good), key=str)))
+    bad = put(good, at, data.draw(JSON))
+    (folder / "config.json").write_text(json.dumps(bad))
+    attempt_import(folder, tmp_path)
+
+
+@settings(FUZZ, max_examples=25)
+@given(data=st.data())
+def test_safetensors(data, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder, dirs_exist_ok=True)
+    (path,) = folder.glob("*.safetensors")
+    good = next(model_folder.glob("*.safetensors")).read_bytes()
+    size = struct.unpack("<Q", good[:8])[0]
+    kind = data.draw(st.sampled_from(["cut", "header", "length", "noise"]))
+    if kind == "cut":
+        bad = good[: data.draw(st.integers(0, len(good) - 1))]
+    elif kind == "length":
+        bad = struct.pack("<Q", data.draw(st.integers(0, 2**64 - 1))) + good[8:]
+    elif kind == "noise":
+        bad = data.draw(st.binary(max_size=200))
+    else:
+        header = json.loads(good[8 : 8 + size])
+        at = data.draw(st.sampled_from(sorted(places(header), key=str)))
+        text = json.dumps(put(header, at, data.draw(JSON))).encode()
+        bad = struct.pack("<Q", len(text)) + text + good[8 + size :]
+    path.write_bytes(bad)
+    attempt_import(folder, tmp_path)
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+@pytest.mark.parametrize("text", [DEEP_OBJECT, "[]", "{", '{"model": {"vocab": []}}'])
+def test_hugging_face_json(name, text, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    if name == "tokenizer_config.json":
+        (folder / "tokenizer.json").write_text("{}")
+    (folder / name).write_text(text)
+    with pytest.raises(UserError):
+        hf.import_hf(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", OUTSIDE)
+def test_an_index_that_points_elsewhere(target, model_folder, tmp_path):
+    folder = tmp_path / "a" / "model"
+    shutil.copytree(model_folder, folder)
+    (path,) = folder.glob("*.safetensors")
+    shutil.move(path, tmp_path / "secret.safetensors")
+    weights = {"weight_map": {"model.embed_tokens.weight": target}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
+    with pytest.raises(UserError):
+        hf.import_hf(folder, tmp_path / "out")
+
+
+@settings(FUZZ, max_examples=15)
+@given(data=st.data())
+def test_checkpoint_meta(data, tmp_path):
+    import jax.numpy as jnp
+
+    folder = tmp_path / "run" / "checkpoints"
+    if not folder.exists():
+        store = checkpoint.Checkpoints(folder)
+        state = checkpoint.TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {})
+        store.save(state, 1, {"step": 1, "config": "{}"})
+        store.wait()
+        store.close()
+        path = max((folder / "1" / "meta").iterdir(), key=lambda p: p.stat().st_size)
+        (tmp_path / "good").write_bytes(path.read_bytes())
+    path = max((folder / "1" / "meta").iterdir(), key=lambda p: p.stat().st_size)
+    good = (tmp_path / "good").read_bytes()
+    at = data.draw(st.integers(0, len(good) - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "json", "deep"]))
+    path.write_bytes(
+        {
+            "flip": good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :],
+            "cut": good[:at],
+            "json": json.dumps(data.draw(JSON)).encode(),
+            "deep": DEEP.encode(),
+        }[kind]
+    )
+    store = checkpoint.Checkpoints(folder, read_only=True)
+    with pytest.raises(UserError):
+        store.meta(1)
+    store.close()
+
+
+def test_a_run_folder_that_is_a_link_elsewhere(config, tmp_path):
+    """What a record's file points to is replaced, not written through."""
+    from gamayun_jax.records import RunFolder
+
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "lineage.json", "metrics.jsonl", "parameters.txt"):
+        os.symlink(victim, run / name)
+    folder = RunFolder(run)
+    folder.write_config(config)
+    folder.write_lineage({"a": 1})
+    folder.write_parameters("x")
+    folder.start_metrics(0, 0, False)
+    folder.add({"step": 1})
+    folder.close()
+    assert victim.read_text() == "precious"
+
+
+def test_no_pickle():
+    """Nothing in the package can unpickle a file."""
+    for path in Path("gamayun_jax").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {getattr(node, "module", None), *(a.name for a in node.names)}
+                roots = {n.split(".")[0] for n in names if n}
+                bad = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
+                assert not roots & bad, path
+            if isinstance(node, ast.Call):
+                text = ast.unparse(node)
+                assert not re.search(r"allow_pickle\s*=\s*True|torch\.load\(", text)
+                name = ast.unparse(node.func)
+                assert name not in ("eval", "exec", "os.system"), (path, text)
+
+
+def test_a_pickle_in_the_place_of_counts(config, tmp_path):
+    folder = tmp_path / "corpus"
+    shutil.copytree(config.data.corpus, folder)
+    corpus = open_corpus(folder)
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    path = folder / "sources" / "en/help" / "token_counts.npy"
+    np.save(path, np.array([Evil()], object), allow_pickle=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        corpus.token_counts("en/help")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_report_escapes(tmp_path):
+    """Whatever a run folder says comes out as text."""
+    from gamayun_jax import report
+
+    evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+    run = tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"name": evil, "languages": [evil]}))
+    lineage = {
+        "run": evil, "device": evil, "versions": {evil: evil},
+        "events": [{evil: evil, "event": evil}],
+        "checkpoints": [{"step": 1, "reason": evil, "stage": evil, "tokens": 1}],
+        "stages": [{"name": evil, "start_tokens": 0, "end_tokens": 10}],
+    }  # fmt: skip
+    (run / "lineage.json").write_text(json.dumps(lineage))
+    record = {"kind": "train", "step": 1, "tokens": 5, "stage": evil, "loss": 1.0,
+              "nll": 1.0, "lr": 1e-3, "grad_norm": 1.0,
+              "languages": {evil: {"nll": 1.0, "targets": 1, "tokens": 1}}}  # fmt: skip
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    quietly(report.write_report, [run], tmp_path / "out")
+    page = tmp_path / "out" / "index.html"
+    if page.exists():
+        text = page.read_text()
+        assert "<script>alert" not in text
+        assert "<img src=x" not in text

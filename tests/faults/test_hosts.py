@@ -1,0 +1,115 @@
+"""Processes that die, fail or fall silent; signals; none waits for ever."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gamayun_jax.config import to_dict
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def experiment(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("hosts") / "small.py"
+    path.write_text(
+        "from gamayun_jax.config import from_json\n"
+        f"def get_config():\n    return from_json({json.dumps(to_dict(config))!r})\n"
+    )
+    return path
+
+
+def start(experiment, run, words=(), devices=1):
+    env = dict(os.environ, XLA_FLAGS="", JAX_NUM_CPU_DEVICES=str(devices))
+    command = [sys.executable, "-m", "gamayun_jax", "train", str(experiment)]
+    return subprocess.Popen(
+        [*command, "--workdir", str(run), *words],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def start_all(experiment, run, count, *more):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    words = ["--coordinator", f"localhost:{port}", "--num-processes", str(count)]
+    words += ["--silence", "8", *more, "--process-id"]
+    return [start(experiment, run, [*words, str(i)]) for i in range(count)]
+
+
+def wait_for_step(run, step):
+    for _ in range(2400):
+        if (run / "checkpoints" / str(step)).is_dir():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no checkpoint at step {step}")
+
+
+def finish(processes):
+    return [(p.communicate(timeout=120)[0], p.returncode) for p in processes]
+
+
+def test_a_process_that_dies_stops_the_others(experiment, tmp_path):
+    run = tmp_path / "run"
+    processes = start_all(experiment, run, 4, "--set", "stages.enrich.tokens=2000000")
+    wait_for_step(run, 3)
+    processes[2].kill()
+    begin = time.monotonic()
+    ends = finish(processes)
+    assert time.monotonic() - begin < 60
+    assert [status for _, status in ends if status != -signal.SIGKILL] == [4, 4, 4]
+    for out, status in ends:
+        if status == 4:
+            assert re.search(r"process 2 .*start them again", out), out[-2000:]
+
+
+def test_the_first_process_dies(experiment, tmp_path):
+    run = tmp_path / "run"
+    processes = start_all(experiment, run, 2, "--set", "stages.enrich.tokens=2000000")
+    wait_for_step(run, 3)
+    processes[0].kill()
+    begin = time.monotonic()
+    (_, _), (out, status) = finish(processes)
+    assert time.monotonic() - begin < 60
+    assert status in (4, -signal.SIGABRT), out[-2000:]
+
+
+def test_an_error_on_one_process_alone(experiment, tmp_path):
+    """The first one finds the run folder in use; the second would wait for it."""
+    from gamayun_jax.records import RunFolder
+
+    held = RunFolder(tmp_path / "run")
+    begin = time.monotonic()
+    (out, status), (other, other_status) = finish(
+        start_all(experiment, tmp_path / "run", 2)
+    )
+    held.close()
+    assert time.monotonic() - begin < 110
+    assert status == 2
+    assert "in use by another process" in out
+    assert other_status in (4, -signal.SIGABRT)
+    assert "process 0 failed" in other or other_status != 4
+
+
+def test_a_second_signal_exits_at_once(experiment, tmp_path):
+    run = tmp_path / "run"
+    process = start(experiment, run, ["--set", "stages.enrich.tokens=20000000"], 8)
+    wait_for_step(run, 3)
+    process.send_signal(signal.SIGSTOP)  # both arrive before the step ends
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGCONT)
+    out = process.communicate(timeout=60)[0]
+    assert time.monotonic() - begin < 30
+    assert process.returncode in (130, 3), out[-2000:]
+    assert max(int(p.name) for p in Path(run / "checkpoints").iterdir()
+               if p.name.isdigit()) >= 3  # fmt: skip
