@@ -418,9 +418,15 @@ def run_export_hf(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from gamayun_jax import report
+    from gamayun_jax import report, runs, stages
 
-    print(report.write_report(args.runs, args.out or args.runs[0] / "report"))
+    page = report.write_report(args.runs, args.out or args.runs[0] / "report")
+    for folder in args.runs:
+        run = runs.read_run(folder)
+        table = stages.stage_table(folder, run)
+        if table:
+            print(f"{run.name}\n{table}\n" if len(args.runs) > 1 else f"{table}\n")
+    print(page)
     return 0
 
 
@@ -770,8 +776,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "report",
         run_report,
-        "Make the HTML report of one run, or of several overlaid; folders of "
-        "`quantize` among them are compared with what they were made from.",
+        "Make the HTML report of one run, or of several overlaid; print what each "
+        "stage changed by language. Folders of `quantize` among them are compared with "
+        "what they were made from.",
     )
     report.add_argument(
         "runs", type=Path, nargs="+", help="run folders, and quantised ones"

@@ -199,6 +199,7 @@ class HeldoutEvaluator:
         unigram = unigram_bits(corpus) if same else {}
         length = cfg.data.seq_len
         self._units: dict[tuple[str, str], range] = {}
+        self._ids: dict[tuple[str, str], list[str]] = {}
         self._baselines: dict[tuple[str, str], dict[str, float | None]] = {}
         sizes: list[int] = []
         tokens: list[int] = []
@@ -223,6 +224,7 @@ class HeldoutEvaluator:
                     tokens.append(len(unit))
                     cut.append(len(unit) > length)
                 self._units[name, language] = range(first, len(sizes))
+                self._ids[name, language] = ids
                 texts = [text for _, text in units]
                 self._baselines[name, language] = baselines(
                     texts, ids_of, cfg.model.vocab_size, unigram.get(language)
@@ -281,8 +283,24 @@ class HeldoutEvaluator:
         parity (bits per parallel unit over English's), nll (nats per token), accuracy,
         standard errors `*_se`, `truncated` (units longer than a row), baselines.
         """
-        sums = self.unit_sums(params)
+        return self.results(self.unit_sums(params))
+
+    def results(self, sums: np.ndarray) -> dict[str, Any]:
+        """`run` from what `unit_sums` returned."""
         return {"sets": {name: self._set_result(name, sums) for name in self.sets}}
+
+    def items(self, name: str, sums: np.ndarray) -> list[dict[str, Any]]:
+        """The units of a set: id, language, bits, bytes and tokens of each."""
+        found = []
+        for language in self.sets[name]:
+            span = self._units[name, language]
+            for unit, key in zip(span, self._ids[name, language], strict=True):
+                row: dict[str, Any] = {"id": key, "language": language}
+                row["bits"] = float(sums[unit, 0] / math.log(2))
+                row["bytes"] = int(self._bytes[unit])
+                row["tokens"] = int(self._tokens[unit])
+                found.append(row)
+        return found
 
     def _parallel_se(
         self, name: str, languages: Sequence[str], sums: np.ndarray

@@ -7,6 +7,7 @@ tokenizer.model the corpus's tokenizer
 metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash
 events.*        the same for TensorBoard
 eval/<step>.json
+eval/<step>.items/*.jsonl  units and items, at the start and at stage ends
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,14 @@ class RunFolder:
         if self.writer:
             write_json(self.path / "eval" / f"{step}.json", result)
 
+    def write_items(self, step: int, name: str, rows: Iterable[Any]) -> None:
+        """One JSON object a line; before the evaluation itself, which completes it."""
+        if self.writer:
+            folder = self.path / "eval" / f"{step}.items"
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+            write_text(folder / f"{name}.jsonl", "".join(lines))
+
     def start_metrics(self, step: int, tokens: int, tensorboard: bool) -> None:
         """Drop what was recorded after `step`, which will be made again; open for more.
 
@@ -159,6 +169,7 @@ class RunFolder:
         for evaluation in (self.path / "eval").glob("*.json"):
             if not step or int(evaluation.stem) > step:
                 evaluation.unlink()
+                shutil.rmtree(evaluation.with_suffix(".items"), ignore_errors=True)
         path = self.path / "metrics.jsonl"
         kept: list[str] = []
         if path.exists():

@@ -51,6 +51,7 @@ from gamayun_jax.runs import (
     short,
     spans,
 )
+from gamayun_jax.stages import stage_sections
 
 
 def score_table(
@@ -380,6 +381,9 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         for r in runs
         if r.unread
     ]
+    for folder, run in zip(folders, runs, strict=True):
+        who = of_run(run, runs)
+        parts += stage_sections(Path(folder), run, languages, who)
     parts += heldout_sections(runs, languages)
     if not sets_of(e for r in runs for e in r.evals):
         parts.append(section("Held-out evaluation", "", gap("evaluations in eval/")))

@@ -342,9 +342,12 @@ def _train(
             return
         drain(keep=0)
         with clock.measure("evaluate"):
-            result = evaluator.run(state.params)
+            sums = evaluator.unit_sums(state.params)
+            result = evaluator.results(sums)
         head = {"step": step, "tokens": tokens_at(step), "stage": stage_name()}
         head["label"] = label
+        for name in evaluator.sets if label else ():
+            run.write_items(step, f"heldout-{name}", evaluator.items(name, sums))
         run.write_evaluation(step, {**head, **result})
         for name, values in result["sets"].items():
             for language, row in values["languages"].items():

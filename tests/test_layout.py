@@ -43,7 +43,7 @@ LAYERS = [
     {"figures"},
     {"page"},
     {"alignment"},
-    {"plan_text"},
+    {"plan_text", "stages"},
     {"train", "plan", "report"},
     {"task_page", "compare"},
     {"cli"},
