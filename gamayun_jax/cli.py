@@ -422,6 +422,8 @@ def run_report(args: argparse.Namespace) -> int:
 
     page = report.write_report(args.runs, args.out or args.runs[0] / "report")
     for folder in args.runs:
+        if runs.read_quantised(folder) is not None:
+            continue
         run = runs.read_run(folder)
         table = stages.stage_table(folder, run)
         if table:

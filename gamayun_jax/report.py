@@ -350,7 +350,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
       UserError: a folder that holds no run, or a record that is damaged.
     """
     quantised = {f: read_quantised(Path(f)) for f in folders}
-    runs = [read_run(Path(f)) for f, record in quantised.items() if record is None]
+    of_runs = [Path(f) for f, record in quantised.items() if record is None]
+    runs = [read_run(folder) for folder in of_runs]
     records = [r for r in quantised.values() if r is not None]
     if not runs:
         raise UserError("report: there is no run folder: give at least one")
@@ -381,9 +382,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         for r in runs
         if r.unread
     ]
-    for folder, run in zip(folders, runs, strict=True):
-        who = of_run(run, runs)
-        parts += stage_sections(Path(folder), run, languages, who)
+    for folder, run in zip(of_runs, runs, strict=True):
+        parts += stage_sections(folder, run, languages, of_run(run, runs))
     parts += heldout_sections(runs, languages)
     if not sets_of(e for r in runs for e in r.evals):
         parts.append(section("Held-out evaluation", "", gap("evaluations in eval/")))
