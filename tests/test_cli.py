@@ -96,7 +96,12 @@ def test_train_eval_report(experiment, tmp_path, capsys):
     same = at_the_end["sets"]["udhr"]["languages"]["ru"]
     assert found["ru"]["bits"] == pytest.approx(same["bits"], rel=1e-5)
     assert list(found) == ["ru"]
+    items = (run / "eval" / "4.items" / "heldout-udhr.jsonl").read_text().splitlines()
+    units = [r for r in map(json.loads, items) if r["language"] == "ru"]
+    assert sum(r["bits"] for r in units) == pytest.approx(same["bits"])
+    assert sum(r["bytes"] for r in units) == same["bytes"]
     assert cli.main(["report", str(run)]) == 0
+    assert "change in stage enrich (from end of align" in capsys.readouterr().out
     page = (run / "report" / "index.html").read_text()
     assert "end of align" in page
     assert cli.main(["report", str(tmp_path)]) == 2

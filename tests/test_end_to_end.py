@@ -57,6 +57,9 @@ def outcome(run, config):
         del r["time"]
         r.pop("hosts", None)
     evals = {p.name: json.loads(p.read_text()) for p in (run / "eval").glob("*.json")}
+    items = {str(p): p.read_text() for p in (run / "eval").glob("*.items/*.jsonl")}
+    evals |= {k.removeprefix(str(run)): v for k, v in items.items()}
+    assert items
     return jax.tree.leaves(jax.device_get(state)), records, evals
 
 
