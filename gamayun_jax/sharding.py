@@ -74,22 +74,28 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     # Linen's logical constraints need Auto axes (jax defaults to Explicit).
     types = (AxisType.Auto,) * len(AXES)
-    # On GPUs a slice is a host or a rack, and jax.make_mesh orders them well.
-    tpu = devices[0].platform == "tpu"
-    slices = len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
-    if slices > 1:
-        if sizes[0] % slices:
-            raise UserError(
-                f"mesh.data={sizes[0]} is not a multiple of the {slices} slices, which "
-                f"only data crosses: set mesh.data=-1 and mesh.fsdp to a divisor of "
-                f"the {count // slices} devices of a slice"
-            )
-        within = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(
-            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    # An axis may take a part of a dimension of the torus (fsdp=16 on 8 x 8 chips).
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
         )
         return Mesh(grid, AXES, axis_types=types)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} is not a multiple of the {slices} slices, which "
+            f"only data crosses: set mesh.data=-1 and mesh.fsdp to a divisor of "
+            f"the {count // slices} devices of a slice"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]),
+        (slices, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def check_divisible(cfg: Config, mesh: Mesh) -> None:

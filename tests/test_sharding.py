@@ -236,6 +236,15 @@ class FakeDevice:
         self.coords = (number % 4, number // 4 % 2, 0)
 
 
+def test_an_axis_over_parts_of_the_torus():
+    """fsdp of 8 on 4 x 2 x 1 is a product of dimensions, 2 x 2 of them is a part."""
+    devices = [FakeDevice(n, 0) for n in range(8)]
+    for sizes in ((1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2)):
+        mesh = sharding.make_mesh(MeshConfig(*sizes), devices)
+        assert mesh.devices.shape == sizes
+        assert {d.id for d in mesh.devices.flat} == set(range(8))
+
+
 def test_data_crosses_slices():
     devices = [FakeDevice(n, n // 8) for n in range(16)]
     mesh = sharding.make_mesh(MeshConfig(-1, 4, 1), devices)
