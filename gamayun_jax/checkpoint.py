@@ -251,6 +251,8 @@ class Checkpoints:
             )
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except jax.errors.JaxRuntimeError:  # another process is gone
+            raise
         except Exception as e:  # Orbax and TensorStore raise many kinds
             reason = shortened(e)
             raise self._damaged(step, f"{type(e).__name__}: {reason}") from e
@@ -269,6 +271,8 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # another process is gone
+            raise
         except Exception as e:  # Orbax and TensorStore raise many kinds
             there = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
             reason = shortened(e)

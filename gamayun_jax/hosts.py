@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 LOST = 4  # exit status of a process that another one has left alone
-FAILED, ALIVE = "gamayun/failed", "gamayun/alive/"
+FAILED, ALIVE = "gamayun/failed/", "gamayun/alive/"
 
 
 def client() -> Any:
@@ -36,8 +36,8 @@ def client() -> Any:
 def together(silence: float = 60.0, pause: float = 1.0) -> Iterator[None]:
     """Watch over the other processes while the block runs; end with them.
 
-    A UserError or any other error inside ends all of them, this one with status 2
-    after its message. Does nothing in a lone process.
+    An error inside ends all of them, this one with status 2 after its message; a
+    broken collective is another process's loss. Does nothing in a lone process.
 
     Args:
       silence: seconds without a sign of life after which a process is lost.
@@ -55,10 +55,15 @@ def together(silence: float = 60.0, pause: float = 1.0) -> Iterator[None]:
     try:
         yield
     except Exception as e:
+        lost = isinstance(e, jax.errors.JaxRuntimeError)
+        if lost and "RESOURCE_EXHAUSTED" not in str(e):
+            # A collective that broke: another process is gone. Who, the watch says.
+            thread.join(silence + 5 * pause)
+            _end(" ".join(str(e).split()))
         reason = " ".join(str(e).split()) or type(e).__name__
         print(f"gamayun: {reason}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
-            service.key_value_set(FAILED, f"process {me} failed: {reason}")
+            service.key_value_set(f"{FAILED}{me}", f"process {me} failed: {reason}")
         time.sleep(3 * pause)  # the others must hear it before the service may end
         os._exit(2)
     finally:
@@ -99,7 +104,7 @@ def _watch(
             if value != "done" and now - when > silence:
                 reason = f"process {process} was not heard of for {now - when:.0f} s"
                 with contextlib.suppress(Exception):
-                    service.key_value_set(FAILED, reason)
+                    service.key_value_set(f"{FAILED}{me}", reason)
                 time.sleep(3 * pause)
                 _end(reason)
 

@@ -45,8 +45,9 @@ def start_all(experiment, run, count, *more):
     return [start(experiment, run, [*words, str(i)]) for i in range(count)]
 
 
-def wait_for_step(run, step):
-    for _ in range(2400):
+def wait_for_step(run, step, process=None):
+    for _ in range(1200):
+        assert process is None or process.poll() is None, process.communicate()[0]
         if (run / "checkpoints" / str(step)).is_dir():
             return
         time.sleep(0.1)
@@ -101,8 +102,8 @@ def test_an_error_on_one_process_alone(experiment, tmp_path):
 
 def test_a_second_signal_exits_at_once(experiment, tmp_path):
     run = tmp_path / "run"
-    process = start(experiment, run, ["--set", "stages.enrich.tokens=20000000"], 8)
-    wait_for_step(run, 3)
+    process = start(experiment, run, ["--set", "stages.enrich.tokens=2000000"], 2)
+    wait_for_step(run, 3, process)
     process.send_signal(signal.SIGSTOP)  # both arrive before the step ends
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
