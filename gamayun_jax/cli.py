@@ -241,7 +241,7 @@ def note(text: str) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from gamayun_jax import run_tasks, runs, task_page, tasks
+    from gamayun_jax import eval_page, run_tasks, runs, tasks
 
     names = args.tasks or []
     if "all" in names:
@@ -264,7 +264,7 @@ def run_eval(args: argparse.Namespace) -> int:
         print(run_tasks.task_table(result["tasks"]))
     if args.out:
         run_tasks.write_results(args.out, result, rows)
-        page = task_page.write_page(result, args.out)
+        page = eval_page.write_page(result, args.out)
         print(f"{args.out}/eval.json, items/ and {page.name} are written")
     return 0
 

@@ -23,8 +23,7 @@ from gamayun_jax.config import UserError
 from gamayun_jax.figures import axes, colours_of, horizontal, styled, to_svg
 from gamayun_jax.files import write_json, write_text
 from gamayun_jax.page import html_page, html_table, section, td
-from gamayun_jax.run_tasks import cell
-from gamayun_jax.runs import INK, esc, plain
+from gamayun_jax.runs import INK, cell, esc, plain
 from gamayun_jax.tasks import Task
 
 RESAMPLES = 4000

@@ -307,11 +307,14 @@ class DivergenceConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on the held-out sets during training."""
+    """Evaluation during training, before the first step, at the stages' ends, and:"""
 
-    every_steps: int = 0  # 0: only before the first step and at the stages' ends
+    every_steps: int = 0  # on the held-out sets, every so many steps (0: no more)
     batch_size: int = 32
     max_units: int = 0  # per language and set; 0: all
+    tasks: tuple[str, ...] = ()  # embedded tasks by name, or YAML files (tasks.py)
+    tasks_every_steps: int = 0  # on the tasks, every so many steps (0: no more)
+    task_items: int = 0  # most items per language and task; 0: all
 
 
 @dataclass(frozen=True)
@@ -413,6 +416,8 @@ AT_LEAST_0 = (
     "divergence.rollbacks",
     "evaluation.every_steps",
     "evaluation.max_units",
+    "evaluation.tasks_every_steps",
+    "evaluation.task_items",
     "optimizer.weight_decay",
     "optimizer.z_loss",
 )

@@ -52,6 +52,7 @@ from gamayun_jax.runs import (
     spans,
 )
 from gamayun_jax.stages import stage_sections
+from gamayun_jax.task_page import task_sections
 
 
 def score_table(
@@ -388,6 +389,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     if not sets_of(e for r in runs for e in r.evals):
         parts.append(section("Held-out evaluation", "", gap("evaluations in eval/")))
     parts += quantised_sections(records, languages)
+    parts += task_sections(runs, languages)
     if trained:
         parts += training_sections(trained, languages)
     else:

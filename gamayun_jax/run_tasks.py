@@ -18,17 +18,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gamayun_jax import evaluate, hf, metrics
-from gamayun_jax.config import UserError
+from gamayun_jax.config import Config, UserError
 from gamayun_jax.files import write_json, write_text
 from gamayun_jax.generate import Generator
 from gamayun_jax.model import compute_dtype, parameter_count
+from gamayun_jax.runs import cell
 from gamayun_jax.score import Request, Scorer
 from gamayun_jax.tasks import (
     Item,
     Task,
     encode_pair,
+    load_task,
     prompt_of,
     with_choice,
 )
@@ -303,6 +306,55 @@ def versions() -> dict[str, str]:
     return {**found, "device": f"{jax.device_count()} x {device.device_kind}"}
 
 
+class TrainingTasks:
+    """The tasks of a config, run with a model's changing parameters.
+
+    Raises:
+      UserError: a task that cannot be read, or with items in none of the languages.
+    """
+
+    def __init__(self, cfg: Config, tokenizer: TextCoder, mesh: Mesh):
+        limit = cfg.evaluation.task_items
+        self._tasks = [load_task(n, cfg.languages, limit) for n in cfg.evaluation.tasks]
+        for task in self._tasks:
+            if not task.languages:
+                raise UserError(
+                    f"evaluation.tasks: {task.name} has no items in the languages of "
+                    "the config: leave it out"
+                )
+        self._cfg, self._tokenizer, self._mesh = cfg, tokenizer, mesh
+        self._scorer = Scorer(cfg.model, None, mesh, cfg.compute)
+
+    def __bool__(self) -> bool:
+        return bool(self._tasks)
+
+    def run(
+        self, params: Any
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+        """Summary and rows of each task, as of `run_task`."""
+        self._scorer.params = params
+        generator = None
+        if any(t.kind == "generation" for t in self._tasks):
+            model = self._cfg.model, params, self._mesh, self._tokenizer
+            generator = Generator(*model, self._cfg.compute)
+        results, rows = {}, {}
+        for t in self._tasks:
+            results[t.name], rows[t.name] = run_task(
+                t, self._tokenizer, self._scorer, generator
+            )
+        self._scorer.params = None  # not a second copy while training goes on
+        return results, rows
+
+
+def headline_scalars(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Name for TensorBoard -> each task's headline metric by language."""
+    return {
+        f"tasks/{name}/{task['metric']}/{language}": row[task["metric"]]
+        for name, task in tasks.items()
+        for language, row in task["languages"].items()
+    }
+
+
 def evaluate_model(
     path: Path,
     tasks: Sequence[Task],
@@ -402,13 +454,6 @@ def write_results(
     for name, found in rows.items():
         write_items(out / "items", name, found)
     write_json(out / "eval.json", result)
-
-
-def cell(task: Mapping[str, Any], value: float | None) -> str:
-    """A value of a task's headline metric as it is shown: 41.5 %, or 1.234."""
-    if value is None:
-        return ""
-    return f"{value:.3f}" if task["kind"] == "perplexity" else f"{100 * value:.1f} %"
 
 
 def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:

@@ -265,3 +265,10 @@ def curriculum_table(table: Sequence[Mapping[str, Any]], seq_len: int) -> str:
             f"{r['epochs_total']:>9.2f}"
         )
     return "\n".join(lines)
+
+
+def cell(task: Mapping[str, Any], value: float | None) -> str:
+    """A value of a task's headline metric as it is shown: 41.5 %, or 1.234."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if task["kind"] == "perplexity" else f"{100 * value:.1f} %"

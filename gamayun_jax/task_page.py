@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gamayun_jax.figures import axes, colours_of, horizontal, styled, to_svg
-from gamayun_jax.files import write_text
-from gamayun_jax.page import html_page, html_table, section, td
-from gamayun_jax.report import score_table
-from gamayun_jax.run_tasks import cell
-from gamayun_jax.runs import INK, esc, languages_of, plain, sets_of
+from gamayun_jax.figures import (
+    axes,
+    colours_of,
+    horizontal,
+    panels_figure,
+    styled,
+    to_svg,
+)
+from gamayun_jax.page import html_table, section, td
+from gamayun_jax.runs import INK, Points, Run, cell, entries, esc, num, plain
 
 MARKS = (
     "Dots: the headline metric, with two standard errors. Dashed: chance. Crosses: "
@@ -106,30 +109,41 @@ def tasks_section(
     return section(title, MARKS, tasks_table(tasks, languages), svg, notes_html)
 
 
-def write_page(result: Mapping[str, Any], out: Path) -> Path:
-    """OUT/index.html of an evaluation (see run_tasks.evaluate_model)."""
-    parts = []
-    if result.get("tasks"):
-        tasks = result["tasks"]
-        parts.append(tasks_section(tasks, languages_in(tasks), "Tasks by language"))
-    for name in sets_of([result]):
-        table = score_table(
-            [("bits per byte", result, "", None)],
-            name,
-            languages_of([result], name),
-            baselines=True,
-        )
-        parts.append(section(f"Held-out set “{name}”", "Lower is better.", table))
-    model = result["model"]
-    facts = {
-        "model": f"{result['label']} ({model['parameters']:,} parameters)",
-        "trained on": f"{result['tokens']:,} tokens" if result["tokens"] else "–",
-        "computed by": " ".join(f"{k} {v}" for k, v in result["versions"].items()),
-        "date": result["date"],
-    }
-    rows = (f"<tr>{td(esc(k))}{td(esc(v, 300))}</tr>" for k, v in facts.items())
-    parts.append(html_table(["", ""], rows, []))
-    out.mkdir(parents=True, exist_ok=True)
-    page = html_page(result["label"], "Evaluation", parts)
-    write_text(out / "index.html", page)
-    return out / "index.html"
+def task_points(run: Run, language: str, name: str) -> Points:
+    """(tokens, headline metric) of a task at a run's evaluations."""
+    found = []
+    for e in run.evals:
+        task = entries(e, "tasks").get(name)
+        where = ("macro",) if language == "macro" else ("languages", language)
+        if isinstance(task, dict):
+            x, y = num(e, "tokens"), num(task, *where, str(task.get("metric")))
+            if x is not None and y is not None:
+                found.append((x, y))
+    return found
+
+
+def task_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[str]:
+    """Curves of the tasks that ran during training, and each run's last results."""
+    names = dict.fromkeys(n for r in runs for e in r.evals for n in entries(e, "tasks"))
+    for name in names:
+        shown = [k for k in languages if any(task_points(r, k, name) for r in runs)]
+        if any(len(task_points(r, "macro", name)) > 1 for r in runs):
+            figure = panels_figure(
+                runs,
+                ["macro", *shown],
+                colours_of(languages),
+                lambda run, key, name=name: task_points(run, key, name),
+                "",
+            )
+            title = f"Task “{name}” over training"
+            yield section(
+                title, "Every panel has its own scale.", to_svg(figure, title)
+            )
+    for run in runs:
+        last = [e for e in run.evals if entries(e, "tasks")][-1:]
+        for e in last:
+            who = f"{run.name}: " if len(runs) > 1 else ""
+            found = e["tasks"]
+            yield tasks_section(
+                found, languages_in(found), f"{who}Tasks at the last evaluation"
+            )

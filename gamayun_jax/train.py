@@ -44,6 +44,7 @@ from gamayun_jax.lineage import (
 from gamayun_jax.losses import TokenWeights, make_token_weights
 from gamayun_jax.model import Transformer, flops_per_token
 from gamayun_jax.records import Clock, Interval, RunFolder, SetAside, config_changes
+from gamayun_jax.run_tasks import TrainingTasks, headline_scalars
 from gamayun_jax.step import (
     abstract_state,
     compile_step,
@@ -213,6 +214,7 @@ def _train(
     flops = flops_per_token(cfg.model, cfg.data.seq_len) * cfg.tokens_per_step
     chip = chip_of(jax.devices()[0])
     evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))
+    tasks = TrainingTasks(cfg, corpus.tokenizer(), mesh)
     aside = SetAside(run.path, jax.process_index())
     clock = Clock()
     in_flight: list[tuple[int, dict[str, Any]]] = []
@@ -333,28 +335,45 @@ def _train(
             store.save(state, step, meta)
 
     def evaluate() -> None:
-        every = cfg.evaluation.every_steps
-        due = step == 0 or step in ends or (every and step % every == 0)
         label = "" if step else "start"
         if step in ends:
             label = f"end of {stage_name()}"
-        if not due or not evaluator.sets or is_there(step, label):
+
+        def due(every: int) -> bool:
+            return bool(label) or bool(every and step % every == 0)
+
+        of_sets = evaluator.sets and due(cfg.evaluation.every_steps)
+        of_tasks = tasks and due(cfg.evaluation.tasks_every_steps)
+        if not (of_sets or of_tasks) or is_there(step, label):
             return
         drain(keep=0)
-        with clock.measure("evaluate"):
-            sums = evaluator.unit_sums(state.params)
-            result = evaluator.results(sums)
         head = {"step": step, "tokens": tokens_at(step), "stage": stage_name()}
-        head["label"] = label
-        for name in evaluator.sets if label else ():
-            run.write_items(step, f"heldout-{name}", evaluator.items(name, sums))
-        run.write_evaluation(step, {**head, **result})
+        result: dict[str, Any] = {**head, "label": label, "sets": {}}
+        items: dict[str, Any] = {}
+        with clock.measure("evaluate"):
+            if of_sets:
+                sums = evaluator.unit_sums(state.params)
+                result |= evaluator.results(sums)
+                for name in evaluator.sets:
+                    items[f"heldout-{name}"] = evaluator.items(name, sums)
+            if of_tasks:
+                result["tasks"], found = tasks.run(state.params)
+                items |= found
+        for name, rows in items.items() if label else ():
+            run.write_items(step, name, rows)
+        run.write_evaluation(step, result)
         for name, values in result["sets"].items():
             for language, row in values["languages"].items():
                 bpb = {f"eval/{name}/bits_per_byte/{language}": row["bits_per_byte"]}
                 run.scalars(bpb, tokens_at(step))
             macro = values["macro"]["bits_per_byte"]
             log(f"{'eval':>8} step {step}  {name}: {macro:.3f} bits per byte (macro)")
+        run.scalars(headline_scalars(result.get("tasks", {})), tokens_at(step))
+        for name, task in result.get("tasks", {}).items():
+            macro = task["macro"].get(task["metric"], math.nan)
+            log(
+                f"{'eval':>8} step {step}  {name}: {task['metric']} {macro:.3f} (macro)"
+            )
 
     compiled_stage = -1
     rows = sharding.batch_sharding(mesh)

@@ -43,9 +43,9 @@ LAYERS = [
     {"figures"},
     {"page"},
     {"alignment"},
-    {"plan_text", "stages"},
+    {"plan_text", "stages", "task_page"},
     {"train", "plan", "report"},
-    {"task_page", "compare"},
+    {"eval_page", "compare"},
     {"cli"},
 ]
 CORPUS = ("documents", "files", "corpus", "corpus_jobs", "corpus_build")

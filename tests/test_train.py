@@ -40,7 +40,9 @@ def records(run):
 
 
 def evaluations(run):
-    return {p.name: p.read_text() for p in sorted((run / "eval").iterdir())}
+    folder = run / "eval"
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_text() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,11 @@ def test_a_run_records_itself(straight, config):
     lineage = json.loads((straight / "lineage.json").read_text())
     assert [c["step"] for c in lineage["checkpoints"]] == [3, 6, 7, 9, 12, 13]
     assert lineage["stages"][1]["start_tokens"] == 7 * 8 * 64
-    labels = [json.loads(t)["label"] for t in evaluations(straight).values()]
+    labels = [
+        json.loads(text)["label"]
+        for name, text in evaluations(straight).items()
+        if name.endswith(".json")
+    ]
     assert sorted(labels) == ["end of align", "end of enrich", "start"]
 
 
@@ -380,3 +386,38 @@ def test_only_stage_ends_and_the_newest_are_kept(config, replace, tmp_path):
     assert train.train(few, run, log=quiet) == 0
     kept = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
     assert kept == [7, 13]
+
+
+def test_tasks_run_in_the_loop(config, tmp_path):
+    """Before training, every so many steps and at stages' ends; stopped or not."""
+    from gamayun_jax import report, run_tasks
+
+    evaluation = dataclasses.replace(
+        config.evaluation, tasks=("cldr_facts", "udhr"), tasks_every_steps=5,
+        task_items=3,
+    )  # fmt: skip
+    cfg = dataclasses.replace(config, evaluation=evaluation)
+    lines = []
+    assert train.train(cfg, tmp_path / "a", log=lines.append) == 0
+    assert any("cldr_facts: norm" in line for line in lines)
+    found = {
+        int(p.stem): json.loads(p.read_text())
+        for p in (tmp_path / "a" / "eval").glob("*.json")
+    }
+    assert sorted(found) == [0, 5, 7, 10, 13]
+    assert all(set(e["tasks"]) == {"cldr_facts", "udhr"} for e in found.values())
+    assert found[5]["sets"] == {}
+    assert "udhr" in found[7]["sets"]
+    for step in (0, 7, 13):
+        folder = tmp_path / "a" / "eval" / f"{step}.items"
+        rows = run_tasks.read_items(folder, "cldr_facts")
+        assert [r["language"] for r in rows] == ["en"] * 3 + ["ru"] * 3 + ["tr"] * 3
+    assert not (tmp_path / "a" / "eval" / "5.items").exists()
+    page = report.write_report([tmp_path / "a"], tmp_path / "page").read_text()
+    assert "Task “cldr_facts” over training" in page
+    assert train.train(cfg, tmp_path / "b", log=stop_at(8)) == train.PREEMPTED
+    assert train.train(cfg, tmp_path / "b", log=quiet) == 0
+    assert evaluations(tmp_path / "b") == evaluations(tmp_path / "a")
+    wrong = dataclasses.replace(evaluation, tasks=("nonsense",))
+    with pytest.raises(UserError, match="there is no task 'nonsense'"):
+        train.train(dataclasses.replace(cfg, evaluation=wrong), tmp_path / "c")

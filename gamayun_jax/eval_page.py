@@ -1,0 +1,42 @@
+"""The page that `gamayun eval --out` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gamayun_jax.files import write_text
+from gamayun_jax.page import html_page, html_table, section, td
+from gamayun_jax.report import score_table
+from gamayun_jax.runs import esc, languages_of, sets_of
+from gamayun_jax.task_page import languages_in, tasks_section
+
+
+def write_page(result: Mapping[str, Any], out: Path) -> Path:
+    """OUT/index.html of an evaluation (see run_tasks.evaluate_model)."""
+    parts = []
+    if result.get("tasks"):
+        tasks = result["tasks"]
+        parts.append(tasks_section(tasks, languages_in(tasks), "Tasks by language"))
+    for name in sets_of([result]):
+        table = score_table(
+            [("bits per byte", result, "", None)],
+            name,
+            languages_of([result], name),
+            baselines=True,
+        )
+        parts.append(section(f"Held-out set “{name}”", "Lower is better.", table))
+    model = result["model"]
+    facts = {
+        "model": f"{result['label']} ({model['parameters']:,} parameters)",
+        "trained on": f"{result['tokens']:,} tokens" if result["tokens"] else "–",
+        "computed by": " ".join(f"{k} {v}" for k, v in result["versions"].items()),
+        "date": result["date"],
+    }
+    rows = (f"<tr>{td(esc(k))}{td(esc(v, 300))}</tr>" for k, v in facts.items())
+    parts.append(html_table(["", ""], rows, []))
+    out.mkdir(parents=True, exist_ok=True)
+    page = html_page(result["label"], "Evaluation", parts)
+    write_text(out / "index.html", page)
+    return out / "index.html"
