@@ -134,9 +134,17 @@ def abstract_quantised(abstract: Any, bits: int) -> Any:
         return {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
             for (name, x), layout in zip(
-                sorted(new.items()), (old.sharding, whole), strict=True
+                sorted(new.items()), (like_matrix(old, new), whole), strict=True
             )
         }
+
+    def like_matrix(old: Any, new: Any) -> Any:
+        try:
+            old.sharding.shard_shape(new["codes"].shape)
+        except ValueError:  # two int4 codes a byte: an axis is half as long
+            spec = jax.sharding.PartitionSpec()
+            return jax.sharding.NamedSharding(old.sharding.mesh, spec)
+        return old.sharding
 
     return jax.tree.map(
         place, abstract, shapes, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct)
