@@ -359,16 +359,15 @@ def checksum(x: jax.Array) -> jax.Array:
 
 def checksums(items: dict[str, Any]) -> dict[str, dict[str, str]]:
     """item -> path -> checksum of each array, in hexadecimal."""
-    values = jax.device_get(_all_checksums(items))
+    # One array at a time: together they would take the memory of all of them again.
+    values = jax.tree.map(lambda x: jax.device_get(_checksum(x)), items)
     return {
         item: {name: f"{int(v):08x}" for name, v in named_leaves(tree)}
         for item, tree in values.items()
     }
 
 
-@jax.jit
-def _all_checksums(items: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(checksum, items)
+_checksum = jax.jit(checksum)
 
 
 def barrier(name: str) -> None:
