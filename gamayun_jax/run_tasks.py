@@ -402,7 +402,7 @@ def evaluate_model(
         result["sets"] = found["sets"]
     rows: dict[str, list[dict[str, Any]]] = {}
     if tasks:
-        tokenizer = hf.open_tokenizer(path, meta, cfg.data.corpus)
+        tokenizer = hf.open_tokenizer(path, meta, corpus or cfg.data.corpus)
         scorer = Scorer(cfg.model, params, mesh, cfg.compute)
         generator = None
         if any(t.kind == "generation" for t in tasks):
