@@ -351,7 +351,8 @@ def test_read_onto_a_mesh(tmp_path):
     back = hf_model.read_weights(tmp_path, cfg, shardings)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     assert back["layers"]["mlp"]["gate"].sharding == shardings["layers"]["mlp"]["gate"]
-    assert len(back["embedding"].addressable_shards[0].data) == 32
+    # Each device holds its part only: the table is divided over fsdp and tensor.
+    assert back["embedding"].addressable_shards[0].data.size == 64 * 32 // 4
 
 
 def edit(folder, change):
