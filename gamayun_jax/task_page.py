@@ -69,7 +69,7 @@ def tasks_table(
         cells = td(esc(language, 20), i)
         for task in tasks.values():
             row = task["languages"].get(language, {})
-            row = task["macro"] if language == "macro" else row
+            row = task.get("macro", {}) if language == "macro" else row
             value, base = row.get(task["metric"]), row.get("baseline")
             error = row.get(f"{task['metric']}_se")
             small = "" if error is None else f"<small> ±{cell(task, error)}</small>"
@@ -86,7 +86,7 @@ def tasks_table(
 
 def languages_in(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Languages of any of the tasks, in the order in which they appear."""
-    found = (k for t in tasks.values() for k in [*t["languages"], *t["gaps"]])
+    found = (k for t in tasks.values() for k in [*t["languages"], *t.get("gaps", ())])
     return list(dict.fromkeys(found))
 
 
@@ -95,12 +95,12 @@ def tasks_section(
 ) -> str:
     """A table and a figure of all tasks, and what was set aside."""
     notes = [
-        f"{esc(name)}: {esc(task['description'])}"
-        + (f"; {task['shots']} shots" if task["shots"] else "")
-        + (f"; no items: {esc(' '.join(task['gaps']))}" if task["gaps"] else "")
+        f"{esc(name)}: {esc(task.get('description', '–'))}"
+        + (f"; {esc(task['shots'])} shots" if task.get("shots") else "")
+        + (f"; no items: {esc(' '.join(task['gaps']))}" if task.get("gaps") else "")
         + "".join(
             f"; set aside, {esc(reason)}: {found['count']}"
-            for reason, found in task["set_aside"].items()
+            for reason, found in entries(task, "set_aside").items()
         )
         for name, task in tasks.items()
     ]
@@ -143,7 +143,11 @@ def task_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[str
         last = [e for e in run.evals if entries(e, "tasks")][-1:]
         for e in last:
             who = f"{run.name}: " if len(runs) > 1 else ""
-            found = e["tasks"]
-            yield tasks_section(
-                found, languages_in(found), f"{who}Tasks at the last evaluation"
-            )
+            found = {
+                name: task
+                for name, task in entries(e, "tasks").items()
+                if {"kind", "metric", "languages"} <= set(entries(task))
+            }
+            title = f"{who}Tasks at the last evaluation"
+            if found:
+                yield tasks_section(found, languages_in(found), title)
