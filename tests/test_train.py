@@ -388,6 +388,7 @@ def test_only_stage_ends_and_the_newest_are_kept(config, replace, tmp_path):
     assert kept == [7, 13]
 
 
+@pytest.mark.slow
 def test_tasks_run_in_the_loop(config, tmp_path):
     """Before training, every so many steps and at stages' ends; stopped or not."""
     from gamayun_jax import report, run_tasks
