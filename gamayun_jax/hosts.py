@@ -60,6 +60,9 @@ def together(silence: float = 60.0, pause: float = 1.0) -> Iterator[None]:
             # A collective that broke: another process is gone. Who, the watch says.
             thread.join(silence + 5 * pause)
             _end(" ".join(str(e).split()))
+        # This one's own watch must not take the failure it is told of for another's.
+        done.set()
+        thread.join(5 * pause)
         reason = " ".join(str(e).split()) or type(e).__name__
         print(f"gamayun: {reason}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
