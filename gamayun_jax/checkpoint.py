@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -32,6 +33,9 @@ from gamayun_jax.optim import parameter_path
 
 FORMAT = 2
 READABLE = (1, 2)  # 1 had no checksums
+ITEMS = ("params", "opt_state")
+# Of a file of a checkpoint: a process holds as much in memory before it writes.
+DATA_FILE_BYTES = 32 * 2**20
 
 
 class DamagedCheckpointError(UserError):
@@ -78,16 +82,20 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        handlers: Any = None
-        if in_flight is not None:
-            size = in_flight / 1e9
-            handlers = {
-                "params": ocp.StandardCheckpointHandler(
-                    save_concurrent_gb=size, restore_concurrent_gb=size
-                ),
-                "opt_state": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            }
+        limit: Any = in_flight and in_flight / 1e9
+        handlers: dict[str, Any] = {
+            item: ocp.PyTreeCheckpointHandler(
+                # Compression saves a tenth of float32 values and takes most of the
+                # time; zarr3 is what keeps to DATA_FILE_BYTES.
+                use_compression=False,
+                use_zarr3=True,
+                save_concurrent_gb=limit,
+                save_device_host_concurrent_gb=limit,
+                restore_concurrent_gb=limit,
+            )
+            for item in ITEMS
+        }
+        handlers["meta"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers=handlers
         )
@@ -110,7 +118,12 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    **{k: ocp.args.StandardSave(v) for k, v in items.items()},
+                    **{
+                        k: ocp.args.PyTreeSave(
+                            v, ocdbt_target_data_file_size=DATA_FILE_BYTES
+                        )
+                        for k, v in items.items()
+                    },
                     meta=ocp.args.JsonSave({**meta, "sha256": json_sha256(meta)}),
                 ),
                 force=True,
@@ -153,20 +166,46 @@ class Checkpoints:
         """The parameters alone; as `restore`."""
         return self._restore(step, {"params": abstract_params})["params"]
 
-    def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+    def readers(self, step: int, abstract_params: Any) -> Any:
+        """Functions in place of the parameters; each reads its own, as `restore`."""
+
+        def reader(path: Any, leaf: Any) -> Callable[[], jax.Array]:
+            tree = leaf
+            for name in reversed(parameter_path(path).split("/")):
+                tree = {name: tree}
+
+            def read() -> jax.Array:
+                found = self._restore(step, {"params": tree}, partly=True)
+                return jax.tree.leaves(found)[0]
+
+            return read
+
+        return jax.tree_util.tree_map_with_path(reader, abstract_params)
+
+    def _restore(
+        self, step: int, items: dict[str, Any], partly: bool = False
+    ) -> dict[str, Any]:
         where = self.folder / str(step)
         expected = self.meta(step).get("checksums")
         # A checkpoint of another model, or of another version, is not a damaged one.
         if expected is not None:
             for item, tree in items.items():
-                if set(expected[item]) != {name for name, _ in named_leaves(tree)}:
+                names = {name for name, _ in named_leaves(tree)}
+                known = set(expected[item])
+                if names - known or (known - names and not partly):
                     raise UserError(
                         f"checkpoint {where} holds other {item} than this config and "
                         "this version have"
                     )
-        found = self._read(
-            step, **{k: ocp.args.StandardRestore(v) for k, v in items.items()}
-        )
+        arguments = {
+            k: ocp.args.PyTreeRestore(
+                v,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(v),
+                partial_restore=partly,
+            )
+            for k, v in items.items()
+        }
+        found = self._read(step, **arguments)
         restored = {k: found[k] for k in items}
         for item, tree in items.items():
             verify(restored[item], tree, where)
@@ -338,36 +377,59 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(parameter_path(path), leaf) for path, leaf in leaves]
 
 
-def checksum(x: jax.Array) -> jax.Array:
+def checksum(x: jax.Array, by_row: bool = False) -> jax.Array:
     """uint32 of an array's values and their places: the sum of each element's bits
     times an odd number of its place, modulo 2**32.
 
     Integers add up the same in any order, so on any mesh. Any change of one element
     changes the sum, since an odd number has an inverse; more escape once in 2**32.
+
+    Args:
+      by_row: go through the first axis in a loop, which must not be divided over
+        devices. XLA's CPU backend otherwise writes all the products to memory first.
     """
     if x.dtype.itemsize not in (1, 2, 4) or not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(jnp.int32)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 2
-    for axis in reversed(range(x.ndim)):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        place += iota * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    return jnp.sum(bits * (place + jnp.uint32(1)), dtype=jnp.uint32)
+
+    def of(values: jax.Array, first: Any) -> jax.Array:
+        """That of `values`, the first of which has the place `first`."""
+        bits = jax.lax.bitcast_convert_type(values, unsigned).astype(jnp.uint32)
+        odd = jnp.full(values.shape, 2 * jnp.uint32(first) + 1, jnp.uint32)
+        stride = 2
+        for axis in reversed(range(values.ndim)):
+            iota = jax.lax.broadcasted_iota(jnp.uint32, values.shape, axis)
+            odd += iota * jnp.uint32(stride % 2**32)
+            stride *= values.shape[axis]
+        return jnp.sum(bits * odd, dtype=jnp.uint32)
+
+    if not by_row or x.ndim < 2:
+        return of(x, 0)
+    size = jnp.uint32(math.prod(x.shape[1:]) % 2**32)
+
+    def add(row: jax.Array, total: jax.Array) -> jax.Array:
+        values = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
+        return total + of(values, row.astype(jnp.uint32) * size)
+
+    return jax.lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))
 
 
 def checksums(items: dict[str, Any]) -> dict[str, dict[str, str]]:
     """item -> path -> checksum of each array, in hexadecimal."""
+
+    def of(x: Any) -> Any:
+        x = jnp.asarray(x)
+        return jax.device_get(_checksum(x, len(x.sharding.device_set) == 1))
+
     # One array at a time: together they would take the memory of all of them again.
-    values = jax.tree.map(lambda x: jax.device_get(_checksum(x)), items)
+    values = jax.tree.map(of, items)
     return {
         item: {name: f"{int(v):08x}" for name, v in named_leaves(tree)}
         for item, tree in values.items()
     }
 
 
-_checksum = jax.jit(checksum)
+_checksum = jax.jit(checksum, static_argnums=1)
 
 
 def barrier(name: str) -> None:

@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,6 +236,7 @@ COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 DTYPES = {v: k for k, v in FILE_DTYPES.items()}
 BLOCK = 256  # rows of a matrix that are transposed at a time
+READERS = 4  # threads; each holds one tensor of a file
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -289,9 +291,25 @@ def convert(out: np.ndarray, value: np.ndarray, transposed: bool) -> None:
 
 
 def all_finite(value: np.ndarray) -> bool:
-    """Whether no exponent is all ones; several times as fast as isfinite."""
-    bits = value.view(f"u{value.itemsize}") & (2 ** (8 * value.itemsize - 1) - 1)
-    return int(bits.max()) < int(np.array(np.inf, value.dtype).view(bits.dtype))
+    """Whether no exponent is all ones; several times as fast as isfinite.
+
+    In blocks that stay in the cache.
+    """
+    bits = value.reshape(-1).view(f"u{value.itemsize}")
+    magnitude = bits.dtype.type(2 ** (8 * value.itemsize - 1) - 1)
+    infinity = int(np.array(np.inf, value.dtype).view(bits.dtype))
+    return all(
+        int((bits[i : i + BLOCK**2] & magnitude).max()) < infinity
+        for i in range(0, len(bits), BLOCK**2)
+    )
+
+
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty float32 array that JAX's CPU backend takes over without a copy."""
+    size, line = 4 * math.prod(shape), 64
+    memory = np.empty(size + line, np.uint8)
+    start = -memory.ctypes.data % line
+    return memory[start : start + size].view(np.float32).reshape(shape)
 
 
 def shapes_of(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -432,11 +450,16 @@ def read_weights(folder: Path, cfg: ModelConfig, shardings: Any = None) -> Any:
         placed = {parameter_path(path): s for path, s in leaves}
     params: dict[str, Any] = {}
     for path, leaf in shapes_of(cfg).items():
-        value = np.empty(leaf.shape, np.float32)
-        for tensor in (t for t in expected.values() if t.path == path):
+        value = aligned(leaf.shape)
+
+        def read(tensor: Tensor, value: np.ndarray = value) -> None:
             part = read_tensor(where[tensor.name], tensor)
             out = value if tensor.layer is None else value[tensor.layer]
             convert(out, part, tensor.transposed)
+
+        with futures.ThreadPoolExecutor(READERS) as pool:
+            for _ in pool.map(read, (t for t in expected.values() if t.path == path)):
+                pass
         sharding = placed.get(path) or jax.sharding.SingleDeviceSharding(
             jax.local_devices()[0]
         )
@@ -460,7 +483,10 @@ def write_weights(
 ) -> list[Path]:
     """Write safetensors files of at most about `max_shard_bytes`, with their index.
 
-    One tensor at a time is in memory beside the parameters.
+    One parameter and one tensor at a time are in memory beside `params`.
+
+    Args:
+      params: parameters, or functions that read them, each called once in its turn.
 
     Raises:
       UserError: values that are not finite.
@@ -497,7 +523,9 @@ def write_weights(
             f.write(len(text).to_bytes(8, "little") + text)
             for t in shard:
                 if t.path != at:
-                    at, host = t.path, np.asarray(values[t.path])
+                    at, value = t.path, values[t.path]
+                    host = np.empty(0)  # the one before goes first
+                    host = np.asarray(value() if callable(value) else value)
                 ours = host if t.layer is None else host[t.layer]
                 out = np.empty(t.shape, jax.numpy.dtype(dtype))
                 with np.errstate(over="ignore"):  # checked in the next line

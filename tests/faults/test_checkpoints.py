@@ -150,7 +150,9 @@ def test_checksum_is_the_sum_of_bits_times_odd_places(dtype):
     else:
         bits = np.asarray(x).astype(np.int32).view(np.uint32).astype(object)
     places = 2 * np.arange(60).reshape(3, 4, 5).astype(object) + 1
-    assert int(checkpoint.checksum(x)) == int((bits * places).sum() % 2**32)
+    expected = int((bits * places).sum() % 2**32)
+    assert int(checkpoint.checksum(x)) == expected
+    assert int(checkpoint.checksum(x, by_row=True)) == expected
 
 
 def test_another_structure_is_not_taken_for_damage(tmp_path):
