@@ -322,7 +322,7 @@ def task_section(name: str, task: Mapping[str, Any], labels: Sequence[str]) -> s
         body.append(f"<tr>{cells}</tr>")
     low = task["kind"] == "perplexity"
     text = (
-        f"{esc(task['description'])}: {esc(task['metric'])}"
+        f"{esc(task['description'], 400)}: {esc(task['metric'])}"
         f"{', lower is better' if low else ''}. Filled dots and colours: significant "
         "over the whole table of that model."
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gamayun_jax.files import write_text
-from gamayun_jax.page import html_page, html_table, section, td
+from gamayun_jax.page import html_page, section
 from gamayun_jax.report import score_table
 from gamayun_jax.runs import esc, languages_of, sets_of
 from gamayun_jax.task_page import languages_in, tasks_section
@@ -34,8 +34,8 @@ def write_page(result: Mapping[str, Any], out: Path) -> Path:
         "computed by": " ".join(f"{k} {v}" for k, v in result["versions"].items()),
         "date": result["date"],
     }
-    rows = (f"<tr>{td(esc(k))}{td(esc(v, 300))}</tr>" for k, v in facts.items())
-    parts.append(html_table(["", ""], rows, []))
+    lines = (f"<li>{esc(k)}: {esc(v, 400)}</li>" for k, v in facts.items())
+    parts.append(f"<ul>{''.join(lines)}</ul>")
     out.mkdir(parents=True, exist_ok=True)
     page = html_page(result["label"], "Evaluation", parts)
     write_text(out / "index.html", page)

@@ -459,13 +459,15 @@ def write_results(
 def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """Plain text: a task's headline metric by language, with chance and baseline."""
     lines = []
+    order = dict.fromkeys(k for task in tasks.values() for k in task["languages"])
     for name, task in tasks.items():
-        metric = task["metric"]
+        metric, found = task["metric"], task["languages"]
         lines.append(f"{name}: {task['description']} ({metric} ± standard error)")
         lines.append(
             f"  {'':<7}{'':>17}{'chance':>9}{task['baseline']:>10}{'items':>8}"
         )
-        for language, row in [*task["languages"].items(), ("macro", task["macro"])]:
+        rows = [(k, found[k]) for k in order if k in found]
+        for language, row in [*rows, ("macro", task["macro"])]:
             if metric not in row:
                 continue
             error = cell(task, row.get(f"{metric}_se")).removesuffix(" %")
@@ -482,8 +484,8 @@ def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(line.rstrip())
         if task["gaps"]:
             lines.append(f"  no items: {' '.join(task['gaps'])}")
-        for reason, found in task["set_aside"].items():
-            shown = ", ".join(found["first"])
-            lines.append(f"  set aside, {reason}: {found['count']} ({shown})")
+        for reason, items in task["set_aside"].items():
+            shown = ", ".join(items["first"])
+            lines.append(f"  set aside, {reason}: {items['count']} ({shown})")
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -17,8 +17,9 @@ from gamayun_jax.page import html_table, section, td
 from gamayun_jax.runs import INK, Points, Run, cell, entries, esc, num, plain
 
 MARKS = (
-    "Dots: the headline metric, with two standard errors. Dashed: chance. Crosses: "
-    "the baseline that needs no model."
+    "The headline metric ± standard error, and below it the baseline that needs no "
+    "model; green: better than that by two standard errors. In the figure: two "
+    "standard errors; dashed: chance; crosses: the baseline."
 )
 
 
@@ -60,10 +61,7 @@ def task_figure(
 def tasks_table(
     tasks: Mapping[str, Mapping[str, Any]], languages: Sequence[str]
 ) -> str:
-    """Languages by tasks: the headline metric ± standard error, and the baseline."""
-    heads = ["language"]
-    for name in tasks:
-        heads += [name, "baseline"]
+    """Languages by tasks: the headline metric ± standard error, over the baseline."""
     lines = []
     for i, language in enumerate([*languages, "macro"]):
         cells = td(esc(language, 20), i)
@@ -72,16 +70,18 @@ def tasks_table(
             row = task.get("macro", {}) if language == "macro" else row
             value, base = row.get(task["metric"]), row.get("baseline")
             error = row.get(f"{task['metric']}_se")
-            small = "" if error is None else f"<small> ±{cell(task, error)}</small>"
+            text = cell(task, value) or "–"
+            text += "" if error is None else f"<small> ±{cell(task, error)}</small>"
+            text += "" if base is None else f"<br><small>{cell(task, base)}</small>"
             better = (
                 value is not None
                 and base is not None
                 and (value < base if task["kind"] == "perplexity" else value > base)
+                and abs(value - base) > 2 * (error or 0.0)
             )
-            cells += td((cell(task, value) or "–") + small, value)
-            cells += td(cell(task, base), base, "better" if better else "")
+            cells += td(text, value, "better" if better else "")
         lines.append(f"<tr>{cells}</tr>")
-    return html_table(heads, lines[:-1], lines[-1:])
+    return html_table(["language", *tasks], lines[:-1], lines[-1:])
 
 
 def languages_in(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -95,7 +95,7 @@ def tasks_section(
 ) -> str:
     """A table and a figure of all tasks, and what was set aside."""
     notes = [
-        f"{esc(name)}: {esc(task.get('description', '–'))}"
+        f"{esc(name)}: {esc(task.get('description', '–'), 400)}"
         + (f"; {esc(task['shots'])} shots" if task.get("shots") else "")
         + (f"; no items: {esc(' '.join(task['gaps']))}" if task.get("gaps") else "")
         + "".join(
