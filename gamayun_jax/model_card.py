@@ -55,7 +55,13 @@ def model_card(
             ),
         ]
         sources = lineage.get("corpus", {}).get("sources", {})
-        lines += ["", "| source | documents | tokens |", "|---|---:|---:|"]
+        lines += [
+            "",
+            "The corpus:",
+            "",
+            "| source | documents | tokens |",
+            "|---|---:|---:|",
+        ]
         lines += [
             f"| {name} | {s['documents']:,} | {s['tokens']:,} |"
             for name, s in sources.items()

@@ -1,6 +1,11 @@
 """The batched scorer against one forward pass per choice, and its invariances."""
 
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -114,6 +119,47 @@ def test_eight_devices_equal_one(shape):
     np.testing.assert_allclose(
         flat(scorer(shape).score(asked)), flat(scorer().score(asked)), rtol=1e-5
     )
+
+
+def test_bfloat16_ranks_like_float32():
+    """Within what 8 bits of mantissa give, and a context shared or not is the same."""
+    asked = requests()
+    half = Scorer(
+        WIDE, weights(), mesh_of((1, 1, 1)), ComputeConfig(), batch_tokens=512
+    )
+    found, exact = flat(half.score(asked)), flat(scorer().score(asked))
+    assert np.abs(found / exact - 1).max() < 0.03
+    assert np.corrcoef(found, exact)[0, 1] > 0.9999
+    single = [Request(r.context, [c]) for r in asked for c in r.continuations]
+    np.testing.assert_allclose(flat(half.score(single)), found, rtol=0.01)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """Run with two devices each; every process gets all results."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    code = "import sys, test_score; test_score.score_as_process(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(port), str(tmp_path)]
+    children = [subprocess.Popen([*command, str(i)], env=env) for i in range(2)]
+    assert [child.wait(timeout=300) for child in children] == [0, 0]
+    expected = flat(scorer().score(requests()))
+    for i in range(2):
+        found = np.load(tmp_path / f"{i}.npy")
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def score_as_process(port, folder, index):
+    """What each of the two processes does."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+    mesh = mesh_of((2, 2, 1))
+    assert sorted(d.process_index for d in mesh.devices.flat) == [0, 0, 1, 1]
+    found = Scorer(WIDE, weights(), mesh, FLOAT32, batch_tokens=512).score(requests())
+    np.save(f"{folder}/{index}.npy", flat(found))
 
 
 def test_long_contexts_lose_their_beginning_and_are_counted():
