@@ -13,7 +13,8 @@ records; everything is in the page cache. Peers, in turns with ours:
   grain examples  the same records through stock Grain: one dataset per source,
                   shuffled, mixed by a selection map, batched
   datasets        Hugging Face `datasets`: documents interleaved by weight, then
-                  concatenated and cut into examples at read time
+                  concatenated and cut into examples by map() at read time, as
+                  transformers' run_clm.py does
 
 Figures: see docs/speed.md.
 """
@@ -165,20 +166,21 @@ def hugging_face(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray
     bos = corpus.tokenizer().bos_id
     parts = []
     for name in corpus.sources:
-        rows = [{"ids": d.tolist()} for d in documents(corpus, name, bos)[:2000]]
-        parts.append(datasets.Dataset.from_list(rows).to_iterable_dataset().repeat())
+        found = [{"ids": d.tolist()} for d in documents(corpus, name, bos)[:2000]]
+        source = datasets.Dataset.from_list(found).to_iterable_dataset()
+        parts.append(source.repeat(None))
     share = [1 / len(parts)] * len(parts)
     mixed = datasets.interleave_datasets(parts, probabilities=share, seed=0)
-    held: list[int] = []
-    rows: list[list[int]] = []
-    for item in mixed:
-        held += item["ids"]
-        while len(held) > T:
-            rows.append(held[: T + 1])
-            held = held[T:]
-            if len(rows) == B:
-                yield scans(np.array(rows, np.int32), bos)
-                rows = []
+
+    def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        """As in transformers' run_clm.py, whose remainders are lost."""
+        stream = list(itertools.chain(*examples["ids"]))
+        cut = range(0, len(stream) - T, T + 1)
+        return {"ids": [stream[i : i + T + 1] for i in cut]}
+
+    grouped = mixed.map(group_texts, batched=True).batch(B)
+    for batch in grouped:
+        yield scans(np.array(batch["ids"], np.int32), bos)
 
 
 def main() -> None:
