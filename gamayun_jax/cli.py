@@ -208,7 +208,17 @@ def run_train(args: argparse.Namespace) -> int:
     join_cluster(args)
     xla.keep_compilations(args.workdir / "compiled")
     with hosts.together(args.silence):
-        return train.train(load(args), args.workdir, args.init_from)
+        return train.train(
+            load(args), args.workdir, args.init_from, profile=args.profile
+        )
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """ "10:13" or "10" as first and last step; an argparse type."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and (last or first).isdigit() and text[-1] != ":"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no FIRST:LAST, such as 10:13")
+    return int(first), int(last or first)
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -575,7 +585,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RUN|CHECKPOINT",
         help="begin a new run from a former one's parameters",
     )
-
+    train.add_argument(
+        "--profile",
+        type=step_range,
+        metavar="FIRST:LAST",
+        help="trace these steps into WORKDIR/profile, for XProf or TensorBoard",
+    )
     train.add_argument(
         "--distributed",
         action="store_true",

@@ -119,6 +119,12 @@ def facts(run: Run) -> dict[str, str]:
         "tokens/s (median)": short(rates[len(rates) // 2] if rates else None),
         "device": plain(get(run.lineage, "device") or "–", 30),
     }
+    used = sorted(x for m in run.metrics if (x := num(m, "time", "mfu")) is not None)
+    if used:
+        found["MFU (median)"] = f"{used[len(used) // 2]:.1%}"
+    wall, productive = num(run.goodput, "wall"), num(run.goodput, "productive")
+    if wall and productive is not None:
+        found["goodput"] = f"{productive / wall:.0%}"
     for name in sets_of(run.evals):
         values = [num(score(e, name, "macro"), "bits_per_byte") for e in run.evals]
         ends = f"{fixed(values[0], '.2f')} → {fixed(values[-1], '.2f')}"
@@ -306,6 +312,32 @@ def of_run(run: Run, runs: Sequence[Run]) -> str:
     return f"{run.name}: " if len(runs) > 1 else ""
 
 
+def time_section(runs: Sequence[Run]) -> str:
+    """A table of what the runs' wall time went to."""
+    names = list(dict.fromkeys(k for r in runs for k in r.goodput))
+    lines = []
+    for run in runs:
+        wall = num(run.goodput, "wall")
+        cells = td(esc(run.name))
+        for name in names:
+            value = num(run.goodput, name)
+            text = "–" if value is None else f"{value:,.1f} s"
+            if value is not None and wall and name != "wall":
+                text += f"<small> {value / wall:.1%}</small>"
+            cells += td(text, value)
+        stalls = [num(m, "time", "stalled_steps") for m in run.metrics]
+        stalled = sum(x or 0 for x in stalls)
+        cells += td("–" if not stalls else f"{stalled:,.0f}", stalled)
+        lines.append(f"<tr>{cells}</tr>")
+    table = html_table(["run", *names, "stalled steps"], lines, [])
+    text = (
+        "Wall time since the run began. Productive: its steps. Interrupted: away, or "
+        "making steps again. Stalled steps: before them the device had nothing to do, "
+        "for want of data."
+    )
+    return section("Where the time went", text, table)
+
+
 def training_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[str]:
     title = "Training loss by language"
     text = "Nats per target token, unweighted, smoothed; the steep start is cut off."
@@ -392,6 +424,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     parts += task_sections(runs, languages)
     if trained:
         parts += training_sections(trained, languages)
+        if any(r.goodput for r in trained):
+            parts.append(time_section(trained))
     else:
         parts.append(section("Training", "", gap("train lines in metrics.jsonl")))
     for run in runs:

@@ -57,6 +57,7 @@ class Run:
     metrics: list[dict[str, Any]]  # of kind "train"
     evals: list[dict[str, Any]]  # by step
     unread: int  # lines of metrics.jsonl that are no JSON
+    goodput: dict[str, Any]  # seconds of wall time by what they went to
 
     @property
     def stages(self) -> list[Span]:
@@ -129,7 +130,8 @@ def read_run(folder: Path) -> Run:
     evals = [load(p) for p in sorted((folder / "eval").glob("*.json"))]
     evals.sort(key=lambda e: num(e, "step") or 0.0)
     name = plain(folder.resolve().name)
-    return Run(name, load(config), load(lineage), metrics, evals, unread)
+    goodput = load(folder / "goodput.json")
+    return Run(name, load(config), load(lineage), metrics, evals, unread, goodput)
 
 
 def read_quantised(folder: Path) -> dict[str, Any] | None:

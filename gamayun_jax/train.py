@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import math
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,16 @@ from gamayun_jax.lineage import (
 )
 from gamayun_jax.losses import TokenWeights, make_token_weights
 from gamayun_jax.model import Transformer, flops_per_token
-from gamayun_jax.records import Clock, Interval, RunFolder, SetAside, config_changes
+from gamayun_jax.profiling import Profile
+from gamayun_jax.records import (
+    OVERHEADS,
+    Clock,
+    Interval,
+    RunFolder,
+    SetAside,
+    config_changes,
+    goodput_text,
+)
 from gamayun_jax.run_tasks import TrainingTasks, headline_scalars
 from gamayun_jax.step import (
     abstract_state,
@@ -53,6 +63,7 @@ from gamayun_jax.step import (
     stage_tokens,
 )
 
+STALL_SECONDS = 1e-3  # of waiting for data, which is not yet called a stall
 PREEMPTED = 3  # exit status of a run that was told to stop, saved, and can go on
 
 
@@ -99,8 +110,12 @@ def train(
     workdir: Path,
     init_from: Path | None = None,
     log: Callable[[str], None] = tqdm.write,
+    profile: tuple[int, int] | None = None,
 ) -> int:
     """Run all the stages of `cfg`, going on where the run folder stands.
+
+    Args:
+      profile: the first and last step to trace, on the first process.
 
     Returns:
       0 when the run is complete, PREEMPTED if a signal made it save and stop.
@@ -125,14 +140,18 @@ def train(
             Checkpoints(run.path / "checkpoints", cfg.checkpoint, forever)
         ) as store,
         StopSignal() as stop,
+        contextlib.closing(
+            Profile(run.path / "profile", profile if first else None, log)
+        ) as trace,
     ):
         report = log if first else lambda text: None
+        trace.check(store.latest() or 0, cfg.total_steps)
         rollbacks = load_rollbacks(run.path)
         while True:
             discard_abandoned(store, rollbacks)
             args = (cfg, mesh, corpus, run, store, stop, init_from, report)
             try:
-                return _train(*args, rollbacks)
+                return _train(*args, trace, rollbacks)
             except Diverged as e:
                 decision = roll_back(e, cfg, corpus, run, store)
                 rollbacks = [*e.rollbacks, decision]
@@ -148,9 +167,11 @@ def _train(
     stop: StopSignal,
     init_from: Path | None,
     log: Callable[[str], None],
+    trace: Profile,
     rollbacks: list[dict[str, Any]],
 ) -> int:
     """To the end or a signal; raises Diverged to be called again."""
+    begun, now = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     ends = [cfg.stage_start(k + 1) for k in range(len(cfg.stages))]
     abstract = abstract_state(cfg, mesh)
     changes: dict[str, tuple[Any, Any]] = {}
@@ -170,6 +191,7 @@ def _train(
         plan = make_plan(cfg, corpus, origin, rollbacks)
         interval = Interval(len(cfg.languages), meta["interval"])
         watch = Watch(cfg.divergence, meta.get("watch"))
+        clock = Clock(begun, meta.get("times"))
         # What is to come may have changed; what has happened stays.
         kept = ("started", "events", "checkpoints")
         lineage = new_lineage(cfg, corpus, plan, origin)
@@ -178,9 +200,9 @@ def _train(
         log(f"going on from step {step} of {cfg.total_steps} in {run.path}")
     else:
         step, origin = 0, None
-        recorded = run.lineage().get("init_from")
+        recorded = run.lineage()
         if init_from is None:
-            check_origin(None, None, recorded, run.path)
+            check_origin(None, None, recorded.get("init_from"), run.path)
             plan = make_plan(cfg, corpus, None, rollbacks)
             state = new_state(cfg, mesh)
         else:
@@ -193,6 +215,10 @@ def _train(
         lineage = new_lineage(cfg, corpus, plan, origin)
         interval = Interval(len(cfg.languages))
         watch = Watch(cfg.divergence)
+        clock = Clock(begun)
+        # Not of the last attempt, where those before it left no checkpoint.
+        known = recorded.get("started")
+        lineage["started"] = known or now.isoformat("T", "milliseconds")
     lineage["rollbacks"] = rollbacks
     for name, (old, new) in changes.items():
         log(f"config change since the checkpoint: {name}: {old!r} -> {new!r}")
@@ -216,7 +242,7 @@ def _train(
     evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))
     tasks = TrainingTasks(cfg, corpus.tokenizer(), mesh)
     aside = SetAside(run.path, jax.process_index())
-    clock = Clock()
+    stalls = 0  # steps since the last record before which the device ran dry
     in_flight: list[tuple[int, dict[str, Any]]] = []
 
     def tokens_at(step: int) -> int:
@@ -234,10 +260,11 @@ def _train(
 
     def write_record(at: int) -> None:
         """Record the interval that ends with step `at`."""
+        nonlocal stalls
         times = clock.lap()
         shared = {k: times.get(k, 0.0) for k in ("input_s", "wait_s")}
         busy = times["seconds"] - sum(
-            times.get(k, 0.0) for k in ("compile_s", "checkpoint_s", "evaluate_s")
+            times.get(f"{k}_s", 0.0) for k in OVERHEADS if k != "input"
         )
         steps = interval.sums["steps"]
         rate = steps * cfg.tokens_per_step / max(busy, 1e-9)
@@ -253,10 +280,17 @@ def _train(
             "sources": {
                 k: {"tokens": n * cfg.data.seq_len} for k, n in plan.served(at).items()
             },
-            "time": {**times, "tokens_per_s": rate, "mfu": mfu},
+            "time": {
+                **times,
+                "tokens_per_s": rate,
+                "mfu": mfu,
+                "stalled_steps": stalls,
+            },
             **({"hosts": hosts.compare(shared)} if jax.process_count() > 1 else {}),
         }
+        stalls = 0
         run.add(record)
+        run.write_goodput(clock.goodput(lineage["started"]))
         flat = {"loss": record["loss"], "nll": record["nll"], "lr": record["lr"]}
         flat |= {"grad_norm": record["grad_norm"], "tokens_per_s": rate, "mfu": mfu}
         flat |= {f"nll/{k}": v["nll"] for k, v in record["languages"].items()}
@@ -328,6 +362,7 @@ def _train(
                 lineage=lineage,
                 interval=interval.to_json(),
                 watch=watch.to_json(),
+                times=clock.to_json(),
                 rollbacks=rollbacks,
                 seed=plan.segments[-1].seed,
                 shares=plan.shares[cfg.stage_at(max(step - 1, 0))],
@@ -375,11 +410,12 @@ def _train(
                 f"{'eval':>8} step {step}  {name}: {task['metric']} {macro:.3f} (macro)"
             )
 
-    compiled_stage = -1
+    compiled_stage, resumed = -1, step
     rows = sharding.batch_sharding(mesh)
     data = batches(cfg, corpus, plan, rows, step, aside)
     hidden = None if run.writer else True  # None: shown on a terminal
     bar = tqdm(total=cfg.total_steps, initial=step, unit="step", disable=hidden)
+    clock.add("start", time.perf_counter() - begun)
     evaluate()
     while step < cfg.total_steps:
         stage = cfg.stage_at(step)
@@ -391,10 +427,18 @@ def _train(
                 tables = stage_tables(cfg, corpus, plan, stage)
                 step_fn = compile_step(cfg, mesh, abstract, stage, tables, first_token)
             compiled_stage = stage
-        with clock.measure("input"):
-            batch = next(data)
-        state, metrics = step_fn(state, batch)
+        waiting = time.perf_counter()
+        batch = next(data)
+        waited = time.perf_counter() - waiting
+        clock.add("input", waited)
+        # The step before is done: the device waits too.
+        idle = bool(in_flight) and in_flight[-1][1]["numerator"].is_ready()
+        stalls += idle and waited > STALL_SECONDS
+        trace.begin(step + 1)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+            state, metrics = step_fn(state, batch)
         step += 1
+        trace.end(step, metrics)
         bar.update()
         in_flight.append((step, metrics))
         drain(keep=1)
@@ -409,6 +453,10 @@ def _train(
     with clock.measure("checkpoint"):
         store.wait()
     bar.close()
+    if step > resumed:
+        seconds = clock.goodput(lineage["started"])
+        run.write_goodput(seconds)
+        log(goodput_text(seconds))
     if step < cfg.total_steps:
         log(f"stopped by a signal; saved at step {step}; the same command goes on")
         return PREEMPTED

@@ -25,7 +25,7 @@ LAYERS = [
         "demo_tasks",
     },
     {"sharding", "hosts"},
-    {"model", "losses", "optim", "records", "pages", "runs"},
+    {"model", "losses", "optim", "profiling", "records", "pages", "runs"},
     {"heldout"},
     {"debian"},
     {"cldr_tasks"},

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.profiler import ProfileData
 
 from gamayun_jax import checkpoint, train
 from gamayun_jax.config import MixtureConfig, TransitionConfig, UserError
@@ -116,9 +118,84 @@ def test_resume_is_bit_exact(step, straight, config, tmp_path):
 
 
 def test_a_finished_run_has_nothing_left_to_do(straight, config):
-    before = records(straight)
-    assert train.train(config, straight, log=quiet) == 0
+    before, seconds = records(straight), goodput(straight)
+    said: list[str] = []
+    assert train.train(config, straight, log=said.append) == 0
     assert records(straight) == before
+    assert goodput(straight) == seconds
+    assert len(said) == 1, said  # that it goes on, from a checkpoint that is whole
+
+
+def goodput(run):
+    return json.loads((run / "goodput.json").read_text())
+
+
+def parts(seconds):
+    return {k: v for k, v in seconds.items() if k != "wall"}
+
+
+def test_goodput_adds_up(straight):
+    seconds = goodput(straight)
+    assert sum(parts(seconds).values()) == pytest.approx(seconds["wall"])
+    assert all(v >= 0 for v in seconds.values())
+    assert min(seconds[k] for k in ("productive", "start", "compile", "evaluate")) > 0
+    assert seconds["interrupted"] < 1  # when it began is known to the millisecond
+
+
+def test_goodput_counts_what_an_interruption_costs(config, tmp_path):
+    class CrashError(Exception):
+        pass
+
+    def crash(text):
+        if "step 12/" in text:
+            raise CrashError
+
+    begin = time.time()
+    with pytest.raises(CrashError):
+        train.train(config, tmp_path, log=crash)
+    first = goodput(tmp_path)
+    time.sleep(1.5)
+    said: list[str] = []
+    assert train.train(config, tmp_path, log=said.append) == 0
+    second = goodput(tmp_path)
+    assert sum(parts(second).values()) == pytest.approx(second["wall"])
+    assert second["wall"] <= time.time() - begin + 0.01
+    assert second["interrupted"] > 1.5  # away, and steps 10 to 12 again
+    assert second["start"] > first["start"]
+    assert second["compile"] > first["compile"] - 1e-6
+    assert "goodput" in said[-1]
+    assert "interrupted" in said[-1]
+
+
+def test_slow_data_are_seen(config, tmp_path, monkeypatch):
+    def slow(*args):
+        for batch in batches(*args):
+            time.sleep(0.1)
+            yield batch
+
+    batches = train.batches
+    monkeypatch.setattr(train, "batches", slow)
+    assert train.train(config, tmp_path, log=quiet) == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    times = [json.loads(line)["time"] for line in lines]
+    # Not counted: where a checkpoint had emptied the device before.
+    assert sum(t["stalled_steps"] for t in times) >= 3
+    assert goodput(tmp_path)["input"] >= 13 * 0.1
+
+
+def test_a_profile_of_some_steps(config, tmp_path):
+    said: list[str] = []
+    train.train(config, tmp_path, log=said.append, profile=(3, 4))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    data = ProfileData.from_file(str(trace))
+    events = [e for p in data.planes for line in p.lines for e in line.events]
+    steps = {dict(e.stats).get("step_num") for e in events if e.name == "train"}
+    assert steps == {3, 4}
+    assert sum(str(tmp_path / "profile") in text for text in said) == 1
+    with pytest.raises(UserError, match=r"--profile 3:4: the run has made 13 of 13"):
+        train.train(config, tmp_path, log=quiet, profile=(3, 4))
+    with pytest.raises(UserError, match=r"has made 0 of 13 steps: give some of 1:13"):
+        train.train(config, tmp_path / "new", log=quiet, profile=(13, 14))
 
 
 def test_the_transition_resets_or_keeps_the_moments(straight, config, tmp_path):
