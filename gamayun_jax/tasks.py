@@ -32,6 +32,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ import zstandard
 
 from gamayun_jax.config import UserError
 from gamayun_jax.curriculum import near
+from gamayun_jax.documents import first_line
 from gamayun_jax.tokenizer import TextCoder
 
 FOLDER = Path(__file__).parent / "demo_tasks"
@@ -63,8 +65,18 @@ NEEDS = {
 }
 BASELINES = ("none", "overlap", "longest", "copy", "xz")
 LARGEST = 1 << 30  # bytes of a data file when unpacked
+LARGEST_DESCRIPTION = 1 << 20  # bytes
 
 Item = Mapping[str, Any]
+
+
+class DescriptionLoader(yaml.SafeLoader):
+    """YAML without aliases: a few hundred bytes of them can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name): write the value out")
+        return super().compose_node(parent, index)
 
 
 @dataclass(frozen=True)
@@ -210,13 +222,22 @@ def first_by_hash(items: Sequence[Item], limit: int) -> list[Item]:
 def read_description(path: Path) -> tuple[Task, bytes]:
     """The task of a YAML file, without its items, and the file's bytes."""
     try:
-        text = path.read_bytes()
-        found = yaml.safe_load(text)
+        with open(path, "rb") as f:
+            text = f.read(LARGEST_DESCRIPTION + 1)
+        if len(text) > LARGEST_DESCRIPTION:
+            raise UserError(
+                f"{path} is larger than {LARGEST_DESCRIPTION:,} bytes: it is not the "
+                "description of a task"
+            )
+        found = yaml.load(text, DescriptionLoader)
     except FileNotFoundError as e:
         raise UserError(f"there is no task file {path}") from e
+    except UserError:
+        raise
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as e:
-        first = str(e).split("\n")[0]
-        raise UserError(f"{path} is not a YAML file that can be read: {first}") from e
+        raise UserError(
+            f"{path} is not a YAML file that can be read: {first_line(e)}"
+        ) from e
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a description of a task: it holds no fields")
     fields = {f.name: f for f in dataclasses.fields(Task)}
@@ -232,12 +253,21 @@ def read_description(path: Path) -> tuple[Task, bytes]:
             found[key] = tuple(map(str, value))
         elif type(value) is not kind:
             raise UserError(
-                f"{path}: {key} is {value!r}, but must be a {kind.__name__}"
+                f"{path}: {key} is {value!r:.60}, but must be a {kind.__name__}"
+                if isinstance(value, str | bool | float | None)
+                else f"{path}: {key} is of type {type(value).__name__}, but must be a "
+                f"{kind.__name__}"
             )
     for key in ("name", "kind", "data"):
         if key not in found:
             raise UserError(f"{path} lacks the field {key!r}")
     task = Task(**found)
+    # The name becomes that of a file in the results' folder.
+    if not re.fullmatch(r"\w[\w.+-]*", task.name):
+        raise UserError(
+            f"{path}: name is {task.name!r:.60}, but may hold only letters, digits, "
+            "_ . + -"
+        )
     if task.kind not in METRICS:
         raise UserError(f"{path}: kind {task.kind!r} is none of {', '.join(METRICS)}")
     metrics = METRICS[task.kind]
@@ -280,15 +310,28 @@ def data_files(
     path: Path, task: Task, languages: Sequence[str] | None
 ) -> list[tuple[str, Path]]:
     """(language or "", file) of a task's data."""
-    if Path(task.data).is_absolute():
-        raise UserError(f"{path}: data must be a path relative to this file")
-    if "{language}" not in task.data:
-        return [("", path.parent / task.data)]
+    parts = Path(task.data).parts
+    if (
+        not parts
+        or Path(task.data).is_absolute()
+        or {"..", "\0"} & {*parts, *task.data}
+    ):
+        raise UserError(
+            f"{path}: data is {task.data!r:.60}, but must be a path relative to this "
+            "file, without .."
+        )
     whole = path.parent / task.data
-    prefix, suffix = whole.name.split("{language}")
+    if "{language}" not in task.data:
+        return [("", whole)]
+    prefix, found_one, suffix = whole.name.partition("{language}")
+    if not found_one or task.data.count("{language}") > 1:
+        raise UserError(
+            f"{path}: {{language}} may stand in data's file name only, and once"
+        )
     found = {
         p.name[len(prefix) : len(p.name) - len(suffix)]: p
-        for p in sorted(whole.parent.glob(f"{prefix}*{suffix}"))
+        for p in (sorted(whole.parent.iterdir()) if whole.parent.is_dir() else ())
+        if p.name.startswith(prefix) and p.name.endswith(suffix)
     }
     # "help.{language}" must not take "help.extra.en" for a language.
     found = {k: p for k, p in found.items() if k and "." not in k}
@@ -318,7 +361,8 @@ def read_item(task: Task, line: bytes, language: str) -> tuple[Item | None, str]
     """An item of a line, and why it must be set aside (empty if it need not be)."""
     try:
         item = json.loads(line.decode())
-    except UnicodeDecodeError:
+        json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeError:
         return None, "not UTF-8"
     except (ValueError, RecursionError):
         return None, "not JSON"

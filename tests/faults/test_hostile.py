@@ -21,7 +21,7 @@ import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gamayun_jax import checkpoint, documents, hf
+from gamayun_jax import checkpoint, documents, hf, tasks
 from gamayun_jax.config import SourceConfig, UserError, from_json, to_json
 from gamayun_jax.corpus import open_corpus
 from gamayun_jax.files import read_json
@@ -238,6 +238,94 @@ def test_safetensors(data, model_folder, tmp_path):
         bad = struct.pack("<Q", len(text)) + text + good[8 + size :]
     path.write_bytes(bad)
     attempt_import(folder, tmp_path)
+
+
+TASK = {
+    "name": "t", "kind": "multiple_choice", "data": "t.{language}.jsonl",
+    "prompt": "{question}", "choice": " {choice}", "shots": 1, "stop": ["x"],
+}  # fmt: skip
+ITEM = {"id": 1, "question": "a", "choices": ["b", "c"], "answer": 0}
+
+
+def task_folder(folder, description, *lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "t.yaml").write_bytes(description)
+    rows = [json.dumps({**ITEM, "split": "shots"}).encode(), *lines]
+    (folder / "t.en.jsonl").write_bytes(b"\n".join(rows))
+    return folder / "t.yaml"
+
+
+@settings(FUZZ, max_examples=150)
+@given(data=st.data())
+def test_descriptions_of_tasks(data, tmp_path):
+    key = data.draw(st.sampled_from([*TASK, "metric", "unconditional", "baseline"]))
+    braces = st.text("{}!:.[]_a*/\0\n", max_size=8)
+    value = data.draw(JSON | braces | st.sampled_from(["{language}", "../t.jsonl"]))
+    bad = json.dumps({**TASK, key: value}, ensure_ascii=False).encode(errors="replace")
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(bad) - 1))
+        bad = bad[:at] + data.draw(st.binary(max_size=3)) + bad[at + 1 :]
+    task = quietly(tasks.load_task, task_folder(tmp_path / "t", bad, b""))
+    if task is not None:
+        assert not set(task.name) & set("/\0")
+
+
+ALIASES = "a0: &a0 [x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+MERGES = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP, ALIASES, "name: t\n" + MERGES, "name: 0x" + "f" * 20_000, "\0", "- 1",
+        "name: 2001-99-99", "!!python/object/apply:os.mkdir [owned]", "? [a]\n: b",
+        "#" * (2 << 20),
+    ],
+)  # fmt: skip
+def test_descriptions_of_every_bad_kind(text, tmp_path):
+    path = task_folder(tmp_path / "t", text.encode(), b"")
+    with pytest.raises(UserError) as e:
+        tasks.load_task(path)
+    assert len(str(e.value)) < 1000
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("field", ["name", "data"])
+@pytest.mark.parametrize("value", ["../x", "/tmp/x", "a/../../x", "..", ""])
+def test_a_task_stays_in_its_folder(field, value, tmp_path):
+    """Its name is that of the file of its results; its data lies beside it."""
+    (tmp_path / "x").write_text(json.dumps({**ITEM, "language": "en"}))
+    text = json.dumps({**TASK, "shots": 0, field: value})
+    with pytest.raises(UserError, match=f"{field} is"):
+        tasks.load_task(task_folder(tmp_path / "t", text.encode(), b""))
+
+
+@FUZZ
+@given(data=st.data())
+@example(data=None)
+def test_items_of_tasks(data, tmp_path):
+    """Each line is an item, or set aside with its reason; a model can be asked all."""
+    kinds = (b"\xff", b'{"id": 1, "question": "\\ud800"}', DEEP.encode(), b"1" * 9999)
+    lines = list(kinds)
+    if data is not None:
+        at = data.draw(st.sampled_from(sorted(places(ITEM), key=str)))
+        lines = [
+            json.dumps(put(ITEM, at, data.draw(JSON))).encode(),
+            data.draw(st.binary(max_size=60)).replace(b"\n", b""),
+        ]
+    text = json.dumps({**TASK, "shots": 1}).encode()
+    task = quietly(tasks.load_task, task_folder(tmp_path / "t", text, *lines))
+    if task is not None:
+        items = [i for v in task.items.values() for i in v]
+        aside = sum(map(len, task.set_aside.values()))
+        assert len(items) + aside == sum(bool(x.strip()) for x in lines)
+        for item in items:
+            tasks.prompt_of(task, item).encode()
+            tasks.with_choice(task, item, item["choices"][0]).encode()
 
 
 @pytest.mark.parametrize("name", TOKENIZER_FILES)
