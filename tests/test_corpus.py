@@ -336,8 +336,9 @@ def test_sample_is_spread_over_the_source(built, tmp_path):
 # ------------------------------------------------------------------ restart
 
 BUILD = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
 from gamayun_jax import config, corpus_build
 cfg = config.from_json(Path(sys.argv[1]).read_text())
 corpus_build.build(cfg, Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)

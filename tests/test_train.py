@@ -183,6 +183,8 @@ def test_slow_data_are_seen(config, tmp_path, monkeypatch):
     assert goodput(tmp_path)["input"] >= 13 * 0.1
 
 
+# A type of jaxlib's trace reader: on Python 3.13 the error would abort the process.
+@pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_a_profile_of_some_steps(config, tmp_path):
     said: list[str] = []
     train.train(config, tmp_path, log=said.append, profile=(3, 4))
