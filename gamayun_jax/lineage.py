@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,22 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
         "versions": {p: version(p) for p in packages}
         | {"python": platform.python_version()},
     }
+
+
+def note_versions(
+    lineage: dict[str, Any],
+    former: Mapping[str, str],
+    step: int,
+    log: Callable[[str], None],
+) -> None:
+    """Say and record what is of another version than at the checkpoint."""
+    for name, new in lineage["versions"].items():
+        old = former.get(name, "unknown")
+        if old != new:
+            log(f"{name} {new} goes on from a checkpoint of {name} {old}")
+            lineage["events"].append(
+                {"event": "version", "step": step, "of": name, "old": old, "new": new}
+            )
 
 
 def stage_spans(cfg: Config, first: int = 0) -> list[dict[str, Any]]:

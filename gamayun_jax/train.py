@@ -41,6 +41,7 @@ from gamayun_jax.lineage import (
     check_past,
     load_origin,
     new_lineage,
+    note_versions,
 )
 from gamayun_jax.losses import TokenWeights, make_token_weights
 from gamayun_jax.model import Transformer, flops_per_token
@@ -197,6 +198,7 @@ def _train(
         lineage = new_lineage(cfg, corpus, plan, origin)
         lineage |= {k: meta["lineage"][k] for k in kept}
         lineage["events"] += [*damages, {"event": "resumed", "step": step}]
+        note_versions(lineage, meta["lineage"].get("versions", {}), step, log)
         log(f"going on from step {step} of {cfg.total_steps} in {run.path}")
     else:
         step, origin = 0, None

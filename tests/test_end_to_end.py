@@ -32,9 +32,9 @@ def experiment(config, tmp_path_factory):
     return path
 
 
-def start(experiment, run, devices, *words):
+def start(experiment, run, devices, *words, python=sys.executable):
     env = dict(os.environ, XLA_FLAGS="", JAX_NUM_CPU_DEVICES=str(devices))
-    command = [sys.executable, "-m", "gamayun_jax", "train", str(experiment)]
+    command = [python, "-m", "gamayun_jax", "train", str(experiment)]
     return subprocess.Popen(
         [*command, "--workdir", str(run), *words],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -47,10 +47,10 @@ def finish(process, status=0):
     return out
 
 
-def outcome(run, config):
+def outcome(run, config, last=13):
     """Final state, records without their times, and evaluations."""
     store = checkpoint.Checkpoints(run / "checkpoints", read_only=True)
-    state = store.restore(13, abstract_state(config, make_mesh(config.mesh)))
+    state = store.restore(last, abstract_state(config, make_mesh(config.mesh)))
     store.close()
     records = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     for r in records:
@@ -108,7 +108,8 @@ def start_group(experiment, run, count=2, devices=1):
 
 def wait_for_step(run, step):
     for _ in range(2400):
-        if (run / "checkpoints" / str(step)).is_dir():
+        there = (run / "checkpoints").glob("[0-9]*")
+        if any(int(p.name) >= step for p in there if p.name.isdigit()):
             return
         time.sleep(0.1)
     raise AssertionError(f"no checkpoint at step {step}")
@@ -188,3 +189,37 @@ def assert_close(a, b):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-4)
     else:
         assert a == b
+
+
+OTHER_PYTHON = os.environ.get("OTHER_PYTHON", "")
+WHICH = "import jax; print(jax.__version__)"
+
+
+@pytest.mark.skipif(not OTHER_PYTHON, reason="needs OTHER_PYTHON=another environment")
+def test_another_jax_goes_on_and_back(experiment, config, tmp_path):
+    """There and back: what differs is rounding, as compilers differ."""
+    ours, other = (
+        subprocess.check_output([p, "-c", WHICH], text=True).split()[0]
+        for p in (sys.executable, OTHER_PYTHON)
+    )
+    if ours == other:
+        pytest.skip(f"OTHER_PYTHON has jax {other} too")
+    words = ("--set", f"stages.enrich.tokens={36 * 8 * 64}")  # 43 steps in all
+    words += ("--set", "checkpoint.every_steps=1")
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    finish(start(experiment, alone, 2, *words))
+    process = start(experiment, run, 2, *words)
+    wait_for_step(run, 3)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 3)
+    process = start(experiment, run, 2, *words, python=OTHER_PYTHON)
+    wait_for_step(run, 20)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, 3)
+    assert f"jax {other} goes on from a checkpoint of jax {ours}" in out
+    finish(start(experiment, run, 2, *words))
+    for a, b in zip(outcome(run, config, 43), outcome(alone, config, 43), strict=True):
+        assert_close(a, b)
+    lineage = json.loads((run / "lineage.json").read_text())
+    changes = [e for e in lineage["events"] if e["event"] == "version"]
+    assert [e["new"] for e in changes if e["of"] == "jax"] == [other, ours]
