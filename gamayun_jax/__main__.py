@@ -1,8 +1,6 @@
 """`python -m gamayun_jax` is the `gamayun` command."""
 
-import sys
-
-from gamayun_jax.cli import main
+from gamayun_jax.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

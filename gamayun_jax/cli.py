@@ -1,7 +1,8 @@
 """The command line: `gamayun COMMAND`, also `python -m gamayun_jax`.
 
-Exit status: 0 the work is done, 2 bad input (one line on stderr says what, where and
-what to do), 3 a run that a signal stopped after it had saved, 130 interrupted.
+Exit status: 0 the work is done, 1 a defect of the program (with a traceback), 2 bad
+input (one line on stderr says what, where and what to do), 3 a run that a signal
+stopped after it had saved, 4 another process of the run is lost, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import logging
 import math
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gamayun_jax import __version__
 from gamayun_jax.config import Config, UserError, load_config
@@ -827,3 +830,22 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gamayun: interrupted", file=sys.stderr)
         return 130
+
+
+def command() -> NoReturn:
+    """The `gamayun` command: `main`, ended with its status.
+
+    A save that failed can leave threads of Orbax waiting ten minutes for each other,
+    and Python would wait for them: a failed command does not.
+    """
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    others = [t for t in threading.enumerate() if t is not threading.main_thread()]
+    if status and any(not t.daemon for t in others):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import read_only
 
 from gamayun_jax import checkpoint, train
 from gamayun_jax.checkpoint import Checkpoints, DamagedCheckpointError, TrainState
@@ -257,3 +258,12 @@ def test_kept_forever(replace, config):
     assert checkpoint.kept_forever(tokens) == [6, 7, 9, 12, 13]
     with pytest.raises(UserError, match="not a multiple"):
         replace(config, "checkpoint.keep_every_steps", 4)
+
+
+def test_a_read_only_run_folder(small, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    before = {p: p.read_bytes() for p in files(run)}
+    with read_only(run), pytest.raises(UserError, match="Read-only file system"):
+        train.train(small, run, log=quiet)
+    assert {p: p.read_bytes() for p in files(run)} == before

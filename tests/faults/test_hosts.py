@@ -1,4 +1,5 @@
-"""Processes that die, fail or fall silent; signals; none waits for ever."""
+"""Processes that die, fail or fall silent; signals; folders that can no longer be
+written: none waits for ever."""
 
 import json
 import os
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import read_only
 
 from gamayun_jax.config import to_dict
 
@@ -146,3 +148,21 @@ def test_a_second_signal_exits_at_once(experiment, tmp_path):
     assert process.returncode in (130, 3), out[-2000:]
     assert max(int(p.name) for p in Path(run / "checkpoints").iterdir()
                if p.name.isdigit()) >= 3  # fmt: skip
+
+
+def test_a_folder_that_becomes_read_only_ends_the_process(experiment, tmp_path):
+    """Also where threads of Orbax wait ten minutes for the save that failed."""
+    run = tmp_path / "run"
+    words = ["--set", f"stages.enrich.tokens={36 * 8 * 64}"]
+    words += ["--set", "checkpoint.every_steps=1"]
+    process = start(experiment, run, words, 2)
+    wait_for_step(run, 3, process)
+    with read_only(run / "checkpoints"):
+        begin = time.monotonic()
+        out = process.communicate(timeout=120)[0]
+        assert time.monotonic() - begin < 60
+        assert process.returncode == 2, out[-2000:]
+        assert re.search(r"gamayun: .*Read-only file system.*from step \d", out), out
+    ((out, status),) = finish([start(experiment, run, words, 2)])
+    assert status == 0, out[-2000:]
+    assert "going on from step" in out
