@@ -111,7 +111,9 @@ def test_nothing_is_compiled_twice():
     assert one.decoder.compilations <= first + 4  # with and without filters
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((2, 2, 2), marks=pytest.mark.slow), (1, 1, 8)]
+)
 def test_a_mesh_gives_the_same_text(sizes):
     assert on_mesh(sizes) == on_mesh((1, 1, 1))
 

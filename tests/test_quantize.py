@@ -66,6 +66,7 @@ def trained(config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_line(trained, tmp_path, capfd):
     """Quantise, evaluate before and after, generate from the result."""
     old = evaluate.evaluate_checkpoint(trained)["sets"]["udhr"]["languages"]

@@ -103,7 +103,7 @@ def test_shares_read_back_from_the_records_are_the_curriculum_s(
     )
 
 
-@pytest.mark.parametrize("step", [4, 7, 8])
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 7, 8])
 def test_resume_is_bit_exact(step, straight, config, tmp_path):
     """Stopped inside stage 1, at the boundary, inside stage 2."""
     run = tmp_path / "run"
@@ -142,6 +142,7 @@ def test_goodput_adds_up(straight):
     assert seconds["interrupted"] < 1  # when it began is known to the millisecond
 
 
+@pytest.mark.slow
 def test_goodput_counts_what_an_interruption_costs(config, tmp_path):
     class CrashError(Exception):
         pass
@@ -167,6 +168,7 @@ def test_goodput_counts_what_an_interruption_costs(config, tmp_path):
     assert "interrupted" in said[-1]
 
 
+@pytest.mark.slow
 def test_slow_data_are_seen(config, tmp_path, monkeypatch):
     def slow(*args):
         for batch in batches(*args):
