@@ -2,6 +2,7 @@
 
     pip install torch transformers    # optional: two of the peers
     python benchmarks/train_step.py [--rounds 5] [--threads 1]
+    python benchmarks/train_step.py --maxtext PYTHON   # where maxtext[tpu] is installed
 
 Llama-style, 8 layers, width 256, 4 heads, FFN 1024, vocabulary 8192, sequences of 256,
 batch 16, float32, AdamW, synthetic tokens. Each peer is a process of its own that
@@ -13,6 +14,8 @@ and of CPU time, the time to the first step and the peak resident memory.
            layers unrolled
   eager    transformers' LlamaForCausalLM and torch.optim.AdamW
   compiled the same through torch.compile
+  maxtext  MaxText 0.2.5's own `train`, layers in a scan, no remat; stopped (SIGSTOP)
+           while others take their turn, timed by the lines that it logs
 
 Figures: see docs/speed.md.
 """
@@ -24,9 +27,11 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +41,7 @@ import numpy as np
 
 LAYERS, D, N, F, V, T, B = 8, 256, 4, 1024, 8192, 256, 16
 STEPS = 3  # of a turn
-PEERS = ("gamayun_jax", "gamayun_jax scan", "jax", "eager", "compiled")
+PEERS = ("gamayun_jax", "gamayun_jax scan", "jax", "eager", "compiled", "maxtext")
 TINY = Path(__file__).parents[1] / "experiments" / "tiny.py"
 
 
@@ -187,6 +192,63 @@ def pytorch(compiled: bool, threads: int) -> Callable[[], Any]:
     return one
 
 
+def maxtext(python: str) -> None:
+    """As `worker`, around a process of MaxText that knows nothing of turns."""
+    sizes = dict(
+        hardware="cpu", per_device_batch_size=B, max_target_length=T, base_emb_dim=D,
+        base_num_decoder_layers=LAYERS, base_num_query_heads=N, base_num_kv_heads=N,
+        head_dim=D // N, base_mlp_dim=F, vocab_size=V, logits_via_embedding=True,
+        decoder_block="llama2", attention="dot_product", dataset_type="synthetic",
+        remat_policy="none", dtype="float32", weight_dtype="float32", opt_type="adamw",
+        enable_checkpointing=False, skip_jax_distributed_system=True, steps=100_000,
+        run_name="x",
+    )  # fmt: skip
+    find = "import maxtext; print(maxtext.__path__[0])"
+    where = subprocess.check_output([python, "-c", find], text=True).strip()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        command = [python, "-m", "maxtext.trainers.pre_train.train"]
+        command += [f"{where}/configs/base.yml", f"base_output_directory={out}"]
+        process = subprocess.Popen(
+            [*command, *(f"{k}={v}" for k, v in sizes.items())],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=out, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert process.stdout is not None
+
+        def wait(steps: int) -> None:
+            while steps:
+                line = process.stdout.readline()
+                if not line:
+                    raise RuntimeError("maxtext ended")
+                steps -= "completed step: " in line
+
+        def cpu() -> float:
+            fields = (
+                Path(f"/proc/{process.pid}/stat").read_text().split(")")[-1].split()
+            )
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        wait(4)  # it logs two steps late
+        print(json.dumps({"first": time.perf_counter() - begin}), flush=True)
+        process.send_signal(signal.SIGSTOP)
+        for _ in sys.stdin:
+            process.send_signal(signal.SIGCONT)
+            wait(1)
+            wall, spent = time.perf_counter(), cpu()
+            wait(STEPS)
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            row = {
+                "wall": STEPS * B * T / (time.perf_counter() - wall),
+                "cpu": STEPS * B * T / (cpu() - spent),
+                "peak": int(status.split("VmHWM:")[1].split()[0]) / 1024,
+            }
+            process.send_signal(signal.SIGSTOP)
+            print(json.dumps(row), flush=True)
+        process.kill()
+        process.wait()
+
+
 def worker(peer: str, threads: int) -> None:
     """Make a step, say so, then make STEPS whenever a line comes in."""
     begin = time.perf_counter()
@@ -218,16 +280,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--maxtext", metavar="PYTHON", help="where it is installed")
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     # XLA takes as many threads as the process may use cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    if args.worker == "maxtext":
+        maxtext(args.maxtext)
+        return
     if args.worker:
         worker(args.worker, args.threads)
         return
     running, first = {}, {}
     for peer in args.peers:
+        if peer == "maxtext" and not args.maxtext:
+            continue
         command = [sys.executable, __file__, "--worker", peer]
+        command += ["--maxtext", args.maxtext] if peer == "maxtext" else []
         process = subprocess.Popen(
             [*command, "--threads", str(args.threads)],
             stdin=subprocess.PIPE,

@@ -249,10 +249,16 @@ class SwiGLU(nn.Module):
         down_FD = _weight(self, "down", (F, D), ("mlp_rows", None), out_std)
         gate_BTF = checkpoint_name(project(x_BTD, gate_DF, 1), "gate")
         up_BTF = checkpoint_name(project(x_BTD, up_DF, 1), "up")
-        h_BTF = nn.with_logical_constraint(
-            jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "act_mlp")
-        )
-        return project(h_BTF, down_FD, 1)
+
+        @jax.checkpoint
+        def down(gate_BTF, up_BTF, down_FD):
+            h_BTF = nn.with_logical_constraint(
+                jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "act_mlp")
+            )
+            return project(h_BTF, down_FD, 1)
+
+        # Kept for the gradient: gate and up, not four more arrays of their size.
+        return down(gate_BTF, up_BTF, down_FD)
 
 
 class Block(nn.Module):
