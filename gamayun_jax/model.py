@@ -162,11 +162,16 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
         scale: Any = self.param("scale", init, (x.shape[-1],), jnp.float32)
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(
-            jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps
-        )
-        return (x32 * inverse * _like(scale, x32)).astype(x.dtype)
+
+        @jax.checkpoint  # keeps x alone for its gradient
+        def norm(x, scale):
+            x32 = x.astype(jnp.float32)
+            inverse = jax.lax.rsqrt(
+                jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps
+            )
+            return (x32 * inverse * _like(scale, x32)).astype(x.dtype)
+
+        return norm(x, scale)
 
 
 def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
