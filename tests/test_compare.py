@@ -150,6 +150,7 @@ def test_refuses_what_does_not_compare(tmp_path):
         compare.read_result(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_on_three_architectures(tmp_path, capsys):
     """Random models of the three architectures: imported, evaluated, compared; what
     is there already is not evaluated again."""

@@ -58,7 +58,11 @@ def byte_level(folder, texts, bos):
 
 @pytest.fixture(
     scope="module",
-    params=["llama", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"],
+    params=[
+        "llama",
+        pytest.param("qwen2", marks=pytest.mark.slow),
+        pytest.param("qwen3", marks=pytest.mark.slow),
+    ],
 )
 def imported(request, corpus, tmp_path_factory):
     """(folder that transformers wrote, its model) with weights of some size."""
