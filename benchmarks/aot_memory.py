@@ -1,11 +1,13 @@
 """Memory and traffic of the train step on a TPU pod, compiled ahead of time.
 
     python benchmarks/aot_memory.py [--shape A] [--rows 1 2] [--remat full minimal]
+    python benchmarks/aot_memory.py --maxtext PYTHON   # where maxtext[tpu] is installed
 
-Compiles this project's step beside what MaxText 0.2.5's own `train_compile` needed for
-the same shape, topology, batch, sequence and remat policy (v5e:16x16, sequence 4096,
-FSDP over all 256 chips, splash attention, AdamW; jax 0.12.0.1). Needs the extra `tpu`;
-nothing is executed, and no TPU is needed.
+Compiles this project's step beside what MaxText 0.2.5's own `train_compile` needs for
+the same shape, topology, batch, sequence and remat policy (sequence 4096, splash
+attention, AdamW). With `--maxtext` in the same run, best under the same jax (this project
+runs under that PYTHON too); else beside figures of jax 0.12.0.1 for v5e:16x16 and FSDP
+over all 256 chips. Needs the extra `tpu`; nothing is executed; no TPU is needed.
 
 GiB are argument + temporary + output - alias of the compiler's own analysis, for both.
 """
@@ -13,10 +15,16 @@ GiB are argument + temporary + output - alias of the compiler's own analysis, fo
 import argparse
 import dataclasses
 import json
+import math
 import os
+import re
+import subprocess
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
 
 from gamayun_jax import plan, presets
 from gamayun_jax.chips import GIB
@@ -51,6 +59,43 @@ MAXTEXT = {
 }  # fmt: skip
 
 
+def maxtext_gib(
+    python: str, shape: str, rows: int, remat: str, topology: str, mesh: tuple[int, int]
+) -> float | None:
+    """GiB a chip of MaxText's step; None if it cannot be compiled for these chips."""
+    m = SHAPES[shape]
+    kind, _, sizes = topology.partition(":")
+    cores = 2 if kind in ("v4", "v5p") else 1  # their names count cores
+    chips = math.prod(map(int, sizes.split("x")))
+    settings = dict(
+        compile_topology=f"{kind}-{cores * chips}", compile_topology_num_slices=1,
+        ici_data_parallelism=mesh[0], ici_fsdp_parallelism=mesh[1],
+        per_device_batch_size=rows, max_target_length=SEQ_LEN, remat_policy=remat,
+        base_emb_dim=m.d_model, base_num_decoder_layers=m.num_layers,
+        base_num_query_heads=m.num_heads, base_num_kv_heads=m.num_kv_heads,
+        head_dim=m.head_dim, base_mlp_dim=m.d_ff, vocab_size=m.vocab_size,
+        logits_via_embedding=m.tie_embeddings, use_qk_norm=m.qk_norm,
+        decoder_block="llama2", attention="flash", dataset_type="synthetic",
+        opt_type="adamw", enable_checkpointing=False, run_name="x", steps=10,
+    )  # fmt: skip
+    find = "import maxtext; print(maxtext.__path__[0])"
+    where = subprocess.check_output([python, "-c", find], text=True).strip()
+    with tempfile.TemporaryDirectory() as out:
+        command = [python, "-m", "maxtext.trainers.pre_train.train_compile"]
+        command += [f"{where}/configs/base.yml", f"base_output_directory={out}"]
+        run = subprocess.run(
+            [*command, *(f"{k}={v}" for k, v in settings.items())],
+            env={**os.environ, "TPU_SKIP_MDS_QUERY": "1"}, cwd=out, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    found = dict(re.findall(r"(\w+)_size_in_bytes=(\d+)", run.stdout))
+    if not found:
+        return None
+    size = {k: int(v) for k, v in found.items()}
+    total = size["argument"] + size["temp"] + size["output"] - size["alias"]
+    return round(total / GIB, 2)
+
+
 def config(
     shape: str, rows: int, remat: str, chips: int, chunk: int, fsdp: int
 ) -> Config:
@@ -78,6 +123,7 @@ def main() -> None:
     parser.add_argument("--remat", nargs="+", default=["full", "minimal"])
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--fsdp", type=int, default=256)
+    parser.add_argument("--maxtext", metavar="PYTHON", help="where it is installed")
     parser.add_argument("--cache", type=Path, default=Path("build/plan"))
     args = parser.parse_args()
     chips = len(plan.topology_devices(args.topology))
@@ -85,13 +131,15 @@ def main() -> None:
         for remat in args.remat:
             for rows in args.rows:
                 cfg = config(shape, rows, remat, chips, args.chunk, args.fsdp)
-                peer = None
-                if args.topology == "v5e:16x16":
+                peer, mesh = None, (chips // args.fsdp, args.fsdp)
+                if args.maxtext:
+                    where = (args.topology, mesh)
+                    peer = maxtext_gib(args.maxtext, shape, rows, remat, *where)
+                elif args.topology == "v5e:16x16" and args.fsdp == 256:
                     peer = MAXTEXT.get((shape, rows, remat))
                 row = dict(
                     shape=shape, topology=args.topology, rows=rows, remat=remat,
-                    chunk=args.chunk, mesh=[chips // args.fsdp, args.fsdp],
-                    maxtext_gib=peer,
+                    chunk=args.chunk, mesh=mesh, maxtext_gib=peer, jax=jax.__version__,
                 )  # fmt: skip
                 try:
                     p = plan.make_plan(cfg, args.topology, cache=args.cache)
