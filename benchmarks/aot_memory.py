@@ -5,9 +5,9 @@
 
 Compiles this project's step beside what MaxText 0.2.5's own `train_compile` needs for
 the same shape, topology, batch, sequence and remat policy (sequence 4096, splash
-attention, AdamW). With `--maxtext` in the same run, best under the same jax (this project
-runs under that PYTHON too); else beside figures of jax 0.12.0.1 for v5e:16x16 and FSDP
-over all 256 chips. Needs the extra `tpu`; nothing is executed; no TPU is needed.
+attention, AdamW). With `--maxtext` in the same run, best under the same jax (we run
+under that PYTHON too); else beside figures of jax 0.12.0.1 for v5e:16x16 and FSDP
+over all 256 chips. Needs the extra `tpu`; nothing is executed.
 
 GiB are argument + temporary + output - alias of the compiler's own analysis, for both.
 """
