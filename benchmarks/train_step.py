@@ -2,7 +2,8 @@
 
     pip install torch transformers    # optional: two of the peers
     python benchmarks/train_step.py [--rounds 5] [--threads 1]
-    python benchmarks/train_step.py --maxtext PYTHON   # where maxtext[tpu] is installed
+    python benchmarks/train_step.py --maxtext PYTHON --levanter PYTHON
+                                      # where maxtext[tpu], marin-levanter are installed
 
 Llama-style, 8 layers, width 256, 4 heads, FFN 1024, vocabulary 8192, sequences of 256,
 batch 16, float32, AdamW, synthetic tokens. Each peer is a process of its own that
@@ -16,6 +17,7 @@ and of CPU time, the time to the first step and the peak resident memory.
   compiled the same through torch.compile
   maxtext  MaxText 0.2.5's own `train`, layers in a scan, no remat; stopped (SIGSTOP)
            while others take their turn, timed by the lines that it logs
+  levanter Levanter's own Trainer.train_step, layers in a scan, no checkpointing
 
 Figures: see docs/speed.md.
 """
@@ -41,7 +43,15 @@ import numpy as np
 
 LAYERS, D, N, F, V, T, B = 8, 256, 4, 1024, 8192, 256, 16
 STEPS = 3  # of a turn
-PEERS = ("gamayun_jax", "gamayun_jax scan", "jax", "eager", "compiled", "maxtext")
+PEERS = (
+    "gamayun_jax",
+    "gamayun_jax scan",
+    "jax",
+    "eager",
+    "compiled",
+    "maxtext",
+    "levanter",
+)
 TINY = Path(__file__).parents[1] / "experiments" / "tiny.py"
 
 
@@ -192,6 +202,49 @@ def pytorch(compiled: bool, threads: int) -> Callable[[], Any]:
     return one
 
 
+def levanter() -> Callable[[], Any]:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import haliax as hax
+    import jax
+    import jmp
+    import optax
+    from levanter.models.llama import LlamaConfig
+    from levanter.models.lm_model import LmExample
+    from levanter.tracker import NoopConfig
+    from levanter.trainer import Trainer, TrainerConfig
+
+    model = LlamaConfig(
+        max_seq_len=T, hidden_dim=D, intermediate_dim=F, num_layers=LAYERS, num_heads=N,
+        num_kv_heads=N, tie_word_embeddings=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    config = TrainerConfig(
+        mp=jmp.get_policy("f32"), tracker=NoopConfig(), train_batch_size=B,
+        num_train_steps=10**6, log_dir=Path(tempfile.mkdtemp()), load_checkpoint=False,
+        require_accelerator=False, log_jaxprs=False, log_xla_hlo=False,
+    )  # fmt: skip
+    config.initialize()
+
+    def loss(model: Any, example: Any, *, key: Any = None) -> Any:
+        return model.compute_next_token_loss(example, key=key)
+
+    trainer = Trainer(config, optax.adamw(1e-3), loss, add_default_hooks=False)
+    trainer.__enter__()
+    vocabulary, rows = hax.Axis("vocab", V), hax.Axis("batch", B)
+    state = trainer.initial_state(
+        jax.random.PRNGKey(0),
+        model_init=lambda: model.build(vocabulary, key=jax.random.PRNGKey(1)),
+    )
+    ids = hax.named(tokens()[:, :T], (rows, model.max_Pos))
+    batch = hax.vmap(LmExample.causal, rows)(ids)
+
+    def one() -> None:
+        nonlocal state
+        state = trainer.train_step(state, batch).state
+        jax.block_until_ready(jax.tree.leaves(state))
+
+    return one
+
+
 def maxtext(python: str) -> None:
     """As `worker`, around a process of MaxText that knows nothing of turns."""
     sizes = dict(
@@ -256,6 +309,8 @@ def worker(peer: str, threads: int) -> None:
         one = bare_jax()
     elif peer.startswith("gamayun_jax"):
         one = ours("scan" in peer)
+    elif peer == "levanter":
+        one = levanter()
     else:
         one = pytorch(peer == "compiled", threads)
     one()
@@ -281,6 +336,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--maxtext", metavar="PYTHON", help="where it is installed")
+    parser.add_argument("--levanter", metavar="PYTHON", help="where it is installed")
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     # XLA takes as many threads as the process may use cores.
@@ -293,9 +349,11 @@ def main() -> None:
         return
     running, first = {}, {}
     for peer in args.peers:
-        if peer == "maxtext" and not args.maxtext:
+        elsewhere = {"maxtext": args.maxtext, "levanter": args.levanter}
+        if not elsewhere.get(peer, True):
             continue
-        command = [sys.executable, __file__, "--worker", peer]
+        python = args.levanter if peer == "levanter" else sys.executable
+        command = [python, __file__, "--worker", peer]
         command += ["--maxtext", args.maxtext] if peer == "maxtext" else []
         process = subprocess.Popen(
             [*command, "--threads", str(args.threads)],
