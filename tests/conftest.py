@@ -223,11 +223,21 @@ def gradients_on(wide_config: c.Config, new_states: list[TrainState]):
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
     """A folder that the system lets nobody write to, not even root."""
-    mounted = subprocess.run(["mount", "--bind", folder, folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting needs root")
-    try:
-        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+
+    def mount(*words: str | Path) -> bool:
+        run = subprocess.run(["mount", *words], capture_output=True)
+        return run.returncode == 0
+
+    # Made read-only beside it: at its own place somebody may be writing already.
+    with tempfile.TemporaryDirectory() as beside:
+        if not mount("--bind", folder, beside):
+            pytest.skip("mounting needs root")
+        try:
+            assert mount("-o", "remount,ro,bind", beside)
+            assert mount("--bind", beside, folder)
+            try:
+                yield
+            finally:
+                subprocess.run(["umount", "-l", folder], check=True)
+        finally:
+            subprocess.run(["umount", "-l", beside], check=True)
