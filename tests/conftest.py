@@ -15,9 +15,11 @@ import tempfile
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile the same small steps again and again: share them within a session.
+# Tests compile the same small steps again and again: share them within a session, or
+# between sessions in the folder that JAX_COMPILATION_CACHE_DIR names.
 _CACHE = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
