@@ -1,0 +1,73 @@
+"""What a former version wrote still opens, goes on and is reported.
+
+fixtures/former_run.tar.xz holds a corpus and a run of two stages of 10 steps, killed
+after the checkpoint at step 14, and what the same run gave when nothing killed it;
+fixtures/make_former_run.py made it with the code of commit c7e6783.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gamayun_jax import config as c
+from gamayun_jax import evaluate, report, runs, train
+
+
+@pytest.fixture
+def former(tmp_path, monkeypatch):
+    """A folder with `corpus`, `run` and `finished.json`; the current one."""
+    with tarfile.open(Path(__file__).parent / "fixtures/former_run.tar.xz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def records(folder):
+    """The training records by step."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").split("\n")
+    return {r["step"]: r for r in map(json.loads, filter(None, lines))}
+
+
+def without_time(record):
+    return {k: v for k, v in record.items() if k != "time"}
+
+
+def test_a_former_run_goes_on_and_ends_as_it_would_have(former):
+    cfg = c.from_json(Path("run/config.json").read_text("utf-8"), "run/config.json")
+    before = records(former / "run")
+    said = []
+    assert train.train(cfg, Path("run"), log=said.append) == 0
+    assert any("going on from step 14 of 20" in line for line in said)
+    after = records(former / "run")
+    expected = json.loads(Path("finished.json").read_text("utf-8"))
+    assert list(after) == [r["step"] for r in expected["records"]]
+    for record in expected["records"]:
+        new = after[record["step"]]
+        if record["step"] < 14:  # not made again
+            assert without_time(new) == without_time(before[record["step"]])
+        assert without_time(new).keys() >= without_time(record).keys()
+        assert new["sources"] == record["sources"]  # the same data
+        for name in ("loss", "nll", "lr", "grad_norm"):
+            np.testing.assert_allclose(new[name], record[name], rtol=1e-4)
+    macro = json.loads(Path("run/eval/20.json").read_text("utf-8"))["sets"]["udhr"]
+    np.testing.assert_allclose(
+        macro["macro"]["bits_per_byte"],
+        expected["eval"]["sets"]["udhr"]["macro"]["bits_per_byte"],
+        rtol=1e-4,
+    )
+
+
+def test_a_former_run_is_reported_and_evaluated(former):
+    page = report.write_report([Path("run")], Path("page"))
+    assert "former" in page.read_text("utf-8")
+    assert "udhr" in runs.run_table(Path("run"))
+    result = evaluate.evaluate_checkpoint(Path("run/checkpoints/10"), None)
+    recorded = json.loads(Path("run/eval/10.json").read_text("utf-8"))
+    for language, row in recorded["sets"]["udhr"]["languages"].items():
+        new = result["sets"]["udhr"]["languages"][language]
+        np.testing.assert_allclose(
+            new["bits_per_byte"], row["bits_per_byte"], rtol=1e-4
+        )
