@@ -166,8 +166,7 @@ def run_curriculum(args: argparse.Namespace) -> int:
 
     cfg = load(args)
     plan = data.make_plan(cfg, corpus.open_corpus(Path(cfg.data.corpus)))
-    rows = [row for s in plan.segments for row in s.curriculum.table()]
-    print(runs.curriculum_table(rows, cfg.data.seq_len))
+    print(runs.curriculum_table(plan.table(), cfg.data.seq_len))
     if args.out:
         points = lineage.share_points(cfg, plan)
         stages = lineage.stage_spans(cfg)

@@ -65,9 +65,42 @@ class DataPlan:
     total_steps: int
     skipped: tuple[Skipped, ...] = ()
 
-    def segment_at(self, example: int) -> int:
+    def segment_before(self, step: int) -> int:
+        """Number of the segment that served the last example before step `step`; at
+        the boundary that is the one that ends there."""
         starts = [s.first_example for s in self.segments]
-        return int(np.searchsorted(starts, example, side="right")) - 1
+        last = max(0, step * self.batch_size - 1)
+        return int(np.searchsorted(starts, last, side="right")) - 1
+
+    def served_of(self, segment: int, step: int) -> int:
+        """Examples that a segment serves before step `step`: none of it, to all."""
+        s = self.segments[segment]
+        return min(max(0, step * self.batch_size - s.first_example), s.curriculum.total)
+
+    def curricula(self, step: int) -> list[dict[str, Any]]:
+        """Of each segment, as plain JSON: its first example, its curriculum, and the
+        fingerprint of what it served before step `step`."""
+        return [
+            {
+                "first_example": s.first_example,
+                "curriculum": s.curriculum.to_json(),
+                "fingerprint": s.curriculum.fingerprint(self.served_of(k, step)),
+            }
+            for k, s in enumerate(self.segments)
+        ]
+
+    def table(self) -> list[dict[str, Any]]:
+        """The segments' tables (Curriculum.table); `epochs_total` counts from the
+        first of them, so that it is what the epoch caps bound."""
+        found: list[dict[str, Any]] = []
+        before = dict.fromkeys(self.sources, 0.0)
+        for s in self.segments:
+            for row in s.curriculum.table():
+                total = row["epochs_total"] + before[row["source"]]
+                found.append({**row, "epochs_total": total})
+            for name, passes in s.curriculum.epochs().items():
+                before[name] += passes
+        return found
 
     def lookup(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(segment * num_sources + source, position) of global examples, int64 [n]."""
@@ -103,12 +136,10 @@ class DataPlan:
         return [dataclasses.asdict(s) for s in found]
 
     def consumed(self, step: int) -> dict[str, int]:
-        """Data cursor of each source, in examples, before step number `step`."""
-        k = self.segment_at(max(0, step * self.batch_size - 1))
-        segment = self.segments[k]
-        cursors = segment.curriculum.consumed(
-            step * self.batch_size - segment.first_example
-        )
+        """Data cursor of each source, in examples, before step number `step`; of the
+        segment that `segment_before` names."""
+        k = self.segment_before(step)
+        cursors = self.segments[k].curriculum.consumed(self.served_of(k, step))
         for s in sorted(self.skipped, key=lambda s: s.begin):
             if s.segment == k and cursors[s.source] >= s.begin:
                 cursors[s.source] += s.end - s.begin
@@ -118,11 +149,7 @@ class DataPlan:
         """Examples of each source that this run served before step `step`."""
         total = np.zeros(len(self.sources), np.int64)
         for k, segment in enumerate(self.segments):
-            end = step * self.batch_size
-            if k + 1 < len(self.segments):
-                end = min(end, self.segments[k + 1].first_example)
-            if end > segment.first_example:
-                total += segment.curriculum.counts_at(end - segment.first_example)
+            total += segment.curriculum.counts_at(self.served_of(k, step))
         return dict(zip(self.sources, total.tolist(), strict=True))
 
     def language_shares(self, cfg: Config, stage: int) -> dict[str, float]:
@@ -174,17 +201,22 @@ def make_plan(
     segments: list[Segment] = []
     phases: list[Phase] = []
     first_step = 0
+    # Shares at the end of what came before a segment: its ramp begins there.
+    before: Mapping[str, float] = origin["shares"] if origin is not None else {}
 
     def close(begin_step: int) -> None:
         first = origin is not None and not segments
         carry_over = first and cfg.stages[0].transition.cursors == "continue"
         seed = (cfg.seed * 1_000_003 + len(segments)) % 2**31
         begins: dict[str, int] = {}
-        if origin is not None and first:
-            if carry_over:
-                # The same order as before, or what was served would come again.
-                seed, begins = origin["seed"], dict(origin["cursors"])
-            elif seed == origin["seed"]:
+        if origin is not None and carry_over:
+            # The same order as before, or what was served would come again.
+            seed, begins = origin["seed"], dict(origin["cursors"])
+        else:
+            # Anew is in another order, or the same examples would begin again.
+            used = {s.seed for s in segments}
+            used |= {origin["seed"]} if origin is not None else set()
+            while seed in used:
                 seed += 1
         curriculum = Curriculum(
             phases=tuple(phases),
@@ -192,7 +224,7 @@ def make_plan(
             seed=seed,
             block_examples=cfg.data.block_examples,
             start={k: v for k, v in begins.items() if k in sizes},
-            before=origin["shares"] if origin is not None and first else {},
+            before=before,
         )
         segments.append(Segment(begin_step * cfg.data.batch_size, curriculum, seed))
         phases.clear()
@@ -201,7 +233,7 @@ def make_plan(
     for k, (stage, steps) in enumerate(zip(cfg.stages, cfg.stage_steps(), strict=True)):
         if k and stage.transition.cursors == "restart":
             close(first_step)
-            first_step = steps_done
+            first_step, before = steps_done, shares[k - 1]
         phases.append(
             Phase(
                 name=stage.name,

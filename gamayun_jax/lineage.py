@@ -15,7 +15,7 @@ import numpy as np
 
 from gamayun_jax import checkpoint
 from gamayun_jax.checkpoint import Checkpoints
-from gamayun_jax.config import Config, UserError, to_dict
+from gamayun_jax.config import Config, UserError, from_json, to_dict
 from gamayun_jax.corpus import Corpus
 from gamayun_jax.curriculum import Curriculum, diff_past
 from gamayun_jax.data import DataPlan
@@ -52,8 +52,7 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
         "curriculum": {
             "table": [
                 {**row, "tokens": row["examples"] * cfg.data.seq_len}
-                for s in plan.segments
-                for row in s.curriculum.table()
+                for row in plan.table()
             ],
             "shares": share_points(cfg, plan, first),
         },
@@ -137,20 +136,22 @@ def check_past(cfg: Config, plan: DataPlan, corpus: Corpus, meta, where: str) ->
     """Raise UserError if the config would re-map examples that were trained on."""
     check_tokenizer(meta, corpus, where)
     end = meta["step"] * cfg.data.batch_size
-    for segment, former in zip(plan.segments, meta["curricula"], strict=False):
-        if former["first_example"] >= end:
+    for k, former in enumerate(meta["curricula"]):
+        first = former["first_example"]
+        if first >= end:
             break
-        changed = diff_past(
-            Curriculum.from_json(former["curriculum"]),
-            segment.curriculum,
-            end - segment.first_example,
-        )
-        if changed or former["first_example"] != segment.first_example:
+        if k >= len(plan.segments) or plan.segments[k].first_example != first:
+            changed = [f"the cursors began anew at example {first}"]
+        else:
+            old = Curriculum.from_json(former["curriculum"])
+            new = plan.segments[k].curriculum
+            changed = diff_past(old, new, min(end - first, old.total))
+        if changed:
             raise UserError(
                 f"the curriculum before step {meta['step']} of {where} has changed: "
-                f"{'; '.join(changed) or 'a stage begins elsewhere'}. What was trained "
-                "on cannot be re-mapped: set it back (later stages may change), or "
-                "start another run with --init-from"
+                f"{'; '.join(changed)}. What was trained on cannot be re-mapped: set "
+                "it back (later stages may change), or start another run with "
+                "--init-from"
             )
 
 
@@ -173,8 +174,12 @@ def load_origin(
     check_tokenizer(meta, corpus, where)
     sizes = corpus.examples(cfg.data.seq_len)
     former: dict[str, int] = {}
-    for segment in meta["curricula"]:
+    seed, end = meta["seed"], step * from_json(meta["config"], where).data.batch_size
+    for k, segment in enumerate(meta["curricula"]):
         former |= segment["curriculum"]["sources"]
+        # The segment's that the cursors are of: `seed` was once the last one's.
+        if not k or segment["first_example"] < end:
+            seed = segment["curriculum"]["seed"]
     cursors = meta["consumed"]
     origin = {
         "checkpoint": f"{folder.parent.name}/{folder.name}/{step}",
@@ -183,7 +188,7 @@ def load_origin(
         "tokens": meta["tokens"],
         "cursors": {k: n for k, n in cursors.items() if sizes.get(k) == former[k]},
         "restarted": sorted(k for k in cursors if k in sizes and sizes[k] != former[k]),
-        "seed": meta["seed"],
+        "seed": seed,
         "shares": meta["shares"],
         "lineage": meta["lineage"],
     }

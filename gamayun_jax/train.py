@@ -350,23 +350,14 @@ def _train(
                 config=to_json(cfg),
                 tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
                 consumed=plan.consumed(step),
-                curricula=[
-                    dict(
-                        first_example=s.first_example,
-                        curriculum=s.curriculum.to_json(),
-                        fingerprint=s.curriculum.fingerprint(
-                            max(0, step * cfg.data.batch_size - s.first_example)
-                        ),
-                    )
-                    for s in plan.segments
-                ],
+                curricula=plan.curricula(step),
                 origin=origin,
                 lineage=lineage,
                 interval=interval.to_json(),
                 watch=watch.to_json(),
                 times=clock.to_json(),
                 rollbacks=rollbacks,
-                seed=plan.segments[-1].seed,
+                seed=plan.segments[plan.segment_before(step)].seed,
                 shares=plan.shares[cfg.stage_at(max(step - 1, 0))],
             )
             store.save(state, step, meta)

@@ -124,6 +124,57 @@ def test_cursors_restart_where_the_transition_says_so(config, corpus):
     assert sum(served.values()) == 13 * 8
 
 
+@pytest.fixture
+def three_segments(config):
+    """Stages of 7, 6 and 4 steps; the second and the third begin their data anew."""
+    first, second = config.stages
+    ramped = dataclasses.replace(second, transition=TransitionConfig(cursors="restart"))
+    third = dataclasses.replace(
+        ramped, name="third", tokens=4 * 8 * 64, mixture=first.mixture
+    )
+    return dataclasses.replace(config, stages=(first, ramped, third))
+
+
+def test_what_is_counted_per_segment_at_every_step(three_segments, corpus):
+    """Against the examples themselves, before, at and after each boundary."""
+    plan = make_plan(three_segments, corpus)
+    assert [s.first_example for s in plan.segments] == [0, 56, 104]
+    assert len({s.seed for s in plan.segments}) == 3
+    dataset, _ = plan.lookup(np.arange(17 * 8))
+    names = len(plan.sources)
+    for step in range(18):
+        end = step * 8
+        per = np.bincount(dataset[:end], minlength=3 * names).reshape(3, names)
+        current = max(k for k in range(3) if k == 0 or (0, 56, 104)[k] < end)
+        assert [plan.served_of(k, step) for k in range(3)] == per.sum(1).tolist()
+        assert list(plan.served(step).values()) == per.sum(0).tolist()
+        assert plan.segment_before(step) == current
+        assert list(plan.consumed(step).values()) == per[current].tolist()
+        assert [past["fingerprint"] for past in plan.curricula(step)] == [
+            s.curriculum.fingerprint(int(n))
+            for s, n in zip(plan.segments, per.sum(1), strict=True)
+        ]
+    # A ramp into a segment begins at the shares of the stage before it.
+    assert plan.segments[1].curriculum.before == plan.shares[0]
+    rows = [r for r in plan.table() if r["source"] == "tr/help"]
+    assert rows[-1]["epochs_total"] == pytest.approx(sum(r["epochs"] for r in rows))
+
+
+def test_a_restart_after_another_run_has_an_order_of_its_own(three_segments, corpus):
+    """Also where both runs have the same seed and begin anew."""
+    former = make_plan(three_segments, corpus)
+    origin = {"cursors": {}, "seed": former.segments[0].seed, "shares": {}}
+    stages = (
+        dataclasses.replace(
+            three_segments.stages[0], transition=TransitionConfig(cursors="restart")
+        ),
+        *three_segments.stages[1:],
+    )
+    plan = make_plan(dataclasses.replace(three_segments, stages=stages), corpus, origin)
+    seeds = [origin["seed"], *(s.seed for s in plan.segments)]
+    assert len(set(seeds)) == 4
+
+
 def test_rows_of_this_host_cover_the_batch():
     mesh = jax.make_mesh(
         (2, 2, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3

@@ -16,7 +16,7 @@ from jax.profiler import ProfileData
 from gamayun_jax import checkpoint, train
 from gamayun_jax.config import MixtureConfig, TransitionConfig, UserError
 from gamayun_jax.data import make_plan
-from gamayun_jax.lineage import share_points
+from gamayun_jax.lineage import load_origin, share_points
 from gamayun_jax.step import abstract_state
 
 
@@ -115,6 +115,73 @@ def test_resume_is_bit_exact(step, straight, config, tmp_path):
         np.testing.assert_array_equal(a, b)
     assert records(run) == records(straight)
     assert evaluations(run) == evaluations(straight)
+
+
+@pytest.fixture(scope="module")
+def restarted(config, tmp_path_factory):
+    """A config whose second stage begins its data anew, and a whole run of it."""
+    restart = TransitionConfig(moments="keep", cursors="restart")
+    second = dataclasses.replace(config.stages[1], transition=restart)
+    cfg = dataclasses.replace(config, stages=(config.stages[0], second))
+    run = tmp_path_factory.mktemp("runs") / "restarted"
+    assert train.train(cfg, run, log=quiet) == 0
+    return cfg, run
+
+
+def cut_after(run, step, to):
+    """A copy of a run as it was when its checkpoint `step` was the newest."""
+    shutil.copytree(run, to)
+    for path in (to / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > step:
+            shutil.rmtree(path)
+    return to
+
+
+@pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), 7, 9])
+def test_a_stage_that_begins_its_data_anew_resumes_exactly(step, restarted, tmp_path):
+    """Before, at and after the boundary of the two segments."""
+    cfg, straight = restarted
+    run = cut_after(straight, step, tmp_path / "run")
+    assert train.train(cfg, run, log=quiet) == 0
+    for a, b in zip(state_of(straight, cfg, 13), state_of(run, cfg, 13), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert records(run) == records(straight)
+    metas = [
+        checkpoint.Checkpoints(r / "checkpoints", read_only=True).meta(13)
+        for r in (straight, run)
+    ]
+    for key in ("curricula", "consumed", "seed"):
+        assert metas[0][key] == metas[1][key]
+
+
+def test_init_from_inside_each_segment_goes_on_with_its_order(restarted, corpus):
+    cfg, run = restarted
+    plan = make_plan(cfg, corpus)
+    for step, segment in ((6, 0), (7, 0), (9, 1), (13, 1)):
+        path = run / "checkpoints" / str(step)
+        store, _, meta, origin = load_origin(path, cfg, corpus)
+        store.close()
+        assert meta["seed"] == origin["seed"] == plan.segments[segment].seed
+        assert origin["cursors"] == plan.consumed(step)
+        assert not origin["restarted"]
+
+
+def test_where_segments_begin_cannot_change_once_they_have(
+    restarted, straight, config, tmp_path
+):
+    """Both ways; before that they may."""
+    cfg, run = restarted
+    began = cut_after(run, 9, tmp_path / "a"), cut_after(straight, 9, tmp_path / "b")
+    for other, where in zip((config, cfg), began, strict=True):
+        with pytest.raises(UserError, match="before step 9 of .* has changed"):
+            train.train(other, where, log=quiet)
+    at = cut_after(run, 7, tmp_path / "c")
+    assert train.train(config, at, log=quiet) == 0
+    tokens = [
+        {k: v["tokens"] for k, v in records(r)[-1]["languages"].items()}
+        for r in (at, straight)
+    ]
+    assert tokens[0] == tokens[1]
 
 
 def test_a_finished_run_has_nothing_left_to_do(straight, config):
