@@ -168,6 +168,23 @@ class Corpus:
             )
         return {n: s.records * (size // seq_len) for n, s in self.sources.items()}
 
+    def contents(self) -> dict[str, Any]:
+        """What tells other texts from these, as plain JSON: of each source, [records,
+        SHA-256] of its shards in order; of each held-out file, its SHA-256. Of the
+        hashes, the first 16 digits: a checkpoint keeps them all."""
+        held = self.manifest["heldout"]
+        return {
+            "sources": {
+                name: [[r["records"], r["sha256"][:16]] for r in source["shards"]]
+                for name, source in self.manifest["sources"].items()
+            },
+            "heldout": {
+                f"{name} in {language}": row["sha256"][:16]
+                for name in held
+                for language, row in held[name]["languages"].items()
+            },
+        }
+
     def tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer(self.folder / "tokenizer.model")
         if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
@@ -304,6 +321,7 @@ def open_corpus(
         sizes += [n for s in sources.values() for n in (s.bytes, s.tokens, s.records)]
         if not all(type(n) is int and n >= 0 for n in sizes) or not sizes[0]:
             raise TypeError("its own numbers")
+        Corpus(folder, manifest, sources).contents()  # every hash is there
         if manifest["dtype"] not in ("uint16", "uint32"):
             raise KeyError("dtype")
     except (KeyError, TypeError, AttributeError) as e:

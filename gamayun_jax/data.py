@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gamayun_jax.config import Config, StageConfig, UserError
-from gamayun_jax.corpus import BadRecordError, Corpus, Records
+from gamayun_jax.corpus import BadRecordError, Corpus
 from gamayun_jax.curriculum import Curriculum, Phase, check_epochs, mixture_shares
 
 Aside = Callable[[str, str, int, str], None]  # (source, shard, record, reason)
@@ -121,6 +121,23 @@ class DataPlan:
             beyond = (dataset == number) & (position >= s.begin)
             position[beyond] += s.end - s.begin
         return dataset, position
+
+    def behind(self, source: str, step: int) -> Iterator[tuple[int, int]]:
+        """(segment, position in its order) of each example of a source that its
+        cursors are beyond before step `step`: what this run served, and what a former
+        one did where its cursor went on."""
+        for k, segment in enumerate(self.segments):
+            end = segment.curriculum.consumed(self.served_of(k, step))[source]
+            mine = [
+                s
+                for s in sorted(self.skipped, key=lambda s: s.begin)
+                if s.segment == k and s.source == source
+            ]
+            for begin in range(0, end, 4096):
+                position = np.arange(begin, min(begin + 4096, end))
+                for s in mine:
+                    position[position >= s.begin] += s.end - s.begin
+                yield from ((k, p) for p in position.tolist())
 
     def positions(self, first: int, last: int) -> list[dict[str, Any]]:
         """What steps `first` to `last` (from 1) serve, as `Skipped` in plain JSON."""
@@ -265,7 +282,31 @@ def make_plan(
     )
 
 
-def example_order(seed: int, source: str, records: Records, per_record: int) -> Any:
+def past_plan(meta: Mapping[str, Any], batch_size: int) -> DataPlan:
+    """What served the examples before a checkpoint, by its meta alone.
+
+    Only what the segments say of the past is there: no shares, no languages.
+    """
+    segments = []
+    for s in meta["curricula"]:
+        curriculum = Curriculum.from_json(s["curriculum"])
+        segments.append(Segment(s["first_example"], curriculum, curriculum.seed))
+    return DataPlan(
+        sources=segments[0].curriculum.names,
+        languages=(),
+        shares=(),
+        segments=tuple(segments),
+        batch_size=batch_size,
+        total_steps=meta["step"],
+        skipped=tuple(
+            Skipped(**s) for r in meta.get("rollbacks", ()) for s in r["skipped"]
+        ),
+    )
+
+
+def example_order(
+    seed: int, source: str, records: Sequence[Any], per_record: int
+) -> Any:
     """Position in a segment's order of a source -> example, for any number of epochs;
     `seed`: the segment's."""
     # By name, so that another source's coming or going changes nothing.

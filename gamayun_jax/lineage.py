@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import importlib.metadata
+import itertools
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from gamayun_jax.checkpoint import Checkpoints
 from gamayun_jax.config import Config, UserError, from_json, to_dict
 from gamayun_jax.corpus import Corpus
 from gamayun_jax.curriculum import Curriculum, diff_past
-from gamayun_jax.data import DataPlan
+from gamayun_jax.data import DataPlan, example_order, past_plan
 from gamayun_jax.model import parameter_count
 from gamayun_jax.step import stage_tokens
+
+MOST_LOOKED_UP = 20_000  # served examples of a changed source that are counted
 
 
 def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str, Any]:
@@ -155,14 +160,144 @@ def check_past(cfg: Config, plan: DataPlan, corpus: Corpus, meta, where: str) ->
             )
 
 
+@dataclass(frozen=True)
+class CorpusChange:
+    """What is not as it was at a checkpoint: a source's texts, or something else."""
+
+    source: str  # "" for what is no source
+    served: bool  # whether examples before the checkpoint are among it
+    text: str
+
+
+def corpus_changes(
+    meta: Mapping[str, Any], corpus: Corpus, where: str
+) -> list[CorpusChange]:
+    """What has changed in a corpus since a checkpoint was written.
+
+    Which examples were served is exact. A hash covers a shard, so what is known of
+    their texts is whether the shard that they lie in is the same; of that an example
+    of another text cannot escape, one of the same text may be counted.
+    """
+    if not meta["curricula"]:  # imported: it has no past here
+        return []
+    recipe, former = corpus.manifest["recipe"], meta["lineage"]["corpus"]["recipe"]
+    found = []
+    if recipe != former:
+        text = f"its recipe was {former[:12]} and is {recipe[:12]}"
+        found.append(CorpusChange("", False, text))
+    if "contents" not in meta:
+        text = (
+            f"{where} has no hashes of its corpus's shards, since a former release "
+            "wrote it: whether the texts that were served are the same cannot be "
+            "verified; the next checkpoint has them"
+        )
+        return [*found, CorpusChange("", False, text)]
+    old, new = meta["contents"], corpus.contents()
+    if old == new:
+        return found
+    batch_size = from_json(meta["config"], where).data.batch_size
+    plan = past_plan(meta, batch_size)
+    for name in {**old["sources"], **new["sources"]}:
+        if old["sources"].get(name) == new["sources"].get(name):
+            continue
+        if name not in old["sources"]:
+            text, served = f"source {name} is new", False
+        else:
+            shards = new["sources"].get(name, [])
+            text, served = source_changes(
+                plan, meta["step"], name, old["sources"][name], shards
+            )
+        found.append(CorpusChange(name, served, text))
+    for name, digest in old["heldout"].items():
+        if (other := new["heldout"].get(name)) != digest:
+            what = "has other texts" if other else "is gone"
+            text = f"held-out set {name} {what}: its results cannot be compared"
+            found.append(CorpusChange("", False, text))
+    return found
+
+
+def source_changes(
+    plan: DataPlan,
+    step: int,
+    name: str,
+    old: Sequence[Sequence[Any]],
+    new: Sequence[Sequence[Any]],
+) -> tuple[str, bool]:
+    """What has changed in a source, and whether `plan` served some of it before
+    `step`; `old` and `new`: [records, hash] of its shards."""
+
+    def begins(shards: Sequence[Sequence[Any]]) -> list[int]:
+        return list(itertools.accumulate((n for n, _ in shards), initial=0))
+
+    starts = begins(old)
+    same = {(b, *s) for b, s in zip(begins(new), new, strict=False)}
+    changed = [k for k, s in enumerate(old) if (starts[k], *s) not in same]
+    total, size = starts[-1], plan.segments[0].curriculum.sources[name]
+    if not (changed and size):
+        return f"source {name} had {total} records and has {begins(new)[-1]}", False
+    per_record = size // total
+    orders = [
+        example_order(s.seed, name, range(total), per_record) for s in plan.segments
+    ]
+    looked = hits = 0
+    for segment, position in plan.behind(name, step):
+        record = orders[segment][position] // per_record
+        looked += 1
+        hits += bisect.bisect_right(starts, record) - 1 in changed
+        if hits and looked == MOST_LOOKED_UP:
+            break
+    numbers = ", ".join(map(str, changed[:8])) + (", ..." if changed[8:] else "")
+    text = f"source {name}: {len(changed)} of its {len(old)} shards changed ({numbers})"
+    if total != begins(new)[-1]:
+        text += f", its records from {total} to {begins(new)[-1]}"
+    first = "first " if looked == MOST_LOOKED_UP else ""
+    return f"{text}, with {hits} of the {first}{looked} examples served", bool(hits)
+
+
+def check_contents(meta: Mapping[str, Any], corpus: Corpus, where: str) -> None:
+    """Raise UserError if a text that was served has changed."""
+    changed = [c.text for c in corpus_changes(meta, corpus, where) if c.served]
+    if changed:
+        raise UserError(
+            f"corpus {corpus.folder} has other texts than {where} was trained on (by "
+            "the hashes of whole shards): give data.corpus the former one, or start "
+            f"another run with --init-from. {'; '.join(changed)}"
+        )
+
+
+def note_corpus(
+    lineage: dict[str, Any],
+    meta: Mapping[str, Any],
+    corpus: Corpus,
+    where: str,
+    log: Callable[[str], None],
+) -> None:
+    """Say and record how the corpus differs from the one at a checkpoint."""
+    texts = [c.text for c in corpus_changes(meta, corpus, where)]
+    for text in texts:
+        log(f"corpus: {text}")
+    if texts:
+        recipe = meta["lineage"]["corpus"]["recipe"]
+        lineage["events"].append(
+            {
+                "event": "corpus",
+                "step": meta["step"],
+                "old": recipe,
+                "new": corpus.manifest["recipe"],
+                "changes": texts,
+            }
+        )
+
+
 def load_origin(
     path: Path, cfg: Config, corpus: Corpus
 ) -> tuple[Checkpoints, int, dict[str, Any], dict[str, Any]]:
     """The checkpoint to start from: its store, step and meta, and the `origin` that
     the new run keeps: where it came from, and what its data plan goes on with.
 
-    A cursor is carried over only into a source of the same size, where it means the
-    same; the others are listed under `restarted`.
+    A cursor is carried over only into a source of the same size with the same texts up
+    to it, where it means the same; the others are listed under `restarted`, and what is
+    known to have changed under `corpus_changes`.
 
     Raises:
       UserError: no checkpoint there, or one of another tokenizer.
@@ -181,13 +316,17 @@ def load_origin(
         if not k or segment["first_example"] < end:
             seed = segment["curriculum"]["seed"]
     cursors = meta["consumed"]
+    changes = corpus_changes(meta, corpus, where)
+    other = {c.source for c in changes if c.served}
+    other |= {k for k in cursors if sizes.get(k) != former[k]}
     origin = {
         "checkpoint": f"{folder.parent.name}/{folder.name}/{step}",
         "run": meta["lineage"].get("run"),
         "step": step,
         "tokens": meta["tokens"],
-        "cursors": {k: n for k, n in cursors.items() if sizes.get(k) == former[k]},
-        "restarted": sorted(k for k in cursors if k in sizes and sizes[k] != former[k]),
+        "cursors": {k: n for k, n in cursors.items() if k not in other},
+        "restarted": sorted(k for k in cursors if k in sizes and k in other),
+        "corpus_changes": [c.text for c in changes],
         "seed": seed,
         "shares": meta["shares"],
         "lineage": meta["lineage"],

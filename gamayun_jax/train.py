@@ -36,11 +36,13 @@ from gamayun_jax.divergence import (
 )
 from gamayun_jax.evaluate import HeldoutEvaluator
 from gamayun_jax.lineage import (
+    check_contents,
     check_corpus,
     check_origin,
     check_past,
     load_origin,
     new_lineage,
+    note_corpus,
     note_versions,
 )
 from gamayun_jax.losses import TokenWeights, make_token_weights
@@ -181,6 +183,7 @@ def _train(
         config_changes(from_json(meta["config"], where), cfg)
         check_origin(init_from, meta["origin"], None, run.path)
         check_past(cfg, make_plan(cfg, corpus, meta["origin"]), corpus, meta, where)
+        check_contents(meta, corpus, where)
 
     # Where the run stands: its own checkpoint, another run's, or nowhere.
     found = store.newest(abstract, check, run.path / "damaged", log)
@@ -199,6 +202,7 @@ def _train(
         lineage |= {k: meta["lineage"][k] for k in kept}
         lineage["events"] += [*damages, {"event": "resumed", "step": step}]
         note_versions(lineage, meta["lineage"].get("versions", {}), step, log)
+        note_corpus(lineage, meta, corpus, f"{store.folder}/{step}", log)
         log(f"going on from step {step} of {cfg.total_steps} in {run.path}")
     else:
         step, origin = 0, None
@@ -209,6 +213,8 @@ def _train(
             state = new_state(cfg, mesh)
         else:
             source, source_step, meta, origin = load_origin(init_from, cfg, corpus)
+            for text in origin["corpus_changes"]:
+                log(f"corpus: {text}")
             for name in origin["restarted"]:
                 log(f"source {name} is not what it was: its data begin anew")
             plan = make_plan(cfg, corpus, origin, rollbacks)
@@ -244,6 +250,7 @@ def _train(
     evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))
     tasks = TrainingTasks(cfg, corpus.tokenizer(), mesh)
     aside = SetAside(run.path, jax.process_index())
+    contents = corpus.contents()
     stalls = 0  # steps since the last record before which the device ran dry
     in_flight: list[tuple[int, dict[str, Any]]] = []
 
@@ -349,6 +356,7 @@ def _train(
                 tokens=tokens_at(step),
                 config=to_json(cfg),
                 tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
+                contents=contents,
                 consumed=plan.consumed(step),
                 curricula=plan.curricula(step),
                 origin=origin,

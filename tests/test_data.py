@@ -1,5 +1,6 @@
 """Batches: documents kept apart, and the same rows for any number of hosts."""
 
+import copy
 import dataclasses
 
 import jax
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gamayun_jax import data, sharding
-from gamayun_jax.config import TransitionConfig, UserError
+from gamayun_jax.config import MixtureConfig, TransitionConfig, UserError, to_json
 from gamayun_jax.data import host_rows, local_batches, make_batch, make_plan
+from gamayun_jax.lineage import check_contents, corpus_changes
 
 BOS, PAD, EOS = 1, 0, 2
 
@@ -196,3 +198,81 @@ def test_a_language_that_the_config_lacks(config, corpus):
 def test_a_seq_len_that_does_not_divide(config, corpus, replace):
     with pytest.raises(UserError, match="divide"):
         make_plan(replace(config, "data.seq_len", 48), corpus)
+
+
+def meta_of(cfg, corpus, step, rollbacks=()):
+    """What a checkpoint says of the past."""
+    return {
+        "step": step,
+        "curricula": make_plan(cfg, corpus, None, rollbacks).curricula(step),
+        "config": to_json(cfg),
+        "rollbacks": list(rollbacks),
+        "contents": corpus.contents(),
+        "lineage": {"corpus": {"recipe": corpus.manifest["recipe"]}},
+    }
+
+
+def with_other_shards(corpus, source, numbers, cut=0):
+    """The same corpus with other hashes of some shards, or some of them left out."""
+    manifest = copy.deepcopy(corpus.manifest)
+    shards = manifest["sources"][source]["shards"]
+    for number in numbers:
+        shards[number]["sha256"] = "0" * 64
+    del shards[len(shards) - cut :]
+    return dataclasses.replace(corpus, manifest=manifest)
+
+
+@pytest.mark.parametrize("step", [3, 7, 12, 15])
+def test_what_was_served_of_a_changed_shard_is_counted(three_segments, corpus, step):
+    """Against the rows that were read: with segments, and examples left out."""
+    left_out = data.Skipped(1, "en/help", 3, 5)
+    rollbacks = [{"skipped": [dataclasses.asdict(left_out)]}]
+    plan = make_plan(three_segments, corpus, None, rollbacks)
+    records = corpus.records("en/help")
+    files = [row["file"] for row in corpus.manifest["sources"]["en/help"]["shards"]]
+    assert len(files) > 1
+    served = np.zeros(len(files), int)
+    number = plan.sources.index("en/help")
+    for dataset, position in zip(*plan.lookup(np.arange(step * 8)), strict=True):
+        segment, source = divmod(int(dataset), len(plan.sources))
+        if source == number:
+            seed = plan.segments[segment].seed
+            order = data.example_order(seed, "en/help", records, 1)
+            shard, _ = records.locate(order[int(position)])
+            served[[shard.endswith(f) for f in files].index(True)] += 1
+    meta = meta_of(three_segments, corpus, step, rollbacks)
+    assert corpus_changes(meta, corpus, "here") == []
+    for k, count in enumerate(served.tolist()):
+        other = with_other_shards(corpus, "en/help", [k])
+        (change,) = corpus_changes(meta, other, "here")
+        assert change.served == bool(count)
+        said = f"shards changed ({k}), with {count} of the {served.sum()} examples"
+        assert said in change.text
+
+
+def test_texts_that_were_not_served_may_change(three_segments, corpus):
+    first = three_segments.stages[0]
+    mixture = MixtureConfig("explicit", {"en/help": 1.0})
+    stages = (dataclasses.replace(first, mixture=mixture), *three_segments.stages[1:])
+    cfg = dataclasses.replace(three_segments, stages=stages)
+    meta = meta_of(cfg, corpus, 7)
+    other = with_other_shards(corpus, "ru/help", [0])
+    other.manifest["recipe"] = "another"
+    other.manifest["heldout"]["udhr"]["languages"]["tr"]["sha256"] = "0" * 64
+    check_contents(meta, other, "here")
+    texts = [c.text for c in corpus_changes(meta, other, "here")]
+    assert [t.split()[:3] for t in texts] == [
+        ["its", "recipe", "was"],
+        ["source", "ru/help:", "1"],
+        ["held-out", "set", "udhr"],
+    ]
+    assert "with 0 of the 0 examples served" in texts[1]
+    with pytest.raises(UserError, match=r"other texts than here .* en/help: 1 of"):
+        check_contents(meta, with_other_shards(corpus, "en/help", [0]), "here")
+    # After the boundary the next stage's sources were served too.
+    with pytest.raises(UserError, match=r"source ru/help: 1 of its"):
+        check_contents(meta_of(cfg, corpus, 13), other, "here")
+    shorter = with_other_shards(corpus, "ru/help", [], cut=1)
+    (change,) = corpus_changes(meta, shorter, "here")
+    assert "1 of its 3 shards changed (2), its records from" in change.text
+    assert not change.served

@@ -41,6 +41,11 @@ def test_a_former_run_goes_on_and_ends_as_it_would_have(former):
     said = []
     assert train.train(cfg, Path("run"), log=said.append) == 0
     assert any("going on from step 14 of 20" in line for line in said)
+    # It has no hashes of its corpus; the checkpoints that it makes now do.
+    assert sum("cannot be verified" in line for line in said) == 1
+    said.clear()
+    assert train.train(cfg, Path("run"), log=said.append) == 0
+    assert not any("cannot be verified" in line for line in said)
     after = records(former / "run")
     expected = json.loads(Path("finished.json").read_text("utf-8"))
     assert list(after) == [r["step"] for r in expected["records"]]

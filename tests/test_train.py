@@ -11,11 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
 from jax.profiler import ProfileData
 
 from gamayun_jax import checkpoint, train
 from gamayun_jax.config import MixtureConfig, TransitionConfig, UserError
+from gamayun_jax.corpus import open_corpus
 from gamayun_jax.data import make_plan
+from gamayun_jax.files import file_sha256
 from gamayun_jax.lineage import load_origin, share_points
 from gamayun_jax.step import abstract_state
 
@@ -323,6 +327,73 @@ def test_init_from_goes_on_with_parameters_tokens_and_cursors(
     )
     plan = make_plan(restart, corpus, meta["origin"])
     assert plan.consumed(0)["en/help"] == 0
+
+
+@pytest.fixture(scope="module")
+def reversed_corpus(corpus, tmp_path_factory):
+    """The same corpus with the records of a source in reverse order: its sizes, its
+    path inside the folder and its words are the same."""
+    folder = tmp_path_factory.mktemp("other") / "corpus"
+    shutil.copytree(corpus.folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["recipe"] = "0" * 64
+    for row in manifest["sources"]["tr/help"]["shards"]:
+        path = folder / row["file"]
+        source = ArrayRecordDataSource(str(path))
+        rows = [source[i] for i in reversed(range(len(source)))]
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for record in rows:
+            writer.write(record)
+        writer.close()
+        row["sha256"] = file_sha256(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return open_corpus(folder)
+
+
+def test_a_corpus_swapped_under_a_run_is_refused(
+    straight, config, replace, corpus, reversed_corpus, tmp_path
+):
+    run = cut_after(straight, 7, tmp_path / "run")
+    before = (run / "lineage.json").read_text()
+    swapped = replace(config, "data.corpus", str(reversed_corpus.folder))
+    served = make_plan(config, corpus).served(7)["tr/help"]
+    with pytest.raises(UserError, match=f"with {served} of the {served} examples"):
+        train.train(swapped, run, log=quiet)
+    assert (run / "lineage.json").read_text() == before
+
+
+def test_init_from_begins_a_swapped_source_anew(
+    straight, config, corpus, reversed_corpus
+):
+    path = straight / "checkpoints" / "7"
+    store, _, _, origin = load_origin(path, config, reversed_corpus)
+    store.close()
+    assert origin["restarted"] == ["tr/help"]
+    cursors = make_plan(config, corpus).consumed(7)
+    assert origin["cursors"] == {k: cursors[k] for k in ("en/help", "ru/help")}
+    recipe, source = origin["corpus_changes"]
+    assert "its recipe was" in recipe
+    assert "source tr/help: 1 of its 1 shards changed (0)" in source
+
+
+def test_a_changed_corpus_goes_into_the_lineage(
+    straight, config, replace, corpus, tmp_path
+):
+    """Here a held-out set, which no example is of."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus.folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["heldout"]["udhr"]["languages"]["tr"]["sha256"] = "0" * 64
+    manifest["recipe"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run, said = cut_after(straight, 12, tmp_path / "run"), []
+    cfg = replace(config, "data.corpus", str(folder))
+    assert train.train(cfg, run, log=said.append) == 0
+    assert any("held-out set udhr in tr has other texts" in text for text in said)
+    lineage = json.loads((run / "lineage.json").read_text())
+    (event,) = [e for e in lineage["events"] if e["event"] == "corpus"]
+    assert (event["old"], event["new"]) == (corpus.manifest["recipe"], "0" * 64)
+    assert len(event["changes"]) == 2
 
 
 def test_future_stages_may_change_and_the_past_may_not(straight, config, tmp_path):
