@@ -4,22 +4,29 @@ An experiment file exports `get_config() -> Config`. It is code and is executed:
 run only files you trust. Variants are `dataclasses.replace`; the command line
 changes single fields with `--set a.b=value`, typed by the field it names. The
 resolved configuration is plain JSON (`to_json`, `from_json`).
+
+A field's annotation is its check: one walk (`decode`) holds the values of every source
+against type, choices and bound. What several fields must fulfil together, the dataclass
+that owns them checks in its `__post_init__`. Parts are checked when a Config is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import math
+import numbers
+import sys
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 DEMO_CORPUS = Path(__file__).parent / "demo_corpus"
 
@@ -35,65 +42,60 @@ class UserError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+# Types of fields: what a value must be, as an error says it, and the test of it.
+Count = Annotated[int, ("greater than 0", lambda x: x > 0)]
+Whole = Annotated[int, ("at least 0", lambda x: x >= 0)]
+Seed = Annotated[int, ("in [0, 2**31)", lambda x: 0 <= x < 2**31)]
+Axis = Annotated[
+    int, ("at least 1, or -1 for what is left", lambda x: x > 0 or x == -1)
+]
+Positive = Annotated[float, ("greater than 0", lambda x: x > 0)]  # math.inf too
+Finite = Annotated[float, ("a finite number above 0", lambda x: 0 < x < math.inf)]
+Share = Annotated[float, ("a finite number of at least 0", lambda x: 0 <= x < math.inf)]
+Part = Annotated[float, ("in [0, 1]", lambda x: 0 <= x <= 1)]
+Decay = Annotated[float, ("in [0, 1)", lambda x: 0 <= x < 1)]
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """LLaMA-3 frequency scaling of rotary embeddings (Llama 3.1 model card)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_len: int
+    factor: Finite
+    low_freq_factor: Finite
+    high_freq_factor: Finite
+    original_max_len: Count
 
     def __post_init__(self):
-        if not (
-            self.factor > 0
-            and self.original_max_len > 0
-            and 0 < self.low_freq_factor < self.high_freq_factor
-        ):
+        settle(self, "model.rope_scaling")
+        if self.low_freq_factor >= self.high_freq_factor:
             raise UserError(
-                f"model.rope_scaling: {self}: factor and original_max_len must be "
-                "greater than 0, and low_freq_factor below high_freq_factor"
+                f"model.rope_scaling.low_freq_factor={self.low_freq_factor} must be "
+                f"below high_freq_factor={self.high_freq_factor}"
             )
-
-
-MODEL_SIZES = (
-    "vocab_size",
-    "num_layers",
-    "d_model",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "d_ff",
-    "max_seq_len",
-)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a pre-norm decoder; these fields span all the presets."""
 
-    vocab_size: int
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    max_seq_len: int = 4096
-    rope_theta: float = 500_000.0
+    vocab_size: Count
+    num_layers: Count
+    d_model: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    d_ff: Count
+    max_seq_len: Count = 4096
+    rope_theta: Finite = 500_000.0
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-6
+    norm_eps: Share = 1e-6
     qk_norm: bool = False
     qkv_bias: bool = False
     tie_embeddings: bool = True
-    init_std: float = 0.02
+    init_std: Share = 0.02
 
     def __post_init__(self):
-        for name in MODEL_SIZES:
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"model.{name}={getattr(self, name)} must be greater than 0"
-                )
+        settle(self, "model")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} is not a multiple of "
@@ -112,16 +114,16 @@ class ComputeConfig:
     """How the model is executed. Nothing here changes what the model is."""
 
     # "auto": bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32.
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # What the backward pass makes again: none | minimal | attention | full, from
     # nothing to all of a layer; offload: as minimal, kept in the host's memory.
-    remat: str = "none"
+    remat: Literal["none", "minimal", "attention", "full", "offload"] = "none"
     # auto | xla | splash (TPU) | cudnn (GPU); auto takes the platform's kernel.
-    attention: str = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     scan_layers: bool = True  # one compiled layer body instead of num_layers copies
     # Positions per chunk of the output head; 0 computes all logits at once.
-    loss_chunk: int = 0
-    microbatches: int = 1  # gradient accumulation
+    loss_chunk: Whole = 0
+    microbatches: Count = 1  # gradient accumulation
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,9 @@ class HeldoutConfig:
 class TokenizerConfig:
     """SentencePiece training. `shares`: language -> share of the training bytes."""
 
-    vocab_size: int
-    shares: Mapping[str, float] = field(default_factory=dict)  # empty: equal shares
-    sample_bytes: int = 200_000_000  # text given to the trainer, all languages
+    vocab_size: Count
+    shares: Mapping[str, Share] = field(default_factory=dict)  # empty: equal shares
+    sample_bytes: Count = 200_000_000  # text given to the trainer, all languages
     model: str = ""  # path of a ready model: nothing is trained
 
 
@@ -168,10 +170,10 @@ class CorpusConfig:
     sources: tuple[SourceConfig, ...] = ()
     heldout: tuple[HeldoutConfig, ...] = ()
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(4096))
-    record_tokens: int = 4096  # tokens per record; a multiple of data.seq_len
-    shard_bytes: int = 256_000_000  # text per input chunk, so per shard
-    min_chars: int = 1
-    max_bad_share: float = 0.01  # a larger share of unreadable documents is an error
+    record_tokens: Count = 4096  # tokens per record; a multiple of data.seq_len
+    shard_bytes: Count = 256_000_000  # text per input chunk, so per shard
+    min_chars: Whole = 1
+    max_bad_share: Part = 0.01  # a larger share of unreadable documents is an error
 
 
 @dataclass(frozen=True)
@@ -179,18 +181,18 @@ class DataConfig:
     """What training reads: a corpus folder, cut into examples of `seq_len` tokens."""
 
     corpus: str = ""
-    seq_len: int = 4096
-    batch_size: int = 512  # examples per step, over all devices and microbatches
-    block_examples: int = 1024  # curriculum block: counts are exact at its ends
-    max_epochs: float = 4.0  # cap per source over all stages (math.inf: none)
-    max_epochs_of: Mapping[str, float] = field(default_factory=dict)
+    seq_len: Count = 4096
+    batch_size: Count = 512  # examples per step, over all devices and microbatches
+    block_examples: Count = 1024  # curriculum block: counts are exact at its ends
+    max_epochs: Positive = 4.0  # cap per source over all stages (math.inf: none)
+    max_epochs_of: Mapping[str, Positive] = field(default_factory=dict)
     # Records that cannot be read or are not what they should be: stop, or set_aside
     # (padding takes their place; they are listed in the run folder).
-    faults: str = "stop"
-    retry_seconds: float = 120.0  # before a file that cannot be read is a fault
+    faults: Literal["stop", "set_aside"] = "stop"
+    retry_seconds: Share = 120.0  # before a file that cannot be read is a fault
     verify: bool = False  # read the whole corpus at the start, to compare its hashes
-    prefetch: int = 8  # batches made ahead
-    threads: int = 4
+    prefetch: Count = 8  # batches made ahead
+    threads: Count = 4
 
 
 @dataclass(frozen=True)
@@ -203,12 +205,13 @@ class MixtureConfig:
     arXiv 2304.09151), or explicit (there is no rest).
     """
 
-    scheme: str = "explicit"
-    shares: Mapping[str, float] = field(default_factory=dict)
-    alpha: float = 0.3
-    max_epochs: float = 4.0
-    ramp: str = "step"  # step | linear | cosine: how the former stage's shares leave
-    ramp_tokens: int = 0
+    scheme: Literal["natural", "temperature", "unimax", "explicit"] = "explicit"
+    shares: Mapping[str, Share] = field(default_factory=dict)
+    alpha: Share = 0.3
+    max_epochs: Positive = 4.0
+    # How the former stage's shares leave.
+    ramp: Literal["step", "linear", "cosine"] = "step"
+    ramp_tokens: Whole = 0
 
 
 @dataclass(frozen=True)
@@ -220,8 +223,8 @@ class TokenWeightConfig:
     sampling follows the mixture). Normalised to mean 1 under the mixture.
     """
 
-    scheme: str = "none"
-    weights: Mapping[str, float] = field(default_factory=dict)
+    scheme: Literal["none", "static", "bytes", "target_share"] = "none"
+    weights: Mapping[str, Share] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,21 +235,22 @@ class ScheduleConfig:
     from the start of this one. The decay ends where the stage ends.
     """
 
-    kind: str = "wsd"  # wsd (warmup-stable-decay) | cosine
-    peak: float = 3e-4
-    warmup_tokens: int = 0
-    decay_tokens: int = 0  # wsd only: length of the final decay
-    decay_shape: str = "linear"  # wsd only: linear | 1-sqrt
-    floor: float = 0.0  # final learning rate as a fraction of the peak
-    position: str = "global"
+    kind: Literal["wsd", "cosine"] = "wsd"  # warmup-stable-decay
+    peak: Finite = 3e-4
+    warmup_tokens: Whole = 0
+    decay_tokens: Whole = 0  # wsd only: length of the final decay
+    decay_shape: Literal["linear", "1-sqrt"] = "linear"  # wsd only
+    floor: Part = 0.0  # final learning rate as a fraction of the peak
+    position: Literal["global", "restart"] = "global"
 
 
 @dataclass(frozen=True)
 class TransitionConfig:
     """What happens to the former stage's state when a stage begins."""
 
-    moments: str = "keep"  # keep | reset: Adam's running moments
-    cursors: str = "continue"  # continue | restart: data position per source
+    moments: Literal["keep", "reset"] = "keep"  # Adam's running moments
+    # Data position per source.
+    cursors: Literal["continue", "restart"] = "continue"
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ class StageConfig:
     """One segment of training: how long, on what, at which rate, with which weights."""
 
     name: str
-    tokens: int
+    tokens: Count
     mixture: MixtureConfig
     schedule: ScheduleConfig
     token_weights: TokenWeightConfig = TokenWeightConfig()
@@ -265,31 +269,40 @@ class StageConfig:
 class OptimizerConfig:
     """AdamW; weight decay on matrices, not on embeddings, norms and biases."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    z_loss: float = 0.0
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: Finite = 1e-8
+    weight_decay: Share = 0.1
+    clip_norm: Positive = 1.0
+    z_loss: Share = 0.0
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices per axis; one axis may be -1 (what is left)."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: Axis = 1
+    fsdp: Axis = -1
+    tensor: Axis = 1
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which of them stay."""
 
-    every_steps: int = 1000
-    keep: int = 3  # the newest; stage ends are kept forever
-    keep_every_steps: int = 0  # besides, one every so many steps forever (0: none)
-    keep_every_tokens: int = 0  # and the first after each so many tokens (0: none)
+    every_steps: Count = 1000
+    keep: Count = 3  # the newest; stage ends are kept forever
+    keep_every_steps: Whole = 0  # besides, one every so many steps forever (0: none)
+    keep_every_tokens: Whole = 0  # and the first after each so many tokens (0: none)
+
+    def __post_init__(self):
+        settle(self, "checkpoint")
+        if self.keep_every_steps % self.every_steps:
+            raise UserError(
+                f"checkpoint.keep_every_steps={self.keep_every_steps} is not a "
+                f"multiple of checkpoint.every_steps={self.every_steps}: there would "
+                "be nothing to keep"
+            )
 
 
 @dataclass(frozen=True)
@@ -297,31 +310,31 @@ class DivergenceConfig:
     """What is done when training diverges; skip=False stops at the first such step."""
 
     skip: bool = True  # no update where loss or gradient is not finite
-    nonfinite: int = 3  # so many of those in a row: go back (0: never)
+    nonfinite: Whole = 3  # so many of those in a row: go back (0: never)
     # A loss so many robust standard deviations above the median of the last `window`
     # steps of the stage: go back (0: never).
-    spike: float = 0.0
-    window: int = 128
-    rollbacks: int = 3  # at most, then the run stops
+    spike: Share = 0.0
+    window: Count = 128
+    rollbacks: Whole = 3  # at most, then the run stops
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation during training, before the first step, at the stages' ends, and:"""
 
-    every_steps: int = 0  # on the held-out sets, every so many steps (0: no more)
-    batch_size: int = 32
-    max_units: int = 0  # per language and set; 0: all
+    every_steps: Whole = 0  # on the held-out sets, every so many steps (0: no more)
+    batch_size: Count = 32
+    max_units: Whole = 0  # per language and set; 0: all
     tasks: tuple[str, ...] = ()  # embedded tasks by name, or YAML files (tasks.py)
-    tasks_every_steps: int = 0  # on the tasks, every so many steps (0: no more)
-    task_items: int = 0  # most items per language and task; 0: all
+    tasks_every_steps: Whole = 0  # on the tasks, every so many steps (0: no more)
+    task_items: Whole = 0  # most items per language and task; 0: all
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """The records of a run: metrics.jsonl, console, TensorBoard."""
 
-    every_steps: int = 10
+    every_steps: Count = 10
     tensorboard: bool = True
 
 
@@ -338,14 +351,45 @@ class Config:
     compute: ComputeConfig = ComputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     divergence: DivergenceConfig = DivergenceConfig()
     evaluation: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
-        validate(self)
+        settle(self, "")
+        if not self.stages:
+            raise UserError("stages is empty: a config needs at least one stage")
+        if len(set(self.languages)) < len(self.languages) or not self.languages:
+            raise UserError(f"languages={self.languages}: list each language once")
+        if len({s.name for s in self.stages}) < len(self.stages):
+            raise UserError("stages: two stages have the same name; give each its own")
+        for stage in self.stages:
+            at = f"stages.{stage.name}.token_weights"
+            scheme, weights = stage.token_weights.scheme, stage.token_weights.weights
+            unknown = sorted(set(weights) - set(self.languages))
+            if unknown:
+                raise UserError(
+                    f"{at}.weights names {unknown[0]!r}, which is not in languages "
+                    f"({', '.join(self.languages)})"
+                )
+            missing = sorted(set(self.languages) - set(weights))
+            if scheme in ("static", "target_share") and missing:
+                raise UserError(
+                    f"{at}.weights lacks {missing[0]!r}: scheme {scheme!r} needs a "
+                    "number for every language"
+                )
+        if self.data.batch_size % self.compute.microbatches:
+            raise UserError(
+                f"data.batch_size={self.data.batch_size} is not a multiple of "
+                f"compute.microbatches={self.compute.microbatches}"
+            )
+        if self.data.seq_len > self.model.max_seq_len:
+            raise UserError(
+                f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len="
+                f"{self.model.max_seq_len}: raise the latter or shorten the examples"
+            )
 
     @property
     def tokens_per_step(self) -> int:
@@ -373,56 +417,6 @@ class Config:
         return sum(self.stage_steps()[:stage])
 
 
-CHOICES = {
-    "compute.dtype": ("auto", "float32", "bfloat16"),
-    "data.faults": ("stop", "set_aside"),
-    "compute.remat": ("none", "minimal", "attention", "full", "offload"),
-    "compute.attention": ("auto", "xla", "splash", "cudnn"),
-    "mixture.scheme": ("natural", "temperature", "unimax", "explicit"),
-    "mixture.ramp": ("step", "linear", "cosine"),
-    "token_weights.scheme": ("none", "static", "bytes", "target_share"),
-    "schedule.kind": ("wsd", "cosine"),
-    "schedule.decay_shape": ("linear", "1-sqrt"),
-    "schedule.position": ("global", "restart"),
-    "transition.moments": ("keep", "reset"),
-    "transition.cursors": ("continue", "restart"),
-}
-
-POSITIVE = (
-    "data.batch_size",
-    "data.seq_len",
-    "data.block_examples",
-    "data.prefetch",
-    "data.threads",
-    "data.max_epochs",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "divergence.window",
-    "evaluation.batch_size",
-    "log.every_steps",
-    "compute.microbatches",
-    "corpus.record_tokens",
-    "corpus.shard_bytes",
-    "optimizer.clip_norm",
-    "optimizer.eps",
-)
-AT_LEAST_0 = (
-    "compute.loss_chunk",
-    "data.retry_seconds",
-    "checkpoint.keep_every_steps",
-    "checkpoint.keep_every_tokens",
-    "divergence.nonfinite",
-    "divergence.spike",
-    "divergence.rollbacks",
-    "evaluation.every_steps",
-    "evaluation.max_units",
-    "evaluation.tasks_every_steps",
-    "evaluation.task_items",
-    "optimizer.weight_decay",
-    "optimizer.z_loss",
-)
-
-
 def language_domain(
     languages: Mapping[str, float], domains: Mapping[str, float]
 ) -> dict[str, float]:
@@ -430,166 +424,93 @@ def language_domain(
     return {f"{a}/{b}": x * y for a, x in languages.items() for b, y in domains.items()}
 
 
-def validate(cfg: Config) -> None:
-    """Check what one field's type cannot say; raises UserError naming the field."""
-
-    def choice(key: str, value: str, where: str) -> None:
-        if value not in CHOICES[key]:
-            raise UserError(
-                f"{where}={value!r} is unknown: choose one of {', '.join(CHOICES[key])}"
-            )
-
-    def positive(where: str, value: float) -> None:
-        if not value > 0:
-            raise UserError(f"{where}={value} must be greater than 0")
-
-    def share(where: str, value: float) -> None:
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{where}={value} must be a finite number of at least 0")
-
-    for name in ("dtype", "remat", "attention"):
-        choice(f"compute.{name}", getattr(cfg.compute, name), f"compute.{name}")
-    choice("data.faults", cfg.data.faults, "data.faults")
-    if not cfg.stages:
-        raise UserError("stages is empty: a config needs at least one stage")
-    if len(set(cfg.languages)) < len(cfg.languages) or not cfg.languages:
-        raise UserError(f"languages={cfg.languages}: list each language once")
-    if len({s.name for s in cfg.stages}) < len(cfg.stages):
-        raise UserError("stages: two stages have the same name; give each its own")
-    for name in POSITIVE:
-        positive(name, attrgetter(name)(cfg))
-    for name in AT_LEAST_0:
-        share(name, attrgetter(name)(cfg))
-    for name in ("optimizer.b1", "optimizer.b2"):
-        if not 0 <= attrgetter(name)(cfg) < 1:
-            raise UserError(f"{name}={attrgetter(name)(cfg)} must be in [0, 1)")
-    if not 0 <= cfg.seed < 2**31:
-        raise UserError(f"seed={cfg.seed} must be in [0, 2**31)")
-    for key, value in cfg.data.max_epochs_of.items():
-        positive(f"data.max_epochs_of[{key!r}]", value)
-    for stage in cfg.stages:
-        at = f"stages.{stage.name}"
-        positive(f"{at}.tokens", stage.tokens)
-        positive(f"{at}.schedule.peak", stage.schedule.peak)
-        for name in ("peak", "warmup_tokens", "decay_tokens", "floor"):
-            share(f"{at}.schedule.{name}", getattr(stage.schedule, name))
-        share(f"{at}.mixture.ramp_tokens", stage.mixture.ramp_tokens)
-        for part in ("mixture", "token_weights", "schedule", "transition"):
-            for key in CHOICES:
-                if key.startswith(part + "."):
-                    name = key.split(".")[1]
-                    choice(key, getattr(getattr(stage, part), name), f"{at}.{key}")
-        for key, value in stage.mixture.shares.items():
-            share(f"{at}.mixture.shares[{key!r}]", value)
-        weights = stage.token_weights
-        for key, value in weights.weights.items():
-            share(f"{at}.token_weights.weights[{key!r}]", value)
-        unknown = sorted(set(weights.weights) - set(cfg.languages))
-        if unknown:
-            raise UserError(
-                f"{at}.token_weights.weights names {unknown[0]!r}, which is not in "
-                f"languages ({', '.join(cfg.languages)})"
-            )
-        missing = sorted(set(cfg.languages) - set(weights.weights))
-        if weights.scheme in ("static", "target_share") and missing:
-            raise UserError(
-                f"{at}.token_weights.weights lacks {missing[0]!r}: scheme "
-                f"{weights.scheme!r} needs a number for every language"
-            )
-    if cfg.checkpoint.keep_every_steps % cfg.checkpoint.every_steps:
-        raise UserError(
-            f"checkpoint.keep_every_steps={cfg.checkpoint.keep_every_steps} is not a "
-            f"multiple of checkpoint.every_steps={cfg.checkpoint.every_steps}: there "
-            "would be nothing to keep"
-        )
-    if cfg.data.batch_size % cfg.compute.microbatches:
-        raise UserError(
-            f"data.batch_size={cfg.data.batch_size} is not a multiple of "
-            f"compute.microbatches={cfg.compute.microbatches}"
-        )
-    if cfg.data.seq_len > cfg.model.max_seq_len:
-        raise UserError(
-            f"data.seq_len={cfg.data.seq_len} exceeds model.max_seq_len="
-            f"{cfg.model.max_seq_len}: raise the latter or shorten the examples"
-        )
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Run an experiment file's `get_config()` and apply `--set` overrides.
 
     Raises:
-      UserError: no such file, no `get_config`, another return type, bad override.
+      UserError: no such file, no `get_config`, another return type, bad override, and
+        whatever the file raises, with the last of its lines that was run.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"config {path} does not exist: give a Python experiment file")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"config {path} {what}: give a Python experiment file")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"config {path} is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class up there
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as e:
-        raise UserError(f"config {path}, line {e.lineno}: {e.msg}") from e
-    except UserError:
+        make = getattr(module, "get_config", None)
+        cfg = make() if make is not None else None
+    except KeyboardInterrupt:
         raise
-    except Exception as e:  # whatever the file does
-        raise UserError(f"config {path} fails to load: {type(e).__name__}: {e}") from e
-    if not hasattr(module, "get_config"):
+    except BaseException as e:  # whatever the file does, sys.exit() included
+        ran = [(f.filename, f.lineno) for f in traceback.extract_tb(e.__traceback__)]
+        reason = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        if isinstance(e, SyntaxError):
+            ran, reason = [*ran, (e.filename or "", e.lineno)], e.msg
+        lines = [n for file, n in ran if file == spec.origin and n]
+        at = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"config {path}{at}: {reason}") from e
+    if make is None:
         raise UserError(f"config {path} does not define get_config() -> Config")
-    try:
-        cfg = module.get_config()
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(
-            f"config {path}: get_config() fails: {type(e).__name__}: {e}"
-        ) from e
     if not isinstance(cfg, Config):
         raise UserError(
             f"config {path}: get_config() returned {type(cfg).__name__}, not Config"
         )
-    for override in overrides:
-        cfg = set_field(cfg, override)
-    return cfg
+    return set_fields(cfg, overrides) if overrides else cfg
 
 
-def set_field(cfg: Config, override: str) -> Config:
-    """Apply one "a.b=value". Tuples are entered by index or by their items' name.
+def set_fields(cfg: Config, overrides: Sequence[str]) -> Config:
+    """Apply all "a.b=value", then check. Items are named by number or by their name.
 
     Raises:
-      UserError: unknown field (with its neighbours) or a value of another type.
+      UserError: unknown field (with its neighbours), a value of another type or out of
+        bounds, values that do not fit together.
     """
-    key, eq, text = override.partition("=")
-    if not eq or not key.strip():
-        raise UserError(f"--set {override!r}: write field=value, e.g. seed=1")
-    return _set(cfg, Config, key.strip().split("."), text, key)
+    data, places = to_dict(cfg), {}
+    for override in overrides:
+        key, eq, text = override.partition("=")
+        if not eq or not key.strip():
+            raise UserError(f"--set {override!r}: write field=value, e.g. seed=1")
+        places[override] = _put(data, key.strip(), text)
+    try:
+        return decode(data, Config, "")
+    except UserError as e:
+        named = [o for o, place in places.items() if place in str(e)] or overrides
+        raise UserError(f"{' '.join(f'--set {o}' for o in named)}: {e}") from e
 
 
-def _set(obj: Any, hint: Any, keys: list[str], text: str, full: str) -> Any:
-    if not keys:
-        return _parse(text, hint, full)
-    key, rest = keys[0], keys[1:]
-    if dataclasses.is_dataclass(obj):
-        hints = typing.get_type_hints(type(obj))
-        if key not in {f.name for f in dataclasses.fields(obj)}:
-            raise unknown_field(full, key, hints)
-        new = _set(getattr(obj, key), hints[key], rest, text, full)
-        return dataclasses.replace(obj, **{key: new})  # type: ignore[type-var]
-    if isinstance(obj, tuple):
-        names = [getattr(x, "name", str(i)) for i, x in enumerate(obj)]
-        if key in names:
-            i = names.index(key)
-        elif key.isdecimal() and int(key) < len(obj):
-            i = int(key)
+def _put(at: Any, path: str, text: str) -> str:
+    """Put what --set gives into plain data; returns the full path of the field."""
+    keys: list[Any] = path.split(".")
+    hint: Any = Config
+    where = ""
+    while keys:
+        inside, key = at, keys.pop(0)
+        hint = _bare(hint)
+        if (hints := hints_of(hint)) and isinstance(at, dict):
+            if key not in hints:
+                raise unknown_field(f"--set {path}", key, hints)
+            hint, where, at = hints[key], f"{where}.{key}", at.get(key, {})
+        elif typing.get_origin(hint) is tuple and isinstance(at, list):
+            names = [_name(x, i) for i, x in enumerate(at)]
+            number = int(key) if key.isdecimal() else len(at)
+            number = names.index(key) if key in names else number
+            if number >= len(at):
+                raise unknown_field(f"--set {path}", key, names)
+            hint, where = typing.get_args(hint)[0], f"{where}.{names[number]}"
+            key, at = number, at[number]
+        elif typing.get_origin(hint) is Mapping and isinstance(at, dict):
+            key, keys = ".".join([key, *keys]), []
+            hint, where = typing.get_args(hint)[1], f"{where}[{key!r}]"
         else:
-            raise unknown_field(full, key, names)
-        new = _set(obj[i], typing.get_args(hint)[0], rest, text, full)
-        return (*obj[:i], new, *obj[i + 1 :])
-    if isinstance(obj, Mapping):
-        key = ".".join(keys)
-        return {**obj, key: _parse(text, typing.get_args(hint)[1], full)}
-    raise UserError(f"--set {full}: {key!r} is inside a plain value; drop it")
+            raise UserError(f"--set {path}: {key!r} is inside a plain value; drop it")
+        inside[key] = at
+    inside[key] = _parse(text, _bare(hint))
+    return where.lstrip(".")
 
 
 def unknown_field(full: str, key: str, known: Any) -> UserError:
@@ -597,71 +518,129 @@ def unknown_field(full: str, key: str, known: Any) -> UserError:
     near = difflib.get_close_matches(key, list(known), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return UserError(
-        f"{full}: there is no field {key!r}.{hint} Known here: "
-        f"{', '.join(map(str, known))}"
+        f"{full}: there is no field {key!r}.{hint} Known here: {', '.join(known)}"
     )
 
 
-def _parse(text: str, hint: Any, where: str) -> Any:
-    if hint is str:
+def _parse(text: str, hint: Any) -> Any:
+    if hint is str or typing.get_origin(hint) is Literal:
         return text
-    literal: Any
     try:
-        literal = json.loads(text.replace("_", "") if hint in (int, float) else text)
-    except json.JSONDecodeError:
-        lowered = text.lower()
-        literal = {"true": True, "false": False, "none": None}.get(lowered, text)
-        if hint is float and lowered in ("inf", "infinity"):
-            literal = math.inf
-    return decode(literal, hint, where)
+        if hint is float:
+            return float(text)
+        plain = text.replace("_", "") if hint is int else text
+        return json.loads(plain, parse_float=JSONFloat)
+    except (ValueError, RecursionError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+class JSONFloat(float):
+    """A number of JSON text, which has one kind: 1e6 may be given for an int there."""
+
+
+@functools.cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """Field -> its type, bounds included; empty if it is no part of a config."""
+    is_part = dataclasses.is_dataclass(kind)
+    return typing.get_type_hints(kind, include_extras=True) if is_part else {}
+
+
+def _bare(hint: Any) -> Any:
+    """A type without its bound, and without None."""
+    if typing.get_origin(hint) in (Annotated, types.UnionType, typing.Union):
+        return _bare(typing.get_args(hint)[0])
+    return hint
+
+
+def _name(item: Any, number: int) -> str:
+    """How paths name an item of a tuple: by its name, or by its number."""
+    name = item.get("name") if isinstance(item, dict) else getattr(item, "name", None)
+    return name if isinstance(name, str) and name else str(number)
+
+
+def settle(part: Any, where: str) -> None:
+    """Hold every field of a part of a config that is being made against its type.
+
+    Lists become tuples, and numbers of other kinds (NumPy's) plain ones.
+
+    Raises:
+      UserError: the first field that does not fit, named by its path from `where`.
+    """
+    kind: Any = type(part)
+    for name, hint in hints_of(kind).items():
+        value = decode(getattr(part, name), hint, f"{where}.{name}".lstrip("."))
+        object.__setattr__(part, name, value)
 
 
 def decode(value: Any, hint: Any, where: str) -> Any:
-    """Turn plain JSON data into a value of type `hint`; UserError names `where`."""
+    """`value`, object or plain JSON data, as type `hint`; UserError names `where`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return decode(value, next(a for a in args if a is not type(None)), where)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where}: expected an object, got {value!r}")
-        hints = typing.get_type_hints(hint)
-        fields = {f.name: f for f in dataclasses.fields(hint)}
-        for key in value:
-            if key not in fields:
-                raise unknown_field(f"{where}.{key}".lstrip("."), key, fields)
-        for name, f in fields.items():
-            no_default = (
-                f.default is dataclasses.MISSING
-                and f.default_factory is dataclasses.MISSING
+
+    def expected(what: str, tip: str = "") -> UserError:
+        given = repr(value)
+        given = given if len(given) <= 80 else f"{given[:77]}..."
+        return UserError(f"{where}: expected {what}, got {given}{tip}")
+
+    if origin is Annotated:
+        value = decode(value, args[0], where)
+        bound, holds = args[1]
+        if not holds(value):
+            raise UserError(f"{where}={value} must be {bound}")
+        return value
+    if origin is Literal:
+        if not isinstance(value, str) or value not in args:
+            raise UserError(
+                f"{where}={value!r} is unknown: choose one of {', '.join(args)}"
             )
-            if no_default and name not in value:
-                raise UserError(f"{where}.{name} is missing".lstrip("."))
-        parts = {
-            k: decode(v, hints[k], f"{where}.{k}".lstrip(".")) for k, v in value.items()
-        }
-        return hint(**parts)  # type: ignore[operator]
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else decode(value, args[0], where)
+    if hints := hints_of(hint):
+        if isinstance(value, hint):
+            value = {k: getattr(value, k) for k in hints}
+        if not isinstance(value, Mapping):
+            raise expected(hint.__name__)
+        at = f"{where}." if where else ""
+        for key in value:
+            if decode(key, str, where) not in hints:
+                raise unknown_field(at + key, key, hints)
+        for f in dataclasses.fields(hint):
+            if f.name not in value and f.default is f.default_factory:
+                raise UserError(f"{at}{f.name} is missing")
+        return hint(**{k: decode(v, hints[k], at + k) for k, v in value.items()})
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{where}: expected a list, got {value!r}")
-        return tuple(decode(v, args[0], f"{where}.{i}") for i, v in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where}: expected an object, got {value!r}")
-        return {str(k): decode(v, args[1], f"{where}[{k!r}]") for k, v in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isnan(value) or value == -math.inf:
-            raise UserError(f"{where}: {value} is not a number to compute with")
-        return float(value)
-    if hint is float and value in ("inf", "Infinity"):
-        return math.inf
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if type(value) is not hint:
-        raise UserError(
-            f"{where}: expected {hint.__name__}, got {value!r} ({type(value).__name__})"
+            tip = ': did you forget a comma? Write ["..."] or ("...",)'
+            forgot = args[0] is str and isinstance(value, str)
+            raise expected(f"a list of {args[0].__name__}", tip if forgot else "")
+        return tuple(
+            decode(x, args[0], f"{where}.{_name(x, i)}") for i, x in enumerate(value)
         )
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise expected(f"a dict of str to {_bare(args[1]).__name__}")
+        return {
+            decode(k, str, f"{where}: key"): decode(v, args[1], f"{where}[{k!r}]")
+            for k, v in value.items()
+        }
+    if hint is int and isinstance(value, JSONFloat) and value.is_integer():
+        value = int(value)
+    if hint is float and isinstance(value, str) and value in ("inf", "Infinity"):
+        return math.inf
+    kind: Any = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
+    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+        whole = hint is int and isinstance(value, float) and value.is_integer()
+        raise expected(hint.__name__, f": write {int(value)}" if whole else "")
+    if hint is str and value != value.encode(errors="replace").decode():
+        raise expected("text that UTF-8 can write")  # a lone surrogate
+    if hint not in (int, float):
+        return value
+    # An int stays one in a float's field: recipes of corpora are hashed as written.
+    value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise expected(f"{hint.__name__} of at most 64 bits")
+    if not value > -math.inf:  # nor NaN
+        raise UserError(f"{where}: {value} is not a number to compute with")
     return value
 
 
@@ -686,9 +665,12 @@ def to_json(cfg: Config) -> str:
 def from_json(text: str, where: str = "config") -> Config:
     """Inverse of `to_json`; UserError names the field that does not fit."""
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_float=JSONFloat)
     except (ValueError, RecursionError) as e:  # too deep, or a number too long
         raise UserError(f"{where} is not JSON: {e}") from e
     if not isinstance(data, Mapping):
         raise UserError(f"{where} is not a JSON object")
-    return decode(data, Config, "")
+    try:
+        return decode(data, Config, "")
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e

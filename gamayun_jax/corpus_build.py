@@ -77,13 +77,6 @@ def check_recipe(cfg: Config) -> None:
                 f"corpus has language {language!r}, which is not in languages "
                 f"({', '.join(cfg.languages)}): add it there"
             )
-    for field in ("record_tokens", "shard_bytes"):
-        if getattr(corpus, field) < 1:
-            raise UserError(f"corpus.{field}={getattr(corpus, field)}: give 1 or more")
-    if not 0 <= corpus.max_bad_share <= 1:
-        raise UserError(
-            f"corpus.max_bad_share={corpus.max_bad_share}: give a share from 0 to 1"
-        )
     if corpus.record_tokens % cfg.data.seq_len:
         raise UserError(
             f"corpus.record_tokens={corpus.record_tokens} is not a multiple of "

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import flax.linen as nn
 import jax
@@ -149,7 +149,8 @@ def config_from_hf(data: Mapping[str, Any], where: str = "config.json") -> Model
         out["head_dim"] = 128 if kind == "qwen3" else out["head_dim"]
     rope, scaling = rope_of(data), None
     if rope["rope_type"] == "llama3":
-        parts = {k: get(rope, name, float, ...) for k, name in SCALING.items()}
+        kinds = get_type_hints(RopeScaling)
+        parts = {k: get(rope, name, kinds[k], ...) for k, name in SCALING.items()}
         scaling = decode(parts, RopeScaling, f"{where}: rope")
     return ModelConfig(
         **out,

@@ -2,18 +2,24 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gamayun_jax import presets
 from gamayun_jax.config import (
+    CorpusConfig,
+    DataConfig,
+    LogConfig,
     ModelConfig,
+    OptimizerConfig,
     UserError,
     from_json,
     load_config,
-    set_field,
+    set_fields,
     to_dict,
     to_json,
 )
@@ -55,7 +61,7 @@ def leaves(data, path=""):
     ],
 )  # fmt: skip
 def test_set_changes_one_field_by_its_type(wide_config, override, path, value):
-    changed = set_field(wide_config, override)
+    changed = set_fields(wide_config, [override])
     before, after = leaves(to_dict(wide_config)), leaves(to_dict(changed))
     assert after[path] == value
     assert type(after[path]) is type(value)
@@ -67,11 +73,11 @@ def test_set_takes_json_for_what_has_parts(wide_config):
     scaling = (
         '{"factor":8,"low_freq_factor":1,"high_freq_factor":4,"original_max_len":32}'
     )
-    scaled = set_field(wide_config, f"model.rope_scaling={scaling}")
+    scaled = set_fields(wide_config, [f"model.rope_scaling={scaling}"])
     assert scaled.model.rope_scaling.factor == 8.0
     for none in ("none", "None", "null"):
-        assert set_field(scaled, f"model.rope_scaling={none}") == wide_config
-    again = set_field(wide_config, 'languages=["tr","en","ru"]')
+        assert set_fields(scaled, [f"model.rope_scaling={none}"]) == wide_config
+    again = set_fields(wide_config, ['languages=["tr","en","ru"]'])
     assert again.languages == ("tr", "en", "ru")
 
 
@@ -96,12 +102,12 @@ BAD = [
     ("data.max_epochs=-Infinity", "data.max_epochs: -inf is not a number"),
     ("model.rope_theta=true", "expected float, got True"),
     ("compute.scan_layers=3", "compute.scan_layers: expected bool, got 3"),
-    ("languages=en", "languages: expected a list, got 'en'"),
+    ("languages=en", "a list of str, got 'en': did you forget a comma"),
     ("languages=[1]", "languages.0: expected str, got 1"),
-    ("model=5", "model: expected an object, got 5"),
-    ("stages=[1]", "stages.0: expected an object, got 1"),
+    ("model=5", "model: expected ModelConfig, got 5"),
+    ("stages=[1]", "stages.0: expected StageConfig, got 1"),
     ('model.rope_scaling={"factor":8}', "rope_scaling.low_freq_factor is missing"),
-    ("stages.align.mixture.shares=5", "shares: expected an object"),
+    ("stages.align.mixture.shares=5", "shares: expected a dict of str to float, got 5"),
     # a value that cannot be
     ("compute.remat=some", "choose one of none, minimal, attention, full"),
     ("stages.align.schedule.kind=wds", "stages.align.schedule.kind='wds' is unknown"),
@@ -111,7 +117,7 @@ BAD = [
     ("stages.align.mixture.shares.en/*=-0.1", "shares['en/*']=-0.1 must be"),
     ("stages.align.mixture.shares.en/*=inf", "must be a finite number"),
     ("stages.align.mixture.ramp_tokens=-1", "ramp_tokens=-1"),
-    ("stages.align.schedule.peak=0", "peak=0.0 must be greater than 0"),
+    ("stages.align.schedule.peak=0", "peak=0.0 must be a finite number above 0"),
     ("stages.align.schedule.peak=inf", "peak=inf must be a finite number"),
     ("stages.align.schedule.warmup_tokens=-1", "warmup_tokens=-1"),
     ("stages.align.tokens=0", "stages.align.tokens=0 must be greater than 0"),
@@ -141,9 +147,123 @@ BAD = [
 @pytest.mark.parametrize(("override", "message"), BAD)
 def test_bad_overrides_are_one_line(wide_config, override, message):
     with pytest.raises(UserError) as e:
-        set_field(wide_config, override)
+        set_fields(wide_config, [override])
     assert message in str(e.value)
     assert "\n" not in str(e.value)
+
+
+# Section -> field -> what a config file may say by mistake, and what is said of it.
+WRONG = [
+    ("data", "batch_size", 8.0, "data.batch_size: expected int, got 8.0: write 8"),
+    ("data", "batch_size", "8", "data.batch_size: expected int, got '8'"),
+    ("data", "corpus", None, "data.corpus: expected str, got None"),
+    ("data", "corpus", Path("x"), "data.corpus: expected str, got "),
+    ("data", "corpus", "\udcff", "data.corpus: expected text that UTF-8 can write"),
+    ("data", "threads", True, "data.threads: expected int, got True"),
+    ("data", "seq_len", 10**30, "data.seq_len: expected int of at most 64 bits"),
+    ("data", "max_epochs_of", {"en/help": "1"}, "max_epochs_of['en/help']: expected f"),
+    ("data", "max_epochs_of", {1: 1.0}, "data.max_epochs_of: key: expected str, got 1"),
+    ("data", "max_epochs_of", [1], "max_epochs_of: expected a dict of str to float"),
+    ("model", "num_layers", 2.0, "model.num_layers: expected int, got 2.0: write 2"),
+    ("model", "num_heads", "4", "model.num_heads: expected int, got '4'"),
+    ("model", "rope_theta", math.nan, "model.rope_theta: nan is not a number"),
+    ("checkpoint", "keep", 2.5, "checkpoint.keep: expected int, got 2.5"),
+    ("checkpoint", "every_steps", None, "checkpoint.every_steps: expected int, got N"),
+    ("evaluation", "tasks", "last_word", "got 'last_word': did you forget a comma?"),
+    ("evaluation", "tasks", {"last_word"}, "tasks: expected a list of str, got {"),
+    ("corpus", "sources", ("a.jsonl",), "corpus.sources.0: expected SourceConfig, got"),
+    ("corpus", "sources", "a.jsonl", "sources: expected a list of SourceConfig, got"),
+    ("corpus", "max_bad_share", 1.5, "corpus.max_bad_share=1.5 must be in [0, 1]"),
+    ("compute", "remat", ["full"], "compute.remat=['full'] is unknown: choose one of"),
+    ("mesh", "fsdp", -2, "mesh.fsdp=-2 must be at least 1, or -1 for what is left"),
+    ("log", "every_steps", 4.5, "log.every_steps: expected int, got 4.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "name", "value", "message"), WRONG)
+def test_a_wrong_value_in_code_is_named(
+    wide_config, replace, section, name, value, message
+):
+    """As in a config file, where no type checker looks."""
+    with pytest.raises(UserError) as e:
+        replace(wide_config, f"{section}.{name}", value)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_wrong_value_deep_inside_is_named_by_its_path(wide_config):
+    change = dataclasses.replace
+    align, source = wide_config.stages[0], wide_config.corpus.sources[1]
+    for wrong, message in (
+        ({"name": 7}, "name: expected str, got 7"),
+        ({"languages": "en"}, "languages: expected a list of str, got 'en': did you"),
+        ({"data": DataConfig}, "data: expected DataConfig, got <class"),
+        ({"data": LogConfig()}, "data: expected DataConfig, got LogConfig("),
+        ({"stages": align}, "stages: expected a list of StageConfig, got StageConfig("),
+        (
+            {"stages": (change(align, schedule=change(align.schedule, floor=5)),)},
+            "stages.align.schedule.floor=5 must be in [0, 1]",
+        ),
+        (
+            {"stages": (change(align, mixture=change(align.mixture, alpha="0.3")),)},
+            "stages.align.mixture.alpha: expected float, got '0.3'",
+        ),
+        (
+            {"corpus": CorpusConfig((change(source, files="data/*.jsonl"),))},
+            "corpus.sources.ru/help.files: expected a list of str, got 'data/*.jsonl': "
+            "did you forget a comma?",
+        ),
+    ):
+        with pytest.raises(UserError) as e:
+            change(wide_config, **wrong)
+        assert message in str(e.value)
+
+
+def test_lists_and_numpy_numbers_become_plain(wide_config):
+    """What comes after, --set included, meets tuples and Python's numbers only."""
+    change = dataclasses.replace
+    cfg = change(
+        wide_config,
+        languages=list(wide_config.languages),
+        stages=list(wide_config.stages),
+        data={"batch_size": np.int64(24), "seq_len": 23, "max_epochs": 2},
+        optimizer=change(wide_config.optimizer, weight_decay=np.float32(0.5)),
+    )
+    assert cfg.stages == wide_config.stages
+    assert cfg.languages == wide_config.languages
+    assert type(cfg.data.batch_size) is int
+    assert type(cfg.optimizer.weight_decay) is float
+    assert from_json(to_json(cfg)) == cfg
+    assert set_fields(cfg, ["stages.align.tokens=99"]).stages[0].tokens == 99
+
+
+def test_json_has_one_kind_of_number(wide_config):
+    """Runs made before may hold 4e3 tokens; a config file may not say it any more."""
+    text = to_json(wide_config).replace('"tokens": 3584', '"tokens": 3.584e3')
+    assert "3.584e3" in text
+    assert to_json(from_json(text)) == to_json(wide_config)
+
+
+def test_overrides_that_fit_together_in_any_order(wide_config):
+    pair = ["compute.microbatches=5", "data.batch_size=40"]
+    both = [set_fields(wide_config, p) for p in (pair, pair[::-1])]
+    assert both[0] == both[1]
+    assert (both[0].compute.microbatches, both[0].data.batch_size) == (5, 40)
+    whole = ["optimizer={}", "optimizer.b1=0.5", "stages.0.name=new", "seed=2"]
+    changed = set_fields(wide_config, [*whole, "stages.new.tokens=7"])
+    assert (changed.stages[0].name, changed.stages[0].tokens) == ("new", 7)
+    assert changed.optimizer == OptimizerConfig(b1=0.5)
+
+
+def test_an_error_names_the_override_at_fault(wide_config):
+    with pytest.raises(UserError) as e:
+        set_fields(wide_config, ["seed=2", "stages.0.tokens=x", "name=y"])
+    said = "--set stages.0.tokens=x: stages.align.tokens: expected int, got 'x'"
+    assert str(e.value) == said
+    with pytest.raises(UserError, match=r"^--set data.batch_size=7 --set compute.mic"):
+        set_fields(
+            wide_config, ["seed=2", "data.batch_size=7", "compute.microbatches=2"]
+        )
 
 
 VALUES = ("0", "-1", "1e9", "0.5", "inf", "NaN", "true", "null", "[]", "{}", "[0]", "[")
@@ -155,7 +275,7 @@ def test_no_override_gives_a_traceback(wide_config):
 
     def one_line_or_config(override):
         try:
-            changed = set_field(wide_config, override)
+            changed = set_fields(wide_config, [override])
         except UserError as e:
             return "\n" not in str(e)
         return from_json(to_json(changed)) == changed
@@ -207,12 +327,17 @@ def test_json_errors_name_the_field(wide_config):
         ("x = 1", "does not define get_config"),
         ("def get_config(): return 1", "returned int"),
         ("def get_config(:", "line 1"),
-        ("import nowhere_at_all", "fails to load: ModuleNotFoundError"),
-        ("1 / 0", "fails to load: ZeroDivisionError"),
+        ("import nowhere_at_all", "line 1: ModuleNotFoundError"),
+        ("1 / 0", "line 1: ZeroDivisionError"),
         ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
         ("x = '\\0'", "experiment.py"),
-        ("def get_config(): return missing", "get_config.. fails: NameError"),
-        ("def get_config(): return {}['key']", "get_config.. fails: KeyError: 'key'"),
+        ("def get_config(): return missing", "line 1: NameError"),
+        ("import sys\nsys.exit(0)", "line 2: SystemExit: 0"),
+        ("def get_config(): exit()", "line 1: SystemExit"),
+        ("raise GeneratorExit", "line 1: GeneratorExit"),
+        ("get_config = 5", "TypeError: 'int' object is not callable"),
+        ("async def get_config(): pass\nget_config().close()\n1/0", "line 3: ZeroDiv"),
+        ("def get_config(): return {}['key']", "line 1: KeyError: 'key'"),
         (
             "from gamayun_jax import config as c\n"
             "def get_config(): return c.ModelConfig(8, 1, 8, 3, 2, 4, 8)",
@@ -228,7 +353,19 @@ def test_bad_experiment_files(tmp_path, source, message):
     assert "\n" not in str(e.value)
 
 
+def test_an_experiment_file_may_have_dataclasses_of_its_own(tmp_path):
+    (tmp_path / "experiment.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from gamayun_jax.config import load_config\n"
+        "@dataclass\nclass Choice:\n    name: str = 'experiments/tiny.py'\n"
+        "def get_config(): return load_config(Choice().name)\n"
+    )
+    assert load_config(tmp_path / "experiment.py").name == "tiny"
+
+
 def test_no_experiment_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        load_config(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         load_config(tmp_path / "none.py")
     (tmp_path / "config.yaml").write_text("seed: 1")

@@ -789,7 +789,6 @@ def test_bad_recipes(tmp_path):
         (make_config(en, (c.HeldoutConfig("../h", {"en": two}),)), "letters"),
         (make_config(en, (*held(en=two), *held(en=two))), "same name"),
         (make_config(en, record_tokens=24), "multiple of data.seq_len"),
-        (make_config(en, max_bad_share=2.0), "max_bad_share"),
         (make_config(en, tokenizer=c.TokenizerConfig(60_000)), "too large"),
         (make_config(en, tokenizer=c.TokenizerConfig(400, {"de": 1})), "'de'"),
         (make_config(en, tokenizer=c.TokenizerConfig(400, model=path)), "a.jsonl"),
