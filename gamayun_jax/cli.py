@@ -165,8 +165,11 @@ def run_curriculum(args: argparse.Namespace) -> int:
     from gamayun_jax import corpus, data, figures, lineage, runs
 
     cfg = load(args)
-    plan = data.make_plan(cfg, corpus.open_corpus(Path(cfg.data.corpus)))
+    found = corpus.open_corpus(Path(cfg.data.corpus))
+    plan = data.make_plan(cfg, found)
     print(runs.curriculum_table(plan.table(), cfg.data.seq_len))
+    for text in data.mixture_notes(cfg, found, plan):
+        note(text)
     if args.out:
         points = lineage.share_points(cfg, plan)
         stages = lineage.stage_spans(cfg)

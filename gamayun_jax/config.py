@@ -199,8 +199,9 @@ class DataConfig:
 class MixtureConfig:
     """Shares of tokens per source in a stage.
 
-    `shares` maps a source name or a glob ("en/*") to its exact share; the rest is
-    divided among the other languages by `scheme`: natural (by size), temperature
+    `shares` maps a source name or a glob ("en/*") to its exact share. A language that
+    is named there has exactly what is named: its other sources get nothing. The rest
+    is divided among the other languages by `scheme`: natural (by size), temperature
     (size ** alpha), unimax (uniform, at most `max_epochs` of a language,
     arXiv 2304.09151), or explicit (there is no rest).
     """
@@ -220,7 +221,8 @@ class TokenWeightConfig:
 
     none; static (`weights`: language -> factor); bytes (a token weighs the bytes
     it spells); target_share (`weights`: language -> share of the objective, while
-    sampling follows the mixture). Normalised to mean 1 under the mixture.
+    sampling follows the mixture; they are made to sum to 1, and it is said where they
+    do not). Normalised to mean 1 under the mixture.
     """
 
     scheme: Literal["none", "static", "bytes", "target_share"] = "none"

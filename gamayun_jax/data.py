@@ -29,7 +29,13 @@ from jax.sharding import NamedSharding
 
 from gamayun_jax.config import Config, StageConfig, UserError
 from gamayun_jax.corpus import BadRecordError, Corpus
-from gamayun_jax.curriculum import Curriculum, Phase, check_epochs, mixture_shares
+from gamayun_jax.curriculum import (
+    Curriculum,
+    Phase,
+    check_epochs,
+    mixture_shares,
+    unnamed_sources,
+)
 
 Aside = Callable[[str, str, int, str], None]  # (source, shard, record, reason)
 
@@ -64,6 +70,7 @@ class DataPlan:
     batch_size: int
     total_steps: int
     skipped: tuple[Skipped, ...] = ()
+    rest_of: str = "languages"  # see curriculum.mixture_shares
 
     def segment_before(self, step: int) -> int:
         """Number of the segment that served the last example before step `step`; at
@@ -178,15 +185,47 @@ class DataPlan:
         return shares
 
 
-def stage_shares(stage: StageConfig, tokens: Mapping[str, int]) -> dict[str, float]:
+def stage_shares(
+    stage: StageConfig, tokens: Mapping[str, int], rest_of: str = "languages"
+) -> dict[str, float]:
     """Shares per source of a stage; `tokens`: source -> size of the source."""
     mix = stage.mixture
+    rule = (mix.scheme, mix.shares, mix.alpha, mix.max_epochs, stage.tokens, rest_of)
     try:
-        return mixture_shares(
-            tokens, mix.scheme, mix.shares, mix.alpha, mix.max_epochs, stage.tokens
-        )
+        return mixture_shares(tokens, *rule)
     except UserError as e:
         raise UserError(f"stages.{stage.name}.mixture: {e}") from e
+
+
+def mixture_notes(cfg: Config, corpus: Corpus, plan: DataPlan) -> list[str]:
+    """What a reader of the config may not expect of its mixtures, one line each."""
+    tokens = {name: corpus.sources[name].tokens for name in plan.sources}
+    notes = []
+    for k, stage in enumerate(cfg.stages):
+        mix, at = stage.mixture, f"stages.{stage.name}"
+        if mix.scheme != "explicit" and sum(mix.shares.values()) < 1 - 1e-6:
+            for language, names in unnamed_sources(tokens, mix.shares).items():
+                share = sum(plan.shares[k][n] for n in names)
+                what = (
+                    "get nothing, since a language that is named has exactly what is "
+                    "named (in former releases they took part in the rest)"
+                    if plan.rest_of == "languages"
+                    else f"have {share:.2%} of the rest: this run began in a release "
+                    "where they took part in it, and keeps to that"
+                )
+                notes.append(
+                    f"{at}.mixture.shares names {language!r}, but not all its sources; "
+                    f"the others {what}. To be plain, give each a share, or 0: "
+                    f"{', '.join(names)}"
+                )
+        weights = stage.token_weights
+        total = sum(weights.weights.values())
+        if weights.scheme == "target_share" and abs(total - 1) > 1e-6:
+            notes.append(
+                f"{at}.token_weights.weights sum to {total:.6g}; they are shares of "
+                "the objective and are divided by that, to sum to 1"
+            )
+    return notes
 
 
 def make_plan(
@@ -194,6 +233,7 @@ def make_plan(
     corpus: Corpus,
     origin: Mapping[str, Any] | None = None,
     rollbacks: Sequence[Mapping[str, Any]] = (),
+    rest_of: str = "languages",
 ) -> DataPlan:
     """The plan of a run.
 
@@ -201,6 +241,8 @@ def make_plan(
       origin: of a run that goes on from a former one: its `cursors` (source ->
         position), `seed` of the shuffling and final `shares`. See lineage.load_origin.
       rollbacks: what was decided to leave out; see divergence.py.
+      rest_of: "sources" for a run that a former release began; see
+        curriculum.mixture_shares.
 
     Raises:
       UserError: a mixture that does not fit the corpus, a language unknown to the
@@ -214,7 +256,7 @@ def make_plan(
                 f"corpus {corpus.folder} has source {name!r} in language "
                 f"{source.language!r}, which is not in the config's languages"
             )
-    shares = tuple(stage_shares(stage, tokens) for stage in cfg.stages)
+    shares = tuple(stage_shares(stage, tokens, rest_of) for stage in cfg.stages)
     segments: list[Segment] = []
     phases: list[Phase] = []
     first_step = 0
@@ -279,6 +321,7 @@ def make_plan(
         batch_size=cfg.data.batch_size,
         total_steps=cfg.total_steps,
         skipped=tuple(Skipped(**s) for r in rollbacks for s in r["skipped"]),
+        rest_of=rest_of,
     )
 
 

@@ -254,18 +254,26 @@ def run_table(folder: Path) -> str:
 
 
 def curriculum_table(table: Sequence[Mapping[str, Any]], seq_len: int) -> str:
-    """Plain-text table: share, tokens and epochs per stage and source."""
+    """Plain-text table: share, tokens and epochs per stage and source, and the total
+    of each language that has more than one source."""
     heads = f"{'share':>8}{'tokens':>12}{'epochs':>9}{'in all':>9}"
-    lines, former = [f"{'stage':<12}{'source':<16}{heads}"], None
-    for r in table:
-        if former not in (None, r["phase"]):
-            lines.append("")
-        former = r["phase"]
-        lines.append(
-            f"{r['phase']:<12}{r['source']:<16}{r['share']:>8.2%}"
-            f"{short(r['examples'] * seq_len):>12}{r['epochs']:>9.2f}"
-            f"{r['epochs_total']:>9.2f}"
-        )
+    lines = [f"{'stage':<12}{'source':<16}{heads}"]
+    for phase, group in itertools.groupby(table, lambda r: r["phase"]):
+        lines += [""] if len(lines) > 1 else []
+        languages: dict[str, list[Mapping[str, Any]]] = {}
+        for r in group:
+            languages.setdefault(r["source"].split("/")[0], []).append(r)
+            lines.append(
+                f"{phase:<12}{r['source']:<16}{r['share']:>8.2%}"
+                f"{short(r['examples'] * seq_len):>12}{r['epochs']:>9.2f}"
+                f"{r['epochs_total']:>9.2f}"
+            )
+        for language, of_language in languages.items():
+            if len(of_language) > 1:
+                share = sum(r["share"] for r in of_language)
+                tokens = sum(r["examples"] for r in of_language) * seq_len
+                total = f"{share:>8.2%}{short(tokens):>12}"
+                lines.append(f"{phase:<12}{language + ', all':<16}{total}")
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ from gamayun_jax.checkpoint import Checkpoints, TrainState, kept_forever
 from gamayun_jax.chips import chip_of
 from gamayun_jax.config import Config, UserError, from_json, to_json
 from gamayun_jax.corpus import Corpus, open_corpus
-from gamayun_jax.data import DataPlan, batches, make_plan
+from gamayun_jax.data import DataPlan, batches, make_plan, mixture_notes
 from gamayun_jax.divergence import (
     Diverged,
     Watch,
@@ -182,7 +182,9 @@ def _train(
     def check(meta: dict[str, Any], where: str) -> None:
         config_changes(from_json(meta["config"], where), cfg)
         check_origin(init_from, meta["origin"], None, run.path)
-        check_past(cfg, make_plan(cfg, corpus, meta["origin"]), corpus, meta, where)
+        rest_of = meta.get("rest_of", "sources")  # a former release's has none
+        plan = make_plan(cfg, corpus, meta["origin"], rest_of=rest_of)
+        check_past(cfg, plan, corpus, meta, where)
         check_contents(meta, corpus, where)
 
     # Where the run stands: its own checkpoint, another run's, or nowhere.
@@ -192,7 +194,8 @@ def _train(
         changes = config_changes(from_json(meta["config"]), cfg)
         origin = meta["origin"]
         rollbacks = rollbacks_of(meta, rollbacks)
-        plan = make_plan(cfg, corpus, origin, rollbacks)
+        rest_of = meta.get("rest_of", "sources")
+        plan = make_plan(cfg, corpus, origin, rollbacks, rest_of)
         interval = Interval(len(cfg.languages), meta["interval"])
         watch = Watch(cfg.divergence, meta.get("watch"))
         clock = Clock(begun, meta.get("times"))
@@ -233,6 +236,8 @@ def _train(
         lineage["events"].append(
             {"event": "config", "step": step, "field": name, "old": old, "new": new}
         )
+    for text in mixture_notes(cfg, corpus, plan):
+        log(text)
     first_token = origin["tokens"] if origin else 0
     for k, declared in enumerate(cfg.stages):
         begin, end = stage_tokens(cfg, k, first_token)
@@ -357,6 +362,7 @@ def _train(
                 config=to_json(cfg),
                 tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
                 contents=contents,
+                rest_of=plan.rest_of,
                 consumed=plan.consumed(step),
                 curricula=plan.curricula(step),
                 origin=origin,

@@ -387,12 +387,13 @@ def test_unimax_is_water_filling(sizes, cap, part):
 )
 def test_temperature_keeps_domains_natural_and_shares_exact(sizes, alpha, share):
     name = next(iter(sizes))
-    given_shares = {name: share if len(sizes) > 1 else 1.0}
+    free = [n for n in sizes if n[0] != name[0]]
+    given_shares = {name: share if free else 1.0}
     found = cu.mixture_shares(sizes, "temperature", given_shares, alpha, 4.0, 100)
     assert sum(found.values()) == pytest.approx(1)
     if share < 1 - 1e-5:
         assert found[name] == pytest.approx(given_shares[name], rel=1e-9, abs=1e-12)
-    free = [n for n in sizes if n != name]
+    assert sum(found[n] for n in sizes if n[0] == name[0]) == found[name]
     totals = {}
     for n in free:
         totals[n[0]] = totals.get(n[0], 0) + sizes[n]
@@ -412,6 +413,23 @@ def test_given_shares_are_exact_and_the_rest_is_divided():
     assert found["en/web"] == pytest.approx(0.3)
     assert found["ru/web"] == pytest.approx(0.6 * 100 / 110)
     assert sum(found.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scheme", ["natural", "temperature", "unimax"])
+def test_a_language_that_is_named_has_exactly_what_is_named(scheme):
+    """Whatever other sources it has; a glob over languages names none."""
+    found = shares(scheme, {"en/hq": 0.3})
+    assert (found["en/hq"], found["en/web"]) == (pytest.approx(0.3), 0)
+    assert found["ru/web"] + found["tr/web"] == pytest.approx(0.7)
+    everywhere = shares(scheme, {"*/hq": 0.3})
+    assert everywhere["en/hq"] == pytest.approx(0.3)
+    assert everywhere["en/web"] > 0
+    # As a run that a former release began keeps it: en/web is one of the rest.
+    former = shares(scheme, {"en/hq": 0.3}, rest_of="sources")
+    assert former == pytest.approx(everywhere)
+    three = {"en/hq": 0.3, "ru/web": 0.1, "tr/*": 0.1}
+    with pytest.raises(UserError, match="left for the rest; give a share to en/web"):
+        shares(scheme, three)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gamayun_jax import data, sharding
-from gamayun_jax.config import MixtureConfig, TransitionConfig, UserError, to_json
+from gamayun_jax.config import (
+    MixtureConfig,
+    TokenWeightConfig,
+    TransitionConfig,
+    UserError,
+    to_json,
+)
 from gamayun_jax.data import host_rows, local_batches, make_batch, make_plan
 from gamayun_jax.lineage import check_contents, corpus_changes
 
@@ -175,6 +181,41 @@ def test_a_restart_after_another_run_has_an_order_of_its_own(three_segments, cor
     plan = make_plan(dataclasses.replace(three_segments, stages=stages), corpus, origin)
     seeds = [origin["seed"], *(s.seed for s in plan.segments)]
     assert len(set(seeds)) == 4
+
+
+@pytest.fixture
+def two_domains(config, corpus):
+    """The corpus with en/hq beside en/help, and a config that names one of them."""
+    info = dataclasses.replace(corpus.sources["en/help"], name="en/hq", domain="hq")
+    sources = {**corpus.sources, "en/hq": info}
+    mixture = MixtureConfig("natural", {"en/hq": 0.5})
+    stage = dataclasses.replace(config.stages[0], mixture=mixture)
+    cfg = dataclasses.replace(config, stages=(stage,))
+    return cfg, dataclasses.replace(corpus, sources=sources)
+
+
+def test_what_a_config_may_not_mean_is_said(two_domains, config, corpus):
+    cfg, other = two_domains
+    plan = make_plan(cfg, other)
+    assert plan.language_shares(cfg, 0)["en"] == pytest.approx(0.5)
+    (text,) = data.mixture_notes(cfg, other, plan)
+    assert "stages.align.mixture.shares names 'en'" in text
+    assert "get nothing" in text
+    assert text.endswith("en/help")
+    former = make_plan(cfg, other, rest_of="sources")
+    assert former.shares[0]["en/help"] > 0.1
+    (text,) = data.mixture_notes(cfg, other, former)
+    assert f"have {former.shares[0]['en/help']:.2%} of the rest" in text
+    mixture = MixtureConfig("natural", {"en/hq": 0.5, "en/help": 0.0})
+    stage = dataclasses.replace(cfg.stages[0], mixture=mixture)
+    plain = dataclasses.replace(cfg, stages=(stage,))
+    assert data.mixture_notes(plain, other, make_plan(plain, other)) == []
+    assert data.mixture_notes(config, corpus, make_plan(config, corpus)) == []
+    weights = TokenWeightConfig("target_share", {"en": 0.8, "ru": 0.6, "tr": 0.4})
+    stage = dataclasses.replace(config.stages[0], token_weights=weights)
+    weighted = dataclasses.replace(config, stages=(stage,))
+    (text,) = data.mixture_notes(weighted, corpus, make_plan(weighted, corpus))
+    assert "stages.align.token_weights.weights sum to 1.8" in text
 
 
 def test_rows_of_this_host_cover_the_batch():

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gamayun_jax import checkpoint, evaluate, report, runs, train
 from gamayun_jax import config as c
-from gamayun_jax import evaluate, report, runs, train
 
 
 @pytest.fixture
@@ -43,6 +43,10 @@ def test_a_former_run_goes_on_and_ends_as_it_would_have(former):
     assert any("going on from step 14 of 20" in line for line in said)
     # It has no hashes of its corpus; the checkpoints that it makes now do.
     assert sum("cannot be verified" in line for line in said) == 1
+    # What its mixtures meant stays.
+    store = checkpoint.Checkpoints(former / "run/checkpoints", read_only=True)
+    assert store.meta(20)["rest_of"] == "sources"
+    store.close()
     said.clear()
     assert train.train(cfg, Path("run"), log=said.append) == 0
     assert not any("cannot be verified" in line for line in said)

@@ -379,6 +379,9 @@ def test_curriculum_figure_and_table(tmp_path):
     ]  # fmt: skip
     table = runs.curriculum_table(rows, 256).splitlines()
     assert len(table) == 6
+    rows.append({**rows[2], "source": "en/web", "share": 0.2})
+    total = runs.curriculum_table(rows, 256).splitlines()[-1]
+    assert total.split() == ["enrich", "en,", "all", "70.00%", "4.1k"]
     assert table[1].split() == ["align", "en/hq", "50.00%", "2.05k", "1.50", "2.50"]
 
 
