@@ -145,6 +145,8 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} has format "
                 f"{meta.get('format')}, this version reads {FORMAT}"
             )
+        if meta.get("step", step) != step:
+            raise self._damaged(step, f"it was saved as that of step {meta['step']}")
         return meta
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:

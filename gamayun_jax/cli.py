@@ -214,7 +214,11 @@ def run_train(args: argparse.Namespace) -> int:
     xla.keep_compilations(args.workdir / "compiled")
     with hosts.together(args.silence):
         return train.train(
-            load(args), args.workdir, args.init_from, profile=args.profile
+            load(args),
+            args.workdir,
+            args.init_from,
+            profile=args.profile,
+            fresh=args.fresh,
         )
 
 
@@ -595,6 +599,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=step_range,
         metavar="FIRST:LAST",
         help="trace these steps into WORKDIR/profile, for XProf or TensorBoard",
+    )
+    train.add_argument(
+        "--fresh",
+        action="store_true",
+        help="begin anew in a run folder whose checkpoints are lost; its records move "
+        "to WORKDIR/former",
     )
     train.add_argument(
         "--distributed",

@@ -23,6 +23,7 @@ from gamayun_jax.corpus import Corpus
 from gamayun_jax.curriculum import Curriculum, diff_past
 from gamayun_jax.data import DataPlan, example_order, past_plan
 from gamayun_jax.model import parameter_count
+from gamayun_jax.records import checkpoint_steps
 from gamayun_jax.step import stage_tokens
 
 MOST_LOOKED_UP = 20_000  # served examples of a changed source that are counted
@@ -117,6 +118,28 @@ def share_points(cfg: Config, plan: DataPlan, first: int = 0) -> list[dict[str, 
         points.append({"tokens": begin + ramp, "shares": dict(plan.shares[k])})
         points.append({"tokens": end, "shares": dict(plan.shares[k])})
     return points
+
+
+def lost_checkpoints(
+    recorded: Mapping[str, Any], rollbacks: Sequence[Mapping[str, Any]], after: int = -1
+) -> list[int]:
+    """Steps of the checkpoints beyond step `after` that a run folder's lineage lists
+    and that no rollback has abandoned since it was written."""
+    later = rollbacks[len(recorded.get("rollbacks", ())) :]
+    steps = (c["step"] for c in recorded.get("checkpoints", ()))
+    return [s for s in steps if s > after and all(r["to"] >= s for r in later)]
+
+
+def check_checkpoints(run: Path, lost: Sequence[int]) -> None:
+    """Raise UserError if a run folder has none of the checkpoints that it lists: a
+    start would take it for a new run, and do away with its records."""
+    if lost and not checkpoint_steps(run):
+        raise UserError(
+            f"the run in {run} saved checkpoints up to step {max(lost)} (lineage.json) "
+            f"and {run / 'checkpoints'} has none: put that folder back to go on, or "
+            "give --fresh to begin anew; the records then move to "
+            f"{run / 'former'}"
+        )
 
 
 def check_corpus(cfg: Config, corpus: Corpus) -> None:

@@ -9,6 +9,7 @@ goodput.json    where the run's time went
 events.*        the same for TensorBoard
 eval/<step>.json
 eval/<step>.items/*.jsonl  units and items, at the start and at stage ends
+former/<n>/     the records of a start that --fresh moved aside
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ from gamayun_jax.config import Config, UserError, to_dict, to_json
 from gamayun_jax.files import write_json, write_text
 from gamayun_jax.tokenizer import TextCoder
 
+# What a start writes, besides the checkpoints themselves.
+RECORDS = (
+    *("config.json", "lineage.json", "parameters.txt", "tokenizer.*", "eval"),
+    *("metrics.jsonl", "goodput.json", "events.*", "set_aside.*", "rollbacks.json"),
+    *("divergence", "damaged", "profile", "report"),
+)
 # Of a run's time, what is no step.
 OVERHEADS = ("start", "compile", "input", "checkpoint", "evaluate")
 # What a run cannot change on its way: its state or its past would not fit any more.
@@ -108,6 +115,30 @@ class RunFolder:
             if file:
                 file.close()
 
+    def begin_afresh(self) -> Path | None:
+        """Move the former start's records to former/<n>, which is returned.
+
+        Raises:
+          UserError: there are checkpoints, which a run can go on from.
+        """
+        if steps := checkpoint_steps(self.path):
+            raise UserError(
+                f"run folder {self.path} has a checkpoint of step {max(steps)}: leave "
+                "--fresh out to go on from it, or give another --workdir"
+            )
+        found = [p for pattern in RECORDS for p in sorted(self.path.glob(pattern))]
+        if not (self.writer and found):
+            return None
+        number = 1
+        while (place := self.path / "former" / str(number)).exists():
+            number += 1
+        place.mkdir(parents=True)
+        # The lineage last: until then the next start is told the same as this one.
+        for path in sorted(found, key=lambda p: p.name == "lineage.json"):
+            path.rename(place / path.name)
+        (self.path / "eval").mkdir()
+        return place
+
     def write_config(self, cfg: Config) -> None:
         if self.writer:
             write_text(self.path / "config.json", to_json(cfg))
@@ -174,8 +205,8 @@ class RunFolder:
         for file in (self._events, self._metrics):
             if file:
                 file.close()
-        for evaluation in (self.path / "eval").glob("*.json"):
-            if not step or int(evaluation.stem) > step:
+        for at, evaluation in evaluations(self.path).items():
+            if not step or at > step:
                 evaluation.unlink()
                 shutil.rmtree(evaluation.with_suffix(".items"), ignore_errors=True)
         path = self.path / "metrics.jsonl"
@@ -217,6 +248,23 @@ class RunFolder:
             if value is not None:
                 self._events.add_scalar(name, value, tokens)
         self._events.flush()
+
+
+def evaluations(run: Path) -> dict[int, Path]:
+    """Step -> file of the evaluations of a run folder, by step."""
+    paths = {p.stem: p for p in (run / "eval").glob("*.json")}
+    return {int(k): paths[k] for k in sorted(filter(is_step, paths), key=int)}
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints that are in a run folder."""
+    folder = run / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if is_step(name))
+
+
+def is_step(name: str) -> bool:
+    return name.isdecimal() and name == str(int(name))
 
 
 class SetAside:

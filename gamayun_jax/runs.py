@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gamayun_jax.config import UserError
+from gamayun_jax.records import evaluations
 
 INK, PAPER = "#12345a", "#fefdfc"  # become the page's own colours
 DASHES, SVG_DASHES = ("-", "--", ":", "-."), ("", "7 3", "2 3", "7 3 2 3")  # of runs
@@ -127,7 +128,7 @@ def read_run(folder: Path) -> Run:
             continue
         if get(record, "kind") == "train":
             metrics.append(record)
-    evals = [load(p) for p in sorted((folder / "eval").glob("*.json"))]
+    evals = [load(p) for p in evaluations(folder).values()]
     evals.sort(key=lambda e: num(e, "step") or 0.0)
     name = plain(folder.resolve().name)
     goodput = load(folder / "goodput.json")

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gamayun_jax import hosts, optim, sharding
-from gamayun_jax.checkpoint import Checkpoints, TrainState, kept_forever
+from gamayun_jax.checkpoint import Checkpoints, TrainState, barrier, kept_forever
 from gamayun_jax.chips import chip_of
 from gamayun_jax.config import Config, UserError, from_json, to_json
 from gamayun_jax.corpus import Corpus, open_corpus
@@ -36,11 +36,13 @@ from gamayun_jax.divergence import (
 )
 from gamayun_jax.evaluate import HeldoutEvaluator
 from gamayun_jax.lineage import (
+    check_checkpoints,
     check_contents,
     check_corpus,
     check_origin,
     check_past,
     load_origin,
+    lost_checkpoints,
     new_lineage,
     note_corpus,
     note_versions,
@@ -114,11 +116,14 @@ def train(
     init_from: Path | None = None,
     log: Callable[[str], None] = tqdm.write,
     profile: tuple[int, int] | None = None,
+    fresh: bool = False,
 ) -> int:
     """Run all the stages of `cfg`, going on where the run folder stands.
 
     Args:
       profile: the first and last step to trace, on the first process.
+      fresh: begin anew in a run folder whose checkpoints are lost; its records are
+        moved aside.
 
     Returns:
       0 when the run is complete, PREEMPTED if a signal made it save and stop.
@@ -133,12 +138,12 @@ def train(
     )
     check_corpus(cfg, corpus)
     first = jax.process_index() == 0
-    run = RunFolder(workdir, writer=first)
+    report = log if first else lambda text: None
     forever = kept_forever(cfg)
     with (
         jax.set_mesh(mesh),
         nn.logical_axis_rules(sharding.RULES),
-        contextlib.closing(run),
+        contextlib.closing(opened(workdir, first, fresh, report)) as run,
         contextlib.closing(
             Checkpoints(run.path / "checkpoints", cfg.checkpoint, forever)
         ) as store,
@@ -147,9 +152,8 @@ def train(
             Profile(run.path / "profile", profile if first else None, log)
         ) as trace,
     ):
-        report = log if first else lambda text: None
         trace.check(store.latest() or 0, cfg.total_steps)
-        rollbacks = load_rollbacks(run.path)
+        rollbacks = [] if fresh else load_rollbacks(run.path)
         while True:
             discard_abandoned(store, rollbacks)
             args = (cfg, mesh, corpus, run, store, stop, init_from, report)
@@ -159,6 +163,25 @@ def train(
                 decision = roll_back(e, cfg, corpus, run, store)
                 rollbacks = [*e.rollbacks, decision]
                 report(f"{e.reason}: going back to step {decision['to']}")
+
+
+def opened(
+    workdir: Path, writer: bool, fresh: bool, log: Callable[[str], None]
+) -> RunFolder:
+    """The run folder, which has the checkpoints that it says it has."""
+    run = RunFolder(workdir, writer)
+    try:
+        if fresh:
+            if place := run.begin_afresh():
+                log(f"the records of the former start are in {place}")
+            barrier("begin afresh")
+        else:
+            lost = lost_checkpoints(run.lineage(), load_rollbacks(run.path))
+            check_checkpoints(run.path, lost)
+    except BaseException:
+        run.close()
+        raise
+    return run
 
 
 def _train(
@@ -203,6 +226,11 @@ def _train(
         kept = ("started", "events", "checkpoints")
         lineage = new_lineage(cfg, corpus, plan, origin)
         lineage |= {k: meta["lineage"][k] for k in kept}
+        moved = {d["step"] for d in damages}
+        for lost in lost_checkpoints(run.lineage(), rollbacks, step):
+            if lost not in moved:
+                log(f"checkpoint {lost} is gone: what came after {step} is made again")
+                damages.append({"event": "gone", "step": lost})
         lineage["events"] += [*damages, {"event": "resumed", "step": step}]
         note_versions(lineage, meta["lineage"].get("versions", {}), step, log)
         note_corpus(lineage, meta, corpus, f"{store.folder}/{step}", log)
@@ -243,9 +271,13 @@ def _train(
         begin, end = stage_tokens(cfg, k, first_token)
         where = f"stages.{declared.name}.schedule"
         optim.check_schedule(declared.schedule, where, begin, end)
-    run.write_config(cfg)
-    run.write_tokenizer(corpus.tokenizer())
-    run.write_lineage(lineage)
+    if changes and step >= cfg.total_steps:
+        # They tell what the steps were made with.
+        log("the run is complete: config.json and lineage.json stay as they were")
+    else:
+        run.write_lineage(lineage)
+        run.write_config(cfg)
+        run.write_tokenizer(corpus.tokenizer())
     overview = get_parameter_overview(abstract.params, include_stats=False)
     run.write_parameters(overview)
     step_tokens = first_token + step * cfg.tokens_per_step
@@ -355,7 +387,6 @@ def _train(
                     e for e in lineage["events"] if e["event"] != event["event"]
                 ] + [{**event, **aside.counts}]
             run.sync()
-            run.write_lineage(lineage)
             meta = dict(
                 step=step,
                 tokens=tokens_at(step),
@@ -375,6 +406,8 @@ def _train(
                 shares=plan.shares[cfg.stage_at(max(step - 1, 0))],
             )
             store.save(state, step, meta)
+            # The one before is whole by now; this one is not yet.
+            run.write_lineage({**lineage, "checkpoints": lineage["checkpoints"][:-1]})
 
     def evaluate() -> None:
         label = "" if step else "start"
@@ -461,6 +494,7 @@ def _train(
         store.wait()
     bar.close()
     if step > resumed:
+        run.write_lineage(lineage)
         seconds = clock.goodput(lineage["started"])
         run.write_goodput(seconds)
         log(goodput_text(seconds))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import read_only
 
-from gamayun_jax import checkpoint, train
+from gamayun_jax import checkpoint, runs, train
 from gamayun_jax.checkpoint import Checkpoints, DamagedCheckpointError, TrainState
 from gamayun_jax.config import UserError
 
@@ -181,6 +181,125 @@ def test_the_last_checkpoint_is_never_moved(small, straight, tmp_path):
     with pytest.raises(UserError, match="There is no other"):
         train.train(small, run, log=quiet)
     assert (run / "checkpoints" / "13").is_dir()
+
+
+def test_lost_checkpoints_are_no_new_run(small, straight, tmp_path, replace):
+    """A folder that was moved, or not mounted: nothing of the run is touched."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    before = {p: p.read_bytes() for p in files(run)}
+    for cfg in (small, replace(small, "log.every_steps", 2)):
+        with pytest.raises(UserError, match="up to step 13 .*has none.*--fresh"):
+            train.train(cfg, run, log=quiet)
+    assert {p: p.read_bytes() for p in files(run)} == before
+    assert not (run / "checkpoints").exists()  # so that it can be moved back
+    (tmp_path / "elsewhere").rename(run / "checkpoints")
+    with pytest.raises(UserError, match="checkpoint of step 13: leave --fresh out"):
+        train.train(small, run, log=quiet, fresh=True)
+    assert train.train(small, run, log=quiet) == 0
+    assert records(run) == records(straight)
+
+
+def test_fresh_moves_the_records_aside(small, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run, ignore=shutil.ignore_patterns("checkpoints"))
+    (run / "notes.txt").write_text("mine")
+    before = {p.relative_to(run): p.read_bytes() for p in files(run)}
+    said = []
+    assert train.train(small, run, log=said.append, fresh=True) == 0
+    assert f"the records of the former start are in {run}/former/1" in said
+    kept = {p.relative_to(run / "former/1"): p for p in files(run / "former")}
+    assert {k: p.read_bytes() for k, p in kept.items()} | {
+        Path(k): before[Path(k)] for k in (".lock", "notes.txt")
+    } == before
+    assert records(run) == records(straight)
+    assert leaves(run, 13) == leaves(straight, 13)
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_a_newest_checkpoint_that_is_gone_is_said(small, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "checkpoints" / "13")
+    said = []
+    assert train.train(small, run, log=said.append) == 0
+    assert "checkpoint 13 is gone: what came after 12 is made again" in said
+    events = json.loads((run / "lineage.json").read_text())["events"]
+    assert {"event": "gone", "step": 13} in events
+    assert records(run) == records(straight)
+
+
+def test_lineage_lists_checkpoints_that_are_there(small, straight, tmp_path):
+    """Whatever a kill leaves: one that is being written is not listed, and a run that
+    was killed while it wrote its first begins again."""
+
+    class KilledError(Exception):
+        pass
+
+    def killed(self, state, at, meta):
+        save(self, state, at, meta)
+        listed = json.loads((run / "lineage.json").read_text())["checkpoints"]
+        assert at not in [c["step"] for c in listed]
+        if at == 3:
+            self.wait()
+            shutil.rmtree(run / "checkpoints" / "3")
+            raise KilledError
+
+    run, save = tmp_path / "run", Checkpoints.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        with pytest.raises(KilledError):
+            train.train(small, run, log=quiet)
+    said = []
+    assert train.train(small, run, log=said.append) == 0
+    assert not any("is gone" in x for x in said)
+    assert records(run) == records(straight)
+    listed = json.loads((run / "lineage.json").read_text())["checkpoints"]
+    assert [c["step"] for c in listed] == [3, 6, 7, 9, 12, 13]
+
+
+def test_a_checkpoint_under_another_number(small, straight, tmp_path):
+    """A copy of an old one as the newest would let the run go on from old values."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "checkpoints" / "13")
+    shutil.copytree(run / "checkpoints" / "6", run / "checkpoints" / "13")
+    said = []
+    assert train.train(small, run, log=said.append) == 0
+    assert any("was saved as that of step 6" in x and "damaged/13" in x for x in said)
+    assert records(run) == records(straight)
+    assert leaves(run, 13) == leaves(straight, 13)
+    (run / "checkpoints" / "13").rename(run / "checkpoints" / "14")
+    with pytest.raises(UserError, match="saved as that of step 13"):
+        train.train(small, tmp_path / "new", run / "checkpoints" / "14", log=quiet)
+
+
+def test_foreign_files_in_a_run_folder(small, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "eval" / "notes.json").write_text("{}")
+    (run / "eval" / "١٣.json").write_text("not JSON")
+    (run / "checkpoints" / "notes").mkdir()
+    (run / "checkpoints" / "13.txt").write_text("mine")
+    assert train.train(small, run, log=quiet) == 0
+    assert (run / "eval" / "notes.json").exists()
+    assert (run / "checkpoints" / "13.txt").exists()
+    assert [e["step"] for e in runs.read_run(run).evals] == [0, 7, 13]
+
+
+def test_a_finished_run_keeps_the_config_it_was_made_with(
+    small, straight, tmp_path, replace
+):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    before = {p: p.read_bytes() for p in files(run) if p.suffix == ".json"}
+    said = []
+    cfg = replace(small, "optimizer.weight_decay", 0.3)
+    assert train.train(cfg, run, log=said.append) == 0
+    assert any("optimizer.weight_decay: 0.1 -> 0.3" in x for x in said)
+    assert any("config.json and lineage.json stay as they were" in x for x in said)
+    assert {p: p.read_bytes() for p in files(run) if p.suffix == ".json"} == before
 
 
 def test_a_full_disk_leaves_the_former_checkpoints_whole(small, straight, tmp_path):
