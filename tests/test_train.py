@@ -481,6 +481,8 @@ def test_init_from_is_never_ignored(straight, config, tmp_path):
         train.train(cfg, run, straight / "checkpoints" / "13", log=quiet)
     # Killed before its first checkpoint, it does not start from nothing.
     shutil.rmtree(run / "checkpoints")
+    lineage = json.loads((run / "lineage.json").read_text())
+    (run / "lineage.json").write_text(json.dumps({**lineage, "checkpoints": []}))
     with pytest.raises(UserError, match="give the same --init-from again"):
         train.train(cfg, run, log=quiet)
 
@@ -555,12 +557,14 @@ def test_what_a_run_cannot_change(straight, config, replace, field, value, messa
 def test_a_harmless_change_goes_on_with_a_note(straight, config, replace, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(straight, run)
+    shutil.rmtree(run / "checkpoints" / "13")
     seen = []
     changed = replace(config, "checkpoint.keep", 19)
     assert train.train(changed, run, log=seen.append) == 0
     assert any("checkpoint.keep: 20 -> 19" in text for text in seen)
     lineage = json.loads((run / "lineage.json").read_text())
     assert lineage["events"][-1]["field"] == "checkpoint.keep"
+    assert json.loads((run / "config.json").read_text())["checkpoint"]["keep"] == 19
 
 
 def test_two_runs_in_one_folder(straight, config):
