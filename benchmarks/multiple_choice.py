@@ -48,8 +48,8 @@ BATCHES = (1, 4, 16, 64)
 def texts(language: str) -> list[str]:
     """Paragraphs of the embedded held-out help pages."""
     path = c.DEMO_CORPUS / f"heldout/{language}.jsonl.zst"
-    lines = zstandard.decompress(path.read_bytes()).decode().splitlines()
-    return [json.loads(line)["text"] for line in lines]
+    with zstandard.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
 
 
 def write_model(folder: Path) -> tokenizers.Tokenizer:

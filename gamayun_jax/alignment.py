@@ -27,7 +27,7 @@ import numpy as np
 import zstandard
 from jax.sharding import Mesh
 
-from gamayun_jax import sharding
+from gamayun_jax import run_tasks, sharding
 from gamayun_jax.config import Config, UserError
 from gamayun_jax.corpus import Corpus, open_corpus
 from gamayun_jax.data import global_batch, host_rows
@@ -248,9 +248,10 @@ def consistency_of(folder: Path) -> dict[str, Any]:
         found = {}
         for name, told in result.get("tasks", {}).items():
             if told["kind"] == "multiple_choice" and told["parallel"]:
-                text = (folder / "items" / f"{name}.jsonl").read_text("utf-8")
-                rows = [json.loads(line) for line in text.splitlines()]
+                rows = run_tasks.read_items(folder / "items", name)
                 found[name] = consistency(rows, told["metric"])
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
             f"{folder} is no folder of answers ({type(e).__name__}: {e}): give the OUT "

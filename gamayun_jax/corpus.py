@@ -19,7 +19,6 @@ or uint32 if the vocabulary has more than 65,536 pieces.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from gamayun_jax.config import UserError
 from gamayun_jax.documents import first_line
-from gamayun_jax.files import file_sha256, read_json
+from gamayun_jax.files import file_sha256, read_json, read_json_lines
 from gamayun_jax.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -209,9 +208,8 @@ class Corpus:
             )
         path = self.folder / "heldout" / f"{name}.{language}.jsonl"
         try:
-            with open(path, encoding="utf-8") as f:
-                units = [(u["id"], u["text"]) for u in map(json.loads, f)]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            units = [(u["id"], u["text"]) for u in read_json_lines(path)]
+        except (OSError, ValueError, KeyError) as e:
             raise UserError(
                 f"{path} cannot be read ({e}): build the corpus again"
             ) from e

@@ -49,6 +49,28 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, text + "\n")
 
 
+def json_lines(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    r"""(line without its end, the JSON object in it or None) of each line, ended by
+    "\n" alone: JSON texts hold other characters that str.splitlines takes for ends."""
+    lines = data.split(b"\n")
+    for line in lines if lines[-1] else lines[:-1]:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        yield line, found if isinstance(found, dict) else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; ValueError names a line that holds none."""
+    rows = []
+    for number, (line, row) in enumerate(json_lines(path.read_bytes()), 1):
+        if row is None:
+            raise ValueError(f"line {number} is no JSON object: {line[:60]!r}")
+        rows.append(row)
+    return rows
+
+
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from gamayun_jax.config import Config, UserError, to_dict, to_json
-from gamayun_jax.files import write_json, write_text
+from gamayun_jax.files import atomic, json_lines, write_json, write_text
 from gamayun_jax.tokenizer import TextCoder
 
 # What a start writes, besides the checkpoints themselves.
@@ -195,13 +195,16 @@ class RunFolder:
             lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
             write_text(folder / f"{name}.jsonl", "".join(lines))
 
-    def start_metrics(self, step: int, tokens: int, tensorboard: bool) -> None:
+    def start_metrics(self, step: int, tokens: int, tensorboard: bool) -> list[int]:
         """Drop what was recorded after `step`, which will be made again; open for more.
 
         At step 0 everything goes: it is of another start.
+
+        Returns:
+          numbers of lines of metrics.jsonl that are damaged, and stay as they are.
         """
         if not self.writer:
-            return
+            return []
         for file in (self._events, self._metrics):
             if file:
                 file.close()
@@ -210,22 +213,28 @@ class RunFolder:
                 evaluation.unlink()
                 shutil.rmtree(evaluation.with_suffix(".items"), ignore_errors=True)
         path = self.path / "metrics.jsonl"
-        kept: list[str] = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # torn by a crash: it and what follows will be made again
-                if not line.endswith("\n") or record.get("step", step + 1) > step:
-                    break
-                kept.append(line)
-        write_text(path, "".join(kept))
+        data = path.read_bytes() if path.exists() and step else b""
+        lines = list(json_lines(data))
+        if data[-1:] != b"\n" and lines and lines[-1][1] is None:
+            lines.pop()  # torn by a crash: it will be made again
+        kept: list[bytes] = []
+        damaged: list[int] = []
+        later = False
+        for number, (line, record) in enumerate(lines, 1):
+            at = record.get("step") if record else None
+            if isinstance(at, int) and at > step:
+                later = True
+            elif isinstance(at, int) or not later:
+                kept.append(line + b"\n")
+                damaged += [] if isinstance(at, int) else [number]
+        with atomic(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
         self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(self.path), purge_step=tokens + 1)
+        return damaged
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append one record; it is on disk once `sync` returns."""
@@ -276,12 +285,11 @@ class SetAside:
         self._lock = threading.Lock()
         self._known: set[tuple[str, int]] = set()
         self.counts: dict[str, int] = {}  # by source
-        text = self._path.read_text("utf-8") if self._path.exists() else ""
-        for line in text.splitlines():
+        data = self._path.read_bytes() if self._path.exists() else b""
+        for _, row in json_lines(data):
             try:
-                row = json.loads(line)
-                self._count(row["source"], row["shard"], row["record"])
-            except (ValueError, KeyError, TypeError):
+                self._count(row["source"], row["shard"], row["record"])  # type: ignore[index]
+            except (KeyError, TypeError):
                 continue  # torn by a crash: it will be met again
 
     def _count(self, source: str, shard: str, record: int) -> bool:

@@ -411,7 +411,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         parts.append(html_table(["run", *heads], lines, []) + legend(runs))
     parts += [
         f'<p class="gap">{esc(r.name)}: unreadable lines of metrics.jsonl left out: '
-        f"{r.unread} (a crash leaves an incomplete last line).</p>"
+        f"{len(r.unread)}, number {', '.join(map(str, r.unread[:5]))} (a crash leaves "
+        "an incomplete last line).</p>"
         for r in runs
         if r.unread
     ]

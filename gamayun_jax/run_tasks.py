@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from gamayun_jax import evaluate, hf, metrics
 from gamayun_jax.config import Config, UserError
-from gamayun_jax.files import write_json, write_text
+from gamayun_jax.files import read_json_lines, write_json, write_text
 from gamayun_jax.generate import Generator
 from gamayun_jax.model import compute_dtype, parameter_count
 from gamayun_jax.runs import cell
@@ -441,8 +441,7 @@ def read_items(folder: Path, name: str) -> list[dict[str, Any]]:
     """The rows that `write_items` wrote; UserError if they cannot be read."""
     path = folder / f"{name}.jsonl"
     try:
-        with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
+        return read_json_lines(path)
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): run `gamayun eval` again") from e
 

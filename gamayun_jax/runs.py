@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gamayun_jax.config import UserError
+from gamayun_jax.files import json_lines
 from gamayun_jax.records import evaluations
 
 INK, PAPER = "#12345a", "#fefdfc"  # become the page's own colours
@@ -57,7 +58,7 @@ class Run:
     lineage: dict[str, Any]
     metrics: list[dict[str, Any]]  # of kind "train"
     evals: list[dict[str, Any]]  # by step
-    unread: int  # lines of metrics.jsonl that are no JSON
+    unread: list[int]  # numbers of the lines of metrics.jsonl that are no JSON objects
     goodput: dict[str, Any]  # seconds of wall time by what they went to
 
     @property
@@ -117,17 +118,9 @@ def read_run(folder: Path) -> Run:
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is damaged ({e}): restore or delete it") from e
 
-    metrics: list[dict[str, Any]] = []
-    unread = 0
-    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
-    for line in text.split("\n"):
-        try:
-            record: Any = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            unread += 1
-            continue
-        if get(record, "kind") == "train":
-            metrics.append(record)
+    lines = list(json_lines(path.read_bytes() if path.is_file() else b""))
+    metrics = [r for _, r in lines if r is not None and r.get("kind") == "train"]
+    unread = [n for n, (line, r) in enumerate(lines, 1) if r is None and line.strip()]
     evals = [load(p) for p in evaluations(folder).values()]
     evals.sort(key=lambda e: num(e, "step") or 0.0)
     name = plain(folder.resolve().name)

@@ -281,7 +281,8 @@ def _train(
     overview = get_parameter_overview(abstract.params, include_stats=False)
     run.write_parameters(overview)
     step_tokens = first_token + step * cfg.tokens_per_step
-    run.start_metrics(step, step_tokens, cfg.log.tensorboard)
+    for number in run.start_metrics(step, step_tokens, cfg.log.tensorboard):
+        log(f"{run.path}/metrics.jsonl: line {number} is damaged and stays as it is")
     flops = flops_per_token(cfg.model, cfg.data.seq_len) * cfg.tokens_per_step
     chip = chip_of(jax.devices()[0])
     evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))

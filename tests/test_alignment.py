@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gamayun_jax import alignment, hf_model, sharding
+from gamayun_jax import alignment, hf_model, run_tasks, sharding
 from gamayun_jax.checkpoint import Checkpoints, TrainState
 from gamayun_jax.cli import main
 from gamayun_jax.config import ComputeConfig, MeshConfig, UserError, to_json
@@ -210,6 +210,21 @@ def test_consistency_counts_picks():
     assert pair["chance_wrong"] == pytest.approx(1 / 3)
     right = 2 / 5 * 2 / 5
     assert pair["expected"] == pytest.approx(right + 3 / 5 * 3 / 5 / 3)
+
+
+def test_answers_are_read_line_by_line(tmp_path):
+    rows = [answer(k, f"a\u2028b{n}", n % 3) for k in ("en", "ru") for n in range(9)]
+    told = {"kind": "multiple_choice", "parallel": True, "metric": "norm"}
+    (tmp_path / "items").mkdir()
+    (tmp_path / "eval.json").write_text(json.dumps({"tasks": {"t": told}}))
+    run_tasks.write_items(tmp_path / "items", "t", rows)
+    found = alignment.consistency_of(tmp_path)["t"]
+    assert found == alignment.consistency(rows, "norm")
+    path = tmp_path / "items" / "t.jsonl"
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]))
+    with pytest.raises(UserError, match=r"t\.jsonl cannot be read \(line 4 is no JSON"):
+        alignment.consistency_of(tmp_path)
 
 
 def test_random_answers_are_at_chance_and_copies_are_not():

@@ -1,5 +1,6 @@
 """The loop through real files: stages, resume, transition, refusals."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from gamayun_jax.corpus import open_corpus
 from gamayun_jax.data import make_plan
 from gamayun_jax.files import file_sha256
 from gamayun_jax.lineage import load_origin, share_points
+from gamayun_jax.records import RunFolder, SetAside
 from gamayun_jax.step import abstract_state
 
 
@@ -195,6 +197,52 @@ def test_a_finished_run_has_nothing_left_to_do(straight, config):
     assert records(straight) == before
     assert goodput(straight) == seconds
     assert len(said) == 1, said  # that it goes on, from a checkpoint that is whole
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 13, "sta', b"\0" * 99])
+def test_records_are_lines_and_damaged_ones_stay(tmp_path, torn):
+    """Lines end at "\\n" alone; what is damaged costs no other record."""
+    rows = [{"step": k, "stage": "a\u2028b\x85c"} for k in (4, 7, 8, 9, 12)]
+    good = [json.dumps(r, ensure_ascii=False).encode() for r in rows]
+    bad = [b'{"step": 5, "st', b"\xff\xfe{}", b"[]", b'{"stage": "a"}', b""]
+    lines = [good[0], *bad, good[1], good[2], *bad, good[3], *bad, good[4]]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([*lines, torn]))
+    with contextlib.closing(RunFolder(tmp_path)) as run:
+        assert run.start_metrics(8, 0, False) == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13]
+        run.add(rows[3])
+    # The last five stand between records that are made again.
+    assert path.read_bytes().split(b"\n") == [*lines[:13], good[3], b""]
+    # A last line that only lacks its end is whole.
+    path.write_bytes(b"\n".join(good))
+    with contextlib.closing(RunFolder(tmp_path)) as run:
+        assert run.start_metrics(12, 0, False) == []
+    assert path.read_bytes().split(b"\n") == [*good, b""]
+
+
+def test_a_damaged_record_is_named_on_resume(straight, config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = lines[1][:40]
+    path.write_bytes(b"\n".join(lines))
+    said: list[str] = []
+    assert train.train(config, run, log=said.append) == 0
+    assert f"{path}: line 2 is damaged and stays as it is" in said
+    assert path.read_bytes().split(b"\n") == lines
+
+
+def test_what_is_set_aside_is_read_back(tmp_path):
+    place = ("ru/a", "corpus\u2028/00000.arrayrecord", 3)
+    SetAside(tmp_path, 0)(*place, "why")
+    with open(tmp_path / "set_aside.0.jsonl", "ab") as f:
+        f.write(b'\n{"source": "ru/a", "sha\xff')  # torn
+    again = SetAside(tmp_path, 0)
+    assert again.counts == {"ru/a": 1}
+    again(*place, "why")
+    again("ru/a", place[1], 4, "why")
+    assert SetAside(tmp_path, 0).counts == {"ru/a": 2}
 
 
 def goodput(run):
@@ -568,8 +616,6 @@ def test_a_harmless_change_goes_on_with_a_note(straight, config, replace, tmp_pa
 
 
 def test_two_runs_in_one_folder(straight, config):
-    from gamayun_jax.records import RunFolder
-
     held = RunFolder(straight)
     try:
         with pytest.raises(UserError, match="in use by another process"):
