@@ -366,7 +366,7 @@ def align(
                 k: pooled(
                     params,
                     [tokenizer.encode(text) for _, text in rows],
-                    tokenizer.bos_id,
+                    tokenizer.start_id if tokenizer.prefix_ids else None,
                 )
                 for k, rows in units.items()
             }

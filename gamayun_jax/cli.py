@@ -347,22 +347,32 @@ def run_generate(args: argparse.Namespace) -> int:
     cfg, params, meta, mesh = evaluate.load_params(args.model, quantised=True)
     tokenizer = hf.open_tokenizer(args.model, meta, cfg.data.corpus)
     model = generate.Generator(cfg.model, params, mesh, tokenizer, cfg.compute)
+    options = dict(truncate=True, literal=args.literal)
+
+    def read(prompt: str) -> str:
+        """The prompt; say it if there is more in it than text."""
+        plain = tokenizer.encode_prompt(prompt, literal=True)
+        if not args.literal and tokenizer.encode_prompt(prompt) != plain:
+            note("control tokens in the prompt are read as such; --literal: as text")
+        return prompt
 
     def show(prompt: str) -> None:
-        print(prompt, end="", flush=True)
+        print(read(prompt), end="", flush=True)
         model.generate(
             [prompt],
             args.max_tokens,
             chosen,
             on_text=lambda _, text: print(text, end="", flush=True),
-            truncate=True,
+            **options,
         )
         print(flush=True)
 
     if len(prompts) == 1:
         show(prompts[0])
     elif prompts:
-        texts = model.generate(prompts, args.max_tokens, chosen, truncate=True)
+        texts = model.generate(
+            [read(p) for p in prompts], args.max_tokens, chosen, **options
+        )
         for prompt, text in zip(prompts, texts, strict=True):
             print(f"{prompt}{text}\n")
     if args.interactive:
@@ -667,7 +677,8 @@ def build_parser() -> argparse.ArgumentParser:
         run_eval,
         "Evaluate a model by language. Without --tasks: loss and bits per byte on the "
         "held-out sets of its corpus. Reads a run folder, a checkpoint or a Hugging "
-        "Face folder; writes OUT/eval.json, OUT/items/ and OUT/index.html.",
+        "Face folder; writes OUT/eval.json, OUT/items/ and OUT/index.html. Control "
+        "tokens that a scored text spells are text.",
     )
     evaluate.add_argument(
         "model", type=Path, help="run folder, checkpoint or Hugging Face folder"
@@ -738,7 +749,8 @@ def build_parser() -> argparse.ArgumentParser:
         "generate",
         run_generate,
         "Continue a text. Reads a run folder or a checkpoint, and the tokenizer beside "
-        "it or of its corpus; prints as it goes.",
+        "it or of its corpus; prints as it goes. Control tokens that an imported "
+        "model's prompt spells (<|im_start|>) are read as such, as in transformers.",
     )
     generate.add_argument("model", type=Path, help="run folder or checkpoint")
     generate.add_argument(
@@ -746,6 +758,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--interactive", action="store_true", help="continue each line of the input"
+    )
+    generate.add_argument(
+        "--literal", action="store_true", help="control tokens in a prompt are text"
     )
     generate.add_argument("--max-tokens", type=int, default=128, metavar="N")
     for name, kind, default, text in (

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import lzma
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -478,7 +479,10 @@ def load_params(path: Path, quantised: bool = False) -> Loaded:
     """
     if hf.is_hf_folder(path):
         mesh = sharding.make_mesh(MeshConfig())
-        return Loaded(*hf.read_hf(path, mesh), mesh)
+        loaded = Loaded(*hf.read_hf(path, mesh), mesh)
+        for note in hf.notes_on(loaded.meta["lineage"]["imported"]):
+            print(note, file=sys.stderr)
+        return loaded
     folder, step = checkpoint.find_checkpoint(path)
     store = checkpoint.Checkpoints(folder, read_only=True)
     meta = store.meta(step)

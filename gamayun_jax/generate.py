@@ -28,7 +28,7 @@ from gamayun_jax.sampling import Sampling
 from gamayun_jax.tokenizer import TextCoder, TextStream
 
 SMALLEST = 16  # shortest bucket of prompts, in tokens
-STOPS = 8  # most stop ids of a call
+STOPS = 8  # least room for stop ids; more of them are programs of their own
 
 
 def bucket(n: int, least: int = 1) -> int:
@@ -60,26 +60,37 @@ class Generator:
         self.decoder = Decoder(cfg, params, mesh, compute)
         self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def encode(self, prompt: str, max_tokens: int, truncate: bool) -> list[int]:
-        """Ids of a prompt with BOS, no more than leave room for `max_tokens`.
+    def encode(
+        self, prompt: str, max_tokens: int, truncate: bool, literal: bool = False
+    ) -> list[int]:
+        """Ids of a prompt as `TextCoder.encode_prompt` gives them, no more than leave
+        room for `max_tokens`.
 
         Raises:
-          UserError: it is too long and may not be cut.
+          UserError: it is too long and may not be cut, or has a control token that the
+            model has no row for.
         """
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        ids = bos + self.tokenizer.encode(prompt) or [self.tokenizer.start_id]
+        first = list(self.tokenizer.prefix_ids)
+        ids = self.tokenizer.encode_prompt(prompt, literal)
+        ids = ids or [self.tokenizer.start_id]
+        if max(ids) >= self.cfg.vocab_size:
+            raise UserError(
+                f"the prompt has control token {max(ids)}, but the model has only "
+                f"model.vocab_size={self.cfg.vocab_size}: leave it out, or have "
+                "control tokens read as text"
+            )
         window = self.cfg.max_seq_len
         room = window - max_tokens
         if len(ids) <= room:
             return ids
         what = f"the prompt has {len(ids)} tokens, and {max_tokens} new ones"
-        if not truncate or room <= len(bos):
+        if not truncate or room <= len(first):
             raise UserError(
                 f"{what} would pass model.max_seq_len={window}: shorten it or ask for "
                 "fewer"
             )
         self.message(f"{what} pass the window of {window}: its beginning is cut off")
-        return bos + ids[len(ids) - room + len(bos) :]
+        return first + ids[len(ids) - room + len(first) :]
 
     def generate(
         self,
@@ -89,24 +100,26 @@ class Generator:
         on_text: Callable[[int, str], None] | None = None,
         stop_ids: Sequence[int] | None = None,
         truncate: bool = False,
+        literal: bool = False,
     ) -> list[str]:
         """Continue each prompt; returns the new text only, without the stop token.
 
         Args:
-          prompts: texts; an empty one is continued from BOS, or from what ends a
-            document where there is none.
+          prompts: texts, begun as the tokenizer begins them; an empty one is continued
+            from BOS, or from what ends a document where there is none.
           max_tokens: most new tokens of each.
           sampling: how tokens are chosen.
           on_text: called with (prompt number, new text) as it comes, in pieces of
             about CHUNK tokens that never end within a character.
-          stop_ids: ids that end a text, at most STOPS; default: the tokenizer's.
+          stop_ids: ids that end a text; default: the tokenizer's.
           truncate: cut long prompts from the left, with a message, instead of
             refusing them.
+          literal: control tokens that a prompt spells are text.
 
         Raises:
           UserError: a prompt too long, or numbers out of their range.
         """
-        ids = [self.encode(p, max_tokens, truncate) for p in prompts]
+        ids = [self.encode(p, max_tokens, truncate, literal) for p in prompts]
         made = self.generate_ids(ids, max_tokens, sampling, on_text, stop_ids)
         return [TextStream(self.tokenizer)(row, last=True) for row in made]
 
@@ -125,11 +138,8 @@ class Generator:
           finished: given the new ids of a prompt from time to time; True ends it.
         """
         stop_ids = list(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
-        if max_tokens < 1 or len(stop_ids) > STOPS:
-            raise UserError(
-                f"{max_tokens} new tokens, {len(stop_ids)} stop ids: ask for at least "
-                f"1 token and at most {STOPS} stop ids"
-            )
+        if max_tokens < 1:
+            raise UserError(f"{max_tokens} new tokens: ask for at least 1")
         if not prompts:
             return []
         T = bucket(max(map(len, prompts)), SMALLEST)
@@ -138,7 +148,8 @@ class Generator:
         for row, ids in enumerate(prompts):
             tokens_BT[row, T - len(ids) :] = ids
             lengths_B[row] = len(ids)
-        stops = np.array(stop_ids + [-1] * (STOPS - len(stop_ids)), np.int32)
+        lack = bucket(len(stop_ids), STOPS) - len(stop_ids)
+        stops = np.array(stop_ids + [-1] * lack, np.int32)
         values, program = sampling.values(), sampling.program
         made: list[list[int]] = [[] for _ in prompts]
         streams = [TextStream(self.tokenizer) for _ in prompts]

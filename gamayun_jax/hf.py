@@ -43,6 +43,7 @@ from gamayun_jax.hf_model import (
     config_to_hf,
     read_weights,
     shapes_of,
+    unknown_keys,
     write_weights,
 )
 from gamayun_jax.hf_tokenizer import (
@@ -142,6 +143,7 @@ def read_hf(
         "folder": name,
         "model_type": data["model_type"],
         "dtype": data.get("dtype") or data.get("torch_dtype"),
+        "unknown": unknown_keys(data),
     }
     now = datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
     lineage = {
@@ -186,7 +188,7 @@ def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, An
     Raises:
       UserError: the folder is not a model that can be read, or `out` exists.
     """
-    data, _, tokenizer = describe(folder)
+    _, _, tokenizer = describe(folder)
     with new_folder(out) as temporary, freed_memory_given_back():
         cfg, params, meta = read_hf(folder, mesh)
         store = Checkpoints(
@@ -200,19 +202,29 @@ def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, An
         files.write_text(temporary / "config.json", to_json(cfg))
         files.write_json(temporary / "lineage.json", meta["lineage"])
         if tokenizer:
-            # The only settings of config.json that the tokenizer still needs.
-            names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
-            ids = {k: data[k] for k in names if data.get(k) is not None}
-            copy_kept(folder, temporary, ids)
-    missing = (
-        f"{folder} has no tokenizer.json: the weights are imported, but the model can "
-        "neither be evaluated nor generate text"
-    )
+            copy_kept(folder, temporary)
+            tokenizer.write(temporary)  # with what it took from config.json
+    notes = notes_on(meta["lineage"]["imported"])
+    if not tokenizer:
+        notes.append(
+            f"{folder} has no tokenizer.json: the weights are imported, but the model "
+            "can neither be evaluated nor generate text"
+        )
     return {
         "parameters": meta["lineage"]["parameters"],
         "tokenizer": tokenizer.vocab_size if tokenizer else None,
-        "notes": [] if tokenizer else [missing],
+        "notes": notes,
     }
+
+
+def notes_on(imported: Mapping[str, Any]) -> list[str]:
+    """Lines for the user about what was imported, as lineage has it."""
+    if not imported["unknown"]:
+        return []
+    return [
+        f"config.json has keys unknown here: {', '.join(imported['unknown'])}. As in "
+        "transformers they change nothing: make sure that the model was trained so"
+    ]
 
 
 @contextlib.contextmanager
@@ -264,14 +276,11 @@ def imported_config(name: str, model: ModelConfig) -> Config:
     )
 
 
-def copy_kept(source: Path, out: Path, ids: Mapping[str, Any]) -> None:
-    """Copy the tokenizer's files; `ids` go into generation_config.json."""
+def copy_kept(source: Path, out: Path) -> None:
+    """Copy the tokenizer's files."""
     for name in KEPT_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    path = out / "generation_config.json"
-    former = read_object(path) if path.is_file() else {}
-    files.write_json(path, {**ids, **former})
 
 
 # --- tokenizers -----------------------------------------------------------------
@@ -440,7 +449,10 @@ def write_rest(
         if tokenizer.bos_id is not None:
             ids["bos_token_id"] = tokenizer.bos_id
     if isinstance(tokenizer, HFTokenizer):
-        copy_kept(tokenizer.folder, out, ids)
+        copy_kept(tokenizer.folder, out)
+        path = out / "generation_config.json"
+        former = read_object(path) if path.is_file() else {}
+        files.write_json(path, {**ids, **former})
     else:
         files.write_json(out / "generation_config.json", {**ids, "do_sample": False})
     if isinstance(tokenizer, Tokenizer):

@@ -55,12 +55,92 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in kept} | shifted
 
 
+KINDS = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")  # of named tokens
+SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+    r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+END_OF_TEXT = "<|endoftext|>"
+# Tokens that a class of transformers 5 has where the folder names none.
+CLASS_TOKENS: dict[str, dict[str, str]] = {
+    "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"},
+    "GPT2Tokenizer": dict.fromkeys(("unk", "bos", "eos"), END_OF_TEXT),
+    "Qwen2Tokenizer": dict.fromkeys(("unk", "eos", "pad"), END_OF_TEXT),
+}
+
+
+def tokenizer_class(settings: Mapping[str, Mapping[str, Any]], text: str) -> str:
+    """The class of transformers 5 that `AutoTokenizer` takes; "" for a plain one."""
+    config = settings.get("config.json", {})
+    own = settings.get("tokenizer_config.json", {})
+    name = own.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    name = str(name).removesuffix("Fast")
+    kind = config.get("model_type")
+    if kind == "qwen2" or (kind == "qwen3" and not name):
+        return "Qwen2Tokenizer"  # whatever a qwen2 folder names
+    if name == "LlamaTokenizer" and '"ByteLevel"' in text:
+        return ""
+    return name if name in CLASS_TOKENS else ""
+
+
+def as_built(data: dict[str, Any], name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json as the class builds it, which reads vocabulary, merges, added
+    tokens and post-processor of the file and knows the rest by itself."""
+    model = data.get("model") or {}
+    if not name or model.get("type", "BPE") != "BPE":
+        return data
+    prefix = own.get("add_prefix_space")
+    flags = dict(fuse_unk=False, byte_fallback=False, unk_token=None)
+    normalizer: Any = None
+    words: Any = {"type": "ByteLevel", "add_prefix_space": bool(prefix)}
+    words |= {"trim_offsets": True, "use_regex": name == "GPT2Tokenizer"}
+    if name == "Qwen2Tokenizer":
+        normalizer = {"type": "NFC"}
+        split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}}
+        split |= {"behavior": "Isolated", "invert": False}
+        words = {"type": "Sequence", "pretokenizers": [split, words]}
+    elif name == "LlamaTokenizer":
+        scheme = "always" if own.get("legacy", False) else "first"
+        scheme = "never" if prefix is False else scheme
+        words = {"type": "Metaspace", "replacement": SPACE, "split": False}
+        words |= {"prepend_scheme": scheme}
+        flags |= dict(fuse_unk=True, byte_fallback=True)
+    flags |= dict(dropout=None, ignore_merges=False)
+    flags |= dict(continuing_subword_prefix=None, end_of_word_suffix=None)
+    return {
+        **data,
+        "normalizer": normalizer,
+        "pre_tokenizer": words,
+        "model": {**model, **flags},
+    }
+
+
+def added_token(value: Any, special: bool = True) -> AddedToken:
+    """A token as settings write it: its text, or an object with its properties."""
+    if isinstance(value, str):
+        return AddedToken(value, special=special, normalized=not special)
+    keys = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(
+        **{"special": special} | {k: value[k] for k in keys if k in value}
+    )
+
+
 class HFTokenizer:
     """The tokenizer of a Hugging Face folder. Picklable.
 
-    `bos_id` is None where the tokenizer begins texts with no token of its own (Qwen);
-    `start_id` is then the end-of-text token, which parts documents there and serves as
-    context of a text's first token.
+    `encode_prompt` gives the ids of `AutoTokenizer(folder)(text)`. What it writes
+    before a text is what tokenizer.json's post-processor writes (`prefix_ids`): as in
+    transformers 5, `add_bos_token` has no say beside it, nor has a `bos_token` that
+    is only named. `bos_id` is None where there is no token of that name (Qwen).
+    `start_id` serves as context of a text's first token: what is written before it,
+    else BOS, else the end-of-text token, which parts documents there.
 
     Raises:
       UserError: no or a broken tokenizer.json, or a kind whose bytes are unknown.
@@ -77,7 +157,7 @@ class HFTokenizer:
                 "with a tokenizer.json"
             ) from e
         settings: dict[str, Any] = {}
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        for name in SETTINGS:
             if (folder / name).is_file():
                 settings[name] = read_object(folder / name)
         self.__setstate__((str(path), text, settings))
@@ -89,43 +169,98 @@ class HFTokenizer:
         self._source = source
         where, text, settings = source
         self.folder = Path(where).parent
+        own = settings.get("tokenizer_config.json", {})
+        self._class = tokenizer_class(settings, text)
         try:
-            self._tok = tokenizers.Tokenizer.from_str(text)
             data = json.loads(text)
+            data = as_built(data, self._class, own)
+            self._tok = tokenizers.Tokenizer.from_str(json.dumps(data))
         except Exception as e:  # the library raises Exception itself
             raise UserError(f"{where} is not a tokenizer ({e}): copy it again") from e
-        # A text that spells a control token is text, as in SentencePiece.
-        self._tok.encode_special_tokens = True
         self._tok.no_padding()
         self._tok.no_truncation()
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        self.vocab_size = 1 + max(self._tok.get_vocab().values(), default=-1)
-        self._find_control_ids(settings, where)
+        try:
+            named = self._add_tokens(settings)
+        except (TypeError, ValueError, KeyError, AttributeError) as e:
+            raise UserError(
+                f"{self.folder}: the settings of its tokenizer have a value of a kind "
+                f"that they cannot have ({e}): copy it again"
+            ) from e
+        # A text that spells a control token is text, as in SentencePiece.
+        self._tok.encode_special_tokens = True
+        self._split = bool(own.get("split_special_tokens"))
+        self._find_control_ids(settings, named, where)
         self._spelled = self._spell(data, where)
 
-    def _find_control_ids(self, settings: dict[str, Any], where: str) -> None:
+    def _add_tokens(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Add what the settings name and tokenizer.json lacks; the named tokens."""
         own = settings.get("tokenizer_config.json", {})
+        named: dict[str, Any] = dict(CLASS_TOKENS.get(self._class, {}))
+        tokens = {int(i): t for i, t in own.get("added_tokens_decoder", {}).items()}
+        sources = [own]
+        if "added_tokens_decoder" not in own:  # older folders have files instead
+            sources.append(settings.get("special_tokens_map.json", {}))
+            for text, i in settings.get("added_tokens.json", {}).items():
+                tokens[i] = {"content": text, "special": False}
+        extra: list[Any] = []
+        for source in sources:
+            named |= {k: source[f"{k}_token"] for k in KINDS if f"{k}_token" in source}
+            for key in ("extra_special_tokens", "additional_special_tokens"):
+                found = source.get(key) or ()
+                extra += found.values() if isinstance(found, Mapping) else found
+            extra += [
+                v
+                for k, v in source.items()
+                if k.endswith("_token") and k[:-6] not in KINDS and isinstance(v, str)
+            ]
+        named = {k: v for k, v in named.items() if v is not None}
+        wanted = [added_token(tokens[i], False) for i in sorted(tokens)]
+        special = [added_token(v) for v in (*named.values(), *extra)]
+        if "added_tokens_decoder" not in own:
+            texts = {t.content for t in special}
+            wanted = [t for t in wanted if t.content not in texts]
+        same = {repr(t) for t in self._tok.get_added_tokens_decoder().values()}
+        self._tok.add_tokens([t for t in wanted if repr(t) not in same])
+        self.vocab_size = 1 + max(self._tok.get_vocab().values(), default=-1)
+        known = {t.content for t in self._tok.get_added_tokens_decoder().values()}
+        # May get ids beyond the model's table: they spell nothing and count for none.
+        self._tok.add_tokens([t for t in special if t.content not in known])
+        return {k: added_token(v).content for k, v in named.items()}
 
+    def _find_control_ids(
+        self, settings: Mapping[str, Any], named: Mapping[str, str], where: str
+    ) -> None:
         def find(kind: str) -> list[int]:
-            token = own.get(f"{kind}_token")
-            token = token.get("content") if isinstance(token, Mapping) else token
-            number = self._tok.token_to_id(token) if isinstance(token, str) else None
+            number = self._tok.token_to_id(named[kind]) if kind in named else None
             ids = [] if number is None else [number]
             for name in ("generation_config.json", "config.json"):
                 value = settings.get(name, {}).get(f"{kind}_token_id")
-                ids += value if isinstance(value, list) else [value]
-            known = dict.fromkeys(i for i in ids if type(i) is int)
+                values = value if isinstance(value, list) else [value]
+                if any(type(i) is not int for i in values if i is not None):
+                    raise UserError(
+                        f"{self.folder / name}: {kind}_token_id={value!r} is neither "
+                        "an id nor a list of ids: correct it"
+                    )
+                ids += [i for i in values if i is not None]
+            known = dict.fromkeys(ids)
             return [i for i in known if 0 <= i < self.vocab_size]
 
         ends = find("eos")
         if not ends:
             raise UserError(f"{where}: its folder names no end-of-text token")
-        # config.json may name a BOS that the tokenizer never writes (Qwen).
-        begins = find("bos") if own.get("bos_token") or not own else []
+        told = "bos" in named or "tokenizer_config.json" not in settings
+        begins = find("bos")
+        written = self._tok.encode("a").special_tokens_mask
+        count = next((n for n, x in enumerate(written) if not x), len(written))
+        self.prefix_ids = tuple(self._tok.encode("a").ids[:count])
         self.eos_id = ends[0]
         self.stop_ids = tuple(ends)
-        self.bos_id: int | None = begins[0] if begins else None
-        self.start_id = begins[0] if begins else (find("bos") or ends)[0]
+        # config.json may name a BOS that the tokenizer knows nothing of (Qwen).
+        self.bos_id: int | None = begins[0] if begins and told else None
+        if self.prefix_ids:
+            self.bos_id = self.prefix_ids[0]
+        self.start_id = (*self.prefix_ids[-1:], *begins, *ends)[0]
         self.pad_id = (find("pad") or ends)[0]
 
     def _spell(self, data: dict[str, Any], where: str) -> list[bytes]:
@@ -147,12 +282,30 @@ class HFTokenizer:
             else:
                 spelled[i] = token.replace(SPACE, " ").encode()
         for i, added in self._tok.get_added_tokens_decoder().items():
-            spelled[i] = b"" if added.special else added.content.encode()
+            if i < self.vocab_size:
+                spelled[i] = b"" if added.special else added.content.encode()
         return spelled
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without BOS and EOS."""
+        """Token ids, without BOS and EOS; control tokens in the text are text."""
         return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str, literal: bool = False) -> list[int]:
+        """The ids of `AutoTokenizer(folder)(text)`.
+
+        Control tokens in the text are read as such unless the folder says otherwise
+        (split_special_tokens), or they are to be text (`literal`).
+
+        Raises:
+          UserError: a text with lone surrogates, which has no bytes.
+        """
+        self._tok.encode_special_tokens = literal or self._split
+        try:
+            return self._tok.encode(text).ids
+        except (UnicodeError, TypeError) as e:
+            raise UserError(f"a prompt is not valid Unicode: {e}") from e
+        finally:
+            self._tok.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without BOS and EOS.
@@ -178,14 +331,19 @@ class HFTokenizer:
         """Files in `folder` from which the same tokenizer can be read."""
         _, text, settings = self._source
         files.write_text(folder / "tokenizer.json", text)
-        if "tokenizer_config.json" in settings:
-            own = settings["tokenizer_config.json"]
-            files.write_json(folder / "tokenizer_config.json", own)
-        names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
         config = settings.get("config.json", {})
+        kept = {k: v for k, v in settings.items() if k != "config.json"}
+        if self._class:  # which the model's architecture may have decided
+            own = kept.get("tokenizer_config.json", {})
+            kept["tokenizer_config.json"] = {**own, "tokenizer_class": self._class}
+        names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
         ids = {k: config[k] for k in names if config.get(k) is not None}
-        generation = settings.get("generation_config.json", {})
-        files.write_json(folder / "generation_config.json", {**ids, **generation})
+        kept["generation_config.json"] = {
+            **ids,
+            **kept.get("generation_config.json", {}),
+        }
+        for name, values in kept.items():
+            files.write_json(folder / name, values)
 
     def byte_lengths(self) -> np.ndarray:
         """int32[V]: UTF-8 bytes that each id spells; 0 for control tokens."""

@@ -3,7 +3,8 @@
 `lm_eval` finds models of its own package only, so its command is run from here, with
 `gamayun` registered beside them; everything else about it is as its manual says. Texts
 become tokens as with its Hugging Face backend (`--model hf`), so that the results are
-the same. Needs `pip install "gamayun_jax[lm-eval]"`.
+the same, but for two things: see `hf_parity`. Needs
+`pip install "gamayun_jax[lm-eval]"`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class GamayunLM(TemplateLM):
       batch_size: prompts that are continued at a time, or "auto" (16). Scoring
         sizes its batches itself.
       batch_tokens: tokens that each device scores at a time, about.
+      hf_parity: do as the harness's Hugging Face backend does where `gamayun eval`
+        does otherwise: a whole text (loglikelihood_rolling) is scored with the BOS that
+        the tokenizer writes, after another BOS, its control tokens read as such; and
+        the context of a text's first token is the token named BOS, or else EOS, even
+        where the tokenizer writes another one.
 
     The harness also passes device, max_batch_size and others: devices are JAX's own.
     """
@@ -58,6 +64,7 @@ class GamayunLM(TemplateLM):
         max_length: int | None = None,
         batch_size: int | str = "auto",
         batch_tokens: int = 4096,
+        hf_parity: bool = False,
         **_: Any,
     ):
         super().__init__()
@@ -67,7 +74,7 @@ class GamayunLM(TemplateLM):
         own = hf.open_tokenizer(folder, meta, cfg.data.corpus)
         self.tokenizer = load_tokenizer(folder, own, cfg.model.max_seq_len)
         self._name = str(folder)
-        self._stops = own.stop_ids
+        self._own, self._parity = own, hf_parity
         self.max_length = int(max_length or cfg.model.max_seq_len)
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.scorer = Scorer(
@@ -99,6 +106,8 @@ class GamayunLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """Context of a text's first token: BOS, or what ends a text."""
+        if not self._parity:
+            return self._own.start_id
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -199,9 +208,11 @@ class GamayunLM(TemplateLM):
     ) -> list[float]:
         """Log-probability of whole texts, in the harness's own windows."""
         texts = [r.args[0] for r in requests]
+        # What is scored is the text: not what the tokenizer writes before it.
+        encode = self._encode if self._parity else self._own.encode_batch
         parts: list[tuple[None, list[int], list[int]]] = []
         owner: list[int] = []
-        for i, ids in enumerate(self._encode(texts)):
+        for i, ids in enumerate(encode(texts)):
             for window in get_rolling_token_windows(
                 token_list=ids,
                 prefix_token=self.prefix_token_id,
@@ -272,7 +283,7 @@ class GamayunLM(TemplateLM):
             return any(stop in text for stop in until if stop)
 
         rows = self._made.generate_ids(
-            ids, count, sampling, stop_ids=self._stops, finished=finished
+            ids, count, sampling, stop_ids=self._own.stop_ids, finished=finished
         )
         texts = [self.tokenizer.decode(r, skip_special_tokens=True) for r in rows]
         return [postprocess_generated_text(t, list(until), None) for t in texts]
@@ -294,15 +305,17 @@ def load_tokenizer(path: Path, own: Any, window: int) -> Any:
       own: its tokenizer as `hf.open_tokenizer` gives it.
       window: the model's.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PretrainedConfig
 
     if hf.is_hf_folder(path):
         return AutoTokenizer.from_pretrained(path)
-    if isinstance(own, HFTokenizer):  # beside our own config.json
-        return PreTrainedTokenizerFast.from_pretrained(own.folder)
+    # Not beside a config.json of transformers, so it shall look for none.
+    options = dict(config=PretrainedConfig())
+    if isinstance(own, HFTokenizer):
+        return AutoTokenizer.from_pretrained(own.folder, **options)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(own, Path(folder), window)
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, **options)
 
 
 def main(arguments: Sequence[str]) -> None:

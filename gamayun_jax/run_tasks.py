@@ -218,7 +218,7 @@ def generation(
     room = generator.cfg.max_seq_len - task.max_tokens
     asked: list[tuple[Item, list[int], int]] = []
     for item in items:
-        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        start = list(tokenizer.prefix_ids)
         # A space at the end belongs to what is written (see tasks.encode_pair).
         ids = start + tokenizer.encode(prompt_of(task, item).rstrip(" "))
         ids = ids or [tokenizer.start_id]

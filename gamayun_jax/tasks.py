@@ -418,10 +418,11 @@ def prompt_of(task: Task, item: Item) -> str:
 def encode_pair(
     tokenizer: TextCoder, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
-    """Ids of a context, from BOS on, and of what follows it, as one text is encoded.
+    """Ids of a context, begun as the tokenizer begins texts, and of what follows it.
 
     The rule of lm-evaluation-harness: spaces at the context's end belong to the
-    continuation, both are encoded together, and the context's own tokens end it.
+    continuation, both are encoded together, and the context's own tokens end it. A text
+    that spells a control token is text.
     """
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -431,5 +432,4 @@ def encode_pair(
     rest = tokenizer.encode(context + continuation)[len(head) :]
     if not rest:  # a merge over the border took all of it
         rest = tokenizer.encode(continuation)
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return start + head or [tokenizer.start_id], rest
+    return [*tokenizer.prefix_ids, *head] or [tokenizer.start_id], rest

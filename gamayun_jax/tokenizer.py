@@ -48,8 +48,11 @@ class TextCoder(Protocol):
 
     Attributes:
       vocab_size: ids are 0..vocab_size - 1; the model's table may have more rows.
-      bos_id: what every text begins with; None where there is no such token (Qwen).
-      start_id: context of a text's first token: BOS, or else what ends a document.
+      bos_id: the token named BOS; None where there is no such token (Qwen).
+      prefix_ids: what the tokenizer writes before every text: BOS or nothing, as a
+        rule. That a token is named BOS does not mean that it is written.
+      start_id: context of a text's first token: the last of `prefix_ids`, or else BOS,
+        or else what ends a document.
       eos_id: ends a text; the first of `stop_ids`.
       stop_ids: any of them ends a generated text.
       pad_id: what rows are filled up with.
@@ -57,6 +60,7 @@ class TextCoder(Protocol):
     """
 
     vocab_size: int
+    prefix_ids: tuple[int, ...]
     start_id: int
     eos_id: int
     stop_ids: tuple[int, ...]
@@ -66,7 +70,12 @@ class TextCoder(Protocol):
     @property
     def bos_id(self) -> int | None: ...
     def encode(self, text: str) -> list[int]:
-        """Token ids, without BOS and EOS."""
+        """Token ids, without BOS and EOS; control tokens in the text are text."""
+        ...
+
+    def encode_prompt(self, text: str, literal: bool = False) -> list[int]:
+        """Ids of a prompt as `AutoTokenizer` gives them: with what is written before a
+        text, and control tokens in it read as such unless it is `literal`."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -144,6 +153,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{name} has no BOS or no EOS piece: both are needed")
+        self.prefix_ids: tuple[int, ...] = (self.bos_id,)
         self.start_id: int = self.bos_id
         self.stop_ids: tuple[int, ...] = (self.eos_id,)
         # A model without padding: with byte fallback, no text ever gives unk.
@@ -181,6 +191,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids, without BOS and EOS."""
         return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str, literal: bool = False) -> list[int]:
+        """Token ids from BOS on. A text that spells a control token is text always, as
+        in the folder that `export-hf` writes."""
+        return [self.bos_id, *self.encode(text)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without BOS and EOS.

@@ -31,10 +31,13 @@ GREEDY = Sampling()
 class Bytes:
     """Byte b is id 2 + b; 0 is BOS, 1 is EOS."""
 
-    vocab_size, bos_id, start_id, stop_ids = 258, 0, 0, (1,)
+    vocab_size, prefix_ids, start_id, stop_ids = 258, (0,), 0, (1,)
 
     def encode(self, text):
         return [2 + b for b in text.encode()]
+
+    def encode_prompt(self, text, literal=False):
+        return [*self.prefix_ids, *self.encode(text)]
 
     def spell(self, ids):
         return bytes(i - 2 for i in ids if i > 1)
@@ -87,6 +90,14 @@ def test_greedy_equals_the_full_forward():
     got = generator().generate_ids(PROMPTS, 50, stop_ids=())
     for ids, prompt in zip(got, PROMPTS, strict=True):
         assert ids == greedy(MODEL, weights(MODEL), prompt, 50)
+
+
+def test_any_number_of_stop_ids():
+    (made,) = generator().generate_ids([[0, 5, 9]], 12, stop_ids=())
+    others = [i for i in range(100) if i not in made][:20]
+    end = next(n for n in range(2, 12) if made[n] not in made[:n])
+    stops = [*others, made[end]]
+    assert generator().generate_ids([[0, 5, 9]], 12, stop_ids=stops) == [made[:end]]
 
 
 def test_a_row_does_not_depend_on_the_others():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pickle
 import warnings
@@ -303,6 +304,17 @@ def test_gamayun_is_a_qwen3():
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+          "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*disagree"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0},
+          "rope_scaling": {"rope_type": "default"}}, "disagree about 'factor'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+         "'full_attention'"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"model_type": "llama", "architectures": None, "sliding_window": 64,
+          "use_sliding_window": None}, "sliding-window"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "Classification"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
@@ -316,6 +328,32 @@ def test_refuses_what_it_cannot_do(change, words):
     with pytest.raises(UserError, match=words) as e:
         hf_model.config_from_hf({**QWEN3, **change})
     assert "\n" not in str(e.value)
+
+
+def test_accepts_what_changes_nothing():
+    """Keys that are off, and a window that is not switched on."""
+    window = {k: v for k, v in QWEN2.items() if k != "use_sliding_window"}
+    expected = hf_model.config_from_hf(QWEN2)
+    for change in (
+        {**window, "sliding_window": 64, "max_window_layers": 0},
+        {**window, "use_sliding_window": False, "max_window_layers": 0},
+        {**QWEN2, "is_causal": True, "mlp_bias": None, "pruned_heads": {}},
+        {**QWEN2, "attention_bias": True},  # Qwen2 of transformers does not read it
+        {**QWEN2, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+         "rope_scaling": None},
+    ):  # fmt: skip
+        assert hf_model.config_from_hf(change) == expected
+        loaded = transformers.Qwen2Config(**change)
+        assert set(loaded.layer_types) == {"full_attention"}
+
+
+def test_every_key_is_used_harmless_or_named():
+    for data, _ in PUBLISHED.values():
+        assert hf_model.unknown_keys(data) == []
+    for kind in ("Llama", "Qwen2", "Qwen3"):  # all that transformers writes
+        data = getattr(transformers, f"{kind}Config")().to_diff_dict()
+        assert hf_model.unknown_keys(data) == []
+        assert hf_model.unknown_keys({**data, "new_trick": 1}) == ["new_trick"]
 
 
 def test_no_architecture_has_both_features():
@@ -581,6 +619,130 @@ def test_refuses_tokenizers(tmp_path):
         HFTokenizer(tmp_path)
 
 
+def small_tokenizer(kind):
+    """One of each kind that language models have, of a few hundred ids."""
+    from tokenizers import Tokenizer as Tok
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    texts = ["the cat sat on the mat, 1999", "мир и труд\n\n12"] * 3
+    special = ["<unk>", "<s>", "</s>", "<|im|>"]
+    spelled = [f"<0x{b:02X}>" for b in range(256)]
+    if kind == "bytes":
+        tok = Tok(models.BPE())
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tok.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, initial_alphabet=alphabet,
+            show_progress=False,
+        )  # fmt: skip
+        tok.train_from_iterator(texts, trainer)
+        return json.loads(tok.to_str())
+    if kind == "sentencepiece":
+        tok = Tok(models.BPE())
+        tok.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        trainer = trainers.BpeTrainer(
+            vocab_size=330, special_tokens=[*special, *spelled], show_progress=False
+        )
+    else:
+        tok = Tok(models.Unigram())
+        tok.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=special, unk_token="<unk>",
+            show_progress=False,
+        )  # fmt: skip
+    tok.train_from_iterator(texts, trainer)
+    tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    data = json.loads(tok.to_str())
+    data["added_tokens"] = data["added_tokens"][: len(special)]
+    data["model"]["byte_fallback"] = True
+    if kind == "sentencepiece":
+        data["model"] |= {"unk_token": "<unk>", "fuse_unk": True}
+    else:
+        data["model"]["vocab"] += [[s, -20.0] for s in spelled]
+    return data
+
+
+PROMPTS = [
+    "the cat", " the cat", "", "<s>the <|im|>cat</s> on", "мир 1999 ünï <0x41>",
+    "a\n\n b  <unk> [PAD] <tool>  x", "<|endoftext|>don't 123",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "unigram"])
+def test_prompts_are_encoded_as_by_transformers(kind, tmp_path):
+    """BOS named or not, written by the post-processor or not, add_bos_token, settings
+    in one file or another, and the classes of transformers that build their own."""
+    from tokenizers import Tokenizer as Tok
+    from tokenizers import processors
+
+    data = small_tokenizer(kind)
+    template = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    tok = Tok.from_str(json.dumps(data))
+    tok.post_processor = template
+    writing = tok.to_str()
+    settings = [
+        ("llama", {"tokenizer_class": "PreTrainedTokenizerFast", **add})
+        for add in ({}, {"add_bos_token": True}, {"add_bos_token": False})
+    ]
+    # Of other kinds these classes of transformers make nonsense.
+    if kind != "unigram":
+        settings += [
+            ("llama", {"tokenizer_class": "LlamaTokenizerFast"}),
+            ("llama", {}),
+        ]
+    if kind == "bytes":
+        names = ("GPT2Tokenizer", "Qwen2TokenizerFast")
+        settings += [("llama", {"tokenizer_class": name}) for name in names]
+        settings += [("qwen2", {}), ("qwen3", {})]
+    written = [data["added_tokens"][i] for i in range(4)]
+    table = {str(t["id"]): {k: t[k] for k in t if k != "id"} for t in written}
+    seen = set()
+    for bos, writes, place, (arch, own) in itertools.product(
+        (True, False), (True, False), ("config", "map", "decoder"), settings
+    ):
+        folder = tmp_path / str(len(seen))
+        folder.mkdir(exist_ok=True)
+        named = {"eos_token": "</s>", "pad_token": "[PAD]"}
+        named |= {"bos_token": "<s>"} if bos else {}
+        if place == "map":
+            more = {**named, "additional_special_tokens": ["<tool>"]}
+            (folder / "special_tokens_map.json").write_text(json.dumps(more))
+        elif place == "decoder":
+            own = {**own, **named, "added_tokens_decoder": table}
+        else:
+            own = {**own, **named}
+        text = writing if writes else json.dumps(data)
+        (folder / "tokenizer.json").write_text(text)
+        (folder / "tokenizer_config.json").write_text(json.dumps(own))
+        (folder / "config.json").write_text(json.dumps({"model_type": arch}))
+        auto = transformers.AutoTokenizer.from_pretrained(folder)
+        read = HFTokenizer(folder)
+        expected = [auto(p)["input_ids"] for p in PROMPTS]
+        where = bos, writes, place, arch, own
+        assert [read.encode_prompt(p) for p in PROMPTS] == expected, where
+        assert read.prefix_ids == ((1,) if writes else ()), where
+        # What it writes, without config.json, is itself.
+        out = folder / "out"
+        out.mkdir()
+        read.write(out)
+        again = pickle.loads(pickle.dumps(HFTokenizer(out)))
+        assert [again.encode_prompt(p) for p in PROMPTS] == expected, where
+        assert (again.bos_id, again.start_id) == (read.bos_id, read.start_id)
+        # Documents: no BOS, control tokens are text (to Unigram, pieces of its own).
+        ids = read.encode("<s>мир<|im|>")
+        if kind != "unigram":
+            assert not set(ids) & {1, 2, 3}, where
+            assert read.decode(ids).strip(" ") == "<s>мир<|im|>"
+            assert read.encode_prompt("<s>мир<|im|>", literal=True)[-len(ids) :] == ids
+        seen.add(str(where))
+    assert len(seen) == len(settings) * 12
+
+
 # --- whole folders --------------------------------------------------------------
 
 
@@ -656,10 +818,13 @@ def test_out_and_in_again(trained, config, tmp_path):
 
 def test_import_without_tokenizer(tmp_path):
     folder = write_folder(SMALL, random_params(SMALL), tmp_path / "in")
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, "new_trick": 1}))
     mesh = sharding.make_mesh(c.MeshConfig(fsdp=4, tensor=1), jax.devices()[:4])
     done = hf.import_hf(folder, tmp_path / "out", mesh)
     assert done["tokenizer"] is None
-    assert "no tokenizer.json" in done["notes"][0]
+    assert "new_trick" in done["notes"][0]
+    assert "no tokenizer.json" in done["notes"][1]
     assert "no tokenizer" in hf.export_hf(tmp_path / "out", tmp_path / "b")["notes"][0]
 
 

@@ -15,15 +15,18 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     from gamayun_jax import cli, lm_eval_adapter
 
+import tokenizers
 import zstandard
 
 from gamayun_jax.config import DEMO_CORPUS, ModelConfig, UserError
-from gamayun_jax.hf_tokenizer import write_tokenizer
+from gamayun_jax.hf_tokenizer import HFTokenizer, write_tokenizer
+from gamayun_jax.tasks import encode_pair
 from gamayun_jax.tokenizer import Tokenizer
 from tests.test_hf import random_params, write_folder
 from tests.test_imported import byte_level
@@ -152,6 +155,61 @@ def model(request, config, corpus, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_bos_is_what_the_tokenizer_writes(named, writes, corpus, tmp_path):
+    """`eval` and `lm-eval` on one folder give the same, which is torch's on the ids of
+    AutoTokenizer; with hf_parity a whole text has BOS after BOS, as in the harness."""
+    texts = [t for _, t in corpus.heldout("udhr", "en")]
+    byte_level(tmp_path, texts, named)
+    if writes:
+        path = tmp_path / "tokenizer.json"
+        tok = tokenizers.Tokenizer.from_file(str(path))
+        tok.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
+        )
+        tok.save(str(path))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=416, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        bos_token_id=1, eos_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model.save_pretrained(tmp_path)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    def torch_score(before, after):
+        with torch.inference_mode():
+            out = model(torch.tensor([[*before, *after]])).logits[0, :-1].double()
+        logp = torch.log_softmax(out[len(before) - 1 :], -1)
+        return float(logp[range(len(after)), after].sum())
+
+    lm = lm_eval_adapter.GamayunLM(str(tmp_path))
+    own = HFTokenizer(tmp_path)
+    asked = Instance("loglikelihood", {}, ("All human", " beings"), 0)
+    before = auto("All human")["input_ids"]
+    pair = before, auto("All human beings")["input_ids"][len(before) :]
+    assert (before[0] == 1) == writes
+    assert encode_pair(own, "All human", " beings") == pair
+    expected = torch_score(*pair)
+    assert lm.loglikelihood([asked], disable_tqdm=True)[0][0] == pytest.approx(
+        expected, abs=1e-4
+    )
+    text = texts[0][:90]
+    ids = auto(text, add_special_tokens=False)["input_ids"]
+    rolling = [Instance("loglikelihood_rolling", {}, (text,), 0)]
+    (found,) = lm.loglikelihood_rolling(rolling, disable_tqdm=True)
+    assert found == pytest.approx(torch_score([1], ids), abs=1e-3)
+    (score,) = lm.scorer.rolling([own.encode(text)], own.start_id)  # as `eval` does
+    assert found == pytest.approx(score, abs=1e-3)
+    lm._parity = True
+    (found,) = lm.loglikelihood_rolling(rolling, disable_tqdm=True)
+    prefix = 1 if named else 0
+    expected = torch_score([prefix], auto(text)["input_ids"])
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
 def run(lm, tasks, **kwargs):
     names = [f"{kind}_{k}" for kind in KINDS for k in LANGUAGES]
     found = lm_eval.simple_evaluate(
@@ -171,7 +229,8 @@ def backends(model):
     theirs = HFLM(
         str(model), dtype="float32", device="cpu", batch_size=8, max_length=512
     )
-    return lm_eval_adapter.GamayunLM(str(model), batch_size=8), theirs
+    ours = lm_eval_adapter.GamayunLM(str(model), batch_size=8, hf_parity=True)
+    return ours, theirs
 
 
 @pytest.mark.slow
@@ -210,8 +269,6 @@ def test_same_as_the_hugging_face_backend(backends, tasks, chat):
 def test_windows_chats_and_repeats(backends):
     """Long contexts lose their beginning, as there; requests may be the same twice."""
     ours, theirs = backends
-    from lm_eval.api.instance import Instance
-
     long = "Все люди рождаются свободными и равными. " * 40
     pairs = [
         (long, "в своём достоинстве"), ("", "All human beings"), ("Her ", "kes"),

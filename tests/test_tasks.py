@@ -25,7 +25,7 @@ MODEL = ModelConfig(
 class Bytes:
     """Byte b is id 2 + b; 0 is BOS, 1 is EOS."""
 
-    vocab_size, bos_id, start_id, eos_id, stop_ids = 258, 0, 0, 1, (1,)
+    vocab_size, prefix_ids, start_id, eos_id, stop_ids = 258, (0,), 0, 1, (1,)
 
     def encode(self, text):
         return [2 + b for b in text.encode()]
@@ -306,7 +306,7 @@ def test_encode_pair_moves_spaces():
     assert encode_pair(Merging(), "a", "b") == ([0, 99], [100])
 
     class NoBos(Bytes):
-        bos_id, start_id = None, 1
+        prefix_ids, start_id = (), 1
 
     assert encode_pair(NoBos(), "", "c") == ([1], [101])
     assert encode_pair(NoBos(), "a", "c") == ([99], [101])
