@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import json
 import math
 import os
 import shutil
@@ -50,6 +51,7 @@ from gamayun_jax.hf_tokenizer import (
     TOKENIZER_FILES,
     HFTokenizer,
     read_object,
+    to_tokenizers,
     write_tokenizer,
 )
 from gamayun_jax.model import abstract_params, parameter_count
@@ -161,7 +163,7 @@ def read_hf(
         step=0,
         tokens=0,
         config=to_json(cfg),
-        tokenizer=tokenizer.fingerprint if tokenizer else None,
+        tokenizer=fingerprint_of(folder, tokenizer),
         consumed={},
         curricula=[],
         origin=None,
@@ -225,6 +227,24 @@ def notes_on(imported: Mapping[str, Any]) -> list[str]:
         f"config.json has keys unknown here: {', '.join(imported['unknown'])}. As in "
         "transformers they change nothing: make sure that the model was trained so"
     ]
+
+
+def fingerprint_of(folder: Path, tokenizer: HFTokenizer | None) -> str | None:
+    """What says which tokenizer a folder's model has.
+
+    A folder that `export_hf` wrote has ours twice: it is the SentencePiece model that
+    corpora are made with, as long as tokenizer.json still says the same.
+    """
+    path = folder / "tokenizer.model"
+    if tokenizer is None or not path.is_file():
+        return tokenizer and tokenizer.fingerprint
+    try:
+        ours = Tokenizer(path)
+        same = json.loads(to_tokenizers(ours).to_str())
+    except UserError:  # another's, which loses text
+        return tokenizer.fingerprint
+    equal = same == read_object(folder / "tokenizer.json")
+    return (ours if equal else tokenizer).fingerprint
 
 
 @contextlib.contextmanager

@@ -360,6 +360,12 @@ def load_origin(
 def check_tokenizer(meta: Mapping[str, Any], corpus: Corpus, where: str) -> None:
     """Raise UserError if a checkpoint's tokenizer is not the corpus's."""
     tokenizer = corpus.manifest["tokenizer"]["fingerprint"]
+    if meta["tokenizer"] is None:
+        raise UserError(
+            f"{where} was imported without a tokenizer, so nothing says that its ids "
+            f"mean what those of corpus {corpus.folder} mean: import it again from a "
+            "folder with the tokenizer.json and tokenizer.model of that corpus"
+        )
     if meta["tokenizer"] != tokenizer:
         raise UserError(
             f"{where} was trained with another tokenizer ({meta['tokenizer'][:12]}) "

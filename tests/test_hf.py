@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 
-from gamayun_jax import checkpoint, hf, hf_model, presets, sharding
+from gamayun_jax import checkpoint, hf, hf_model, lineage, presets, sharding
 from gamayun_jax import config as c
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
 from gamayun_jax.hf_tokenizer import HFTokenizer, to_tokenizers
@@ -753,13 +753,13 @@ def trained(config, tmp_path_factory):
     params = random_params(config.model)
     store = checkpoint.Checkpoints(run / "checkpoints")
     tokenizer = Tokenizer(f"{config.data.corpus}/tokenizer.model")
-    lineage = {
+    record = {
         "run": "small", "init_from": None, "stages": [
             {"name": "align", "start_tokens": 0, "end_tokens": 3584}],
         "corpus": {"sources": {"ru/help": {"documents": 3, "bytes": 9, "tokens": 4}}},
     }  # fmt: skip
     meta = dict(
-        step=7, tokens=3584, config=c.to_json(config), lineage=lineage,
+        step=7, tokens=3584, config=c.to_json(config), lineage=record,
         tokenizer=tokenizer.fingerprint,
     )  # fmt: skip
     store.save(checkpoint.TrainState(jnp.int32(7), params, {}), 7, meta)
@@ -772,7 +772,7 @@ def trained(config, tmp_path_factory):
     return run, params
 
 
-def test_out_and_in_again(trained, config, tmp_path):
+def test_out_and_in_again(trained, config, corpus, tmp_path):
     run, params = trained
     out = tmp_path / "exported"
     done = hf.export_hf(run, out)
@@ -799,7 +799,14 @@ def test_out_and_in_again(trained, config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read, params)
     cfg = c.from_json(meta["config"])
     assert cfg.model == config.model
-    assert meta["tokenizer"] == HFTokenizer(back).fingerprint
+    # It goes on with its own corpus.
+    assert meta["tokenizer"] == corpus.tokenizer().fingerprint
+    *_, origin = lineage.load_origin(back, config, corpus)
+    assert (origin["step"], origin["cursors"]) == (0, {})
+    text = (out / "tokenizer.json").read_text()
+    (out / "tokenizer.json").write_text(text.replace('"<unk>"', '"<unknown>"'))
+    assert hf.fingerprint_of(out, HFTokenizer(out)) == HFTokenizer(out).fingerprint
+    (out / "tokenizer.json").write_text(text)
 
     again = tmp_path / "again"
     hf.export_hf(back / "checkpoints" / "0", again)
@@ -816,7 +823,7 @@ def test_out_and_in_again(trained, config, tmp_path):
     ]
 
 
-def test_import_without_tokenizer(tmp_path):
+def test_import_without_tokenizer(config, corpus, tmp_path):
     folder = write_folder(SMALL, random_params(SMALL), tmp_path / "in")
     data = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**data, "new_trick": 1}))
@@ -826,6 +833,8 @@ def test_import_without_tokenizer(tmp_path):
     assert "new_trick" in done["notes"][0]
     assert "no tokenizer.json" in done["notes"][1]
     assert "no tokenizer" in hf.export_hf(tmp_path / "out", tmp_path / "b")["notes"][0]
+    with pytest.raises(UserError, match="imported without a tokenizer"):
+        lineage.load_origin(tmp_path / "out", config, corpus)
 
 
 def test_refuses_a_tokenizer_that_is_too_large(tmp_path):
