@@ -454,7 +454,7 @@ def run_report(args: argparse.Namespace) -> int:
         if runs.read_quantised(folder) is not None:
             continue
         run = runs.read_run(folder)
-        table = stages.stage_table(folder, run)
+        table = stages.stage_table(run)
         if table:
             print(f"{run.name}\n{table}\n" if len(args.runs) > 1 else f"{table}\n")
     print(page)

@@ -1,38 +1,38 @@
 """Models side by side, by language and task, with paired confidence intervals.
 
 Two models answer the same items, so what they differ by is told from the items'
-differences (paired bootstrap, Efron 1979; Koehn, EMNLP 2004): far narrower than two
-separate errors. An interval is for one cell alone; a mark stands where the difference
-is significant at 5 % over the whole table of a model (Holm, 1979), for among a hundred
-cells of nothing five would else be marked.
-
-Shape suffixes: R resamples, I items.
+differences (paired.py): far narrower than two separate errors. A mark stands where the
+difference is significant at 5 % over all tasks and languages of a model, for among a
+hundred cells of nothing five would else be marked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gamayun_jax import run_tasks
 from gamayun_jax.config import UserError
 from gamayun_jax.figures import axes, colours_of, horizontal, styled, to_svg
 from gamayun_jax.files import write_json, write_text
 from gamayun_jax.page import html_page, html_table, section, td
-from gamayun_jax.runs import INK, cell, esc, plain
+from gamayun_jax.paired import (
+    LEVEL,
+    MACRO,
+    RULE,
+    Cell,
+    cells,
+    differences,
+    interval_text,
+    verdicts,
+)
+from gamayun_jax.runs import INK, PAPER, cell, esc, plain
 from gamayun_jax.tasks import Task
 
-RESAMPLES = 4000
-LEVEL = 0.05
-SEED = 0
-MACRO = "macro"
-
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
-Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def is_result(path: Path) -> bool:
@@ -96,86 +96,21 @@ def collect(
     return found
 
 
-def pair(
-    kind: str, metric: str, a: Sequence[Mapping[str, Any]], b: Sequence[Any]
-) -> dict[str, dict[str, tuple[float, float]]]:
-    """Language -> id -> (b's value - a's, weight) of the items that both have."""
-
-    def value(row: Mapping[str, Any]) -> float:
-        return row["bits"] if kind == "perplexity" else row["correct"][metric]
-
-    of = {(r["language"], str(r["id"])): r for r in a}
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in b:
-        key = (row["language"], str(row["id"]))
-        if key in of:
-            weight = float(row["bytes"]) if kind == "perplexity" else 1.0
-            difference = value(row) - value(of[key])
-            found.setdefault(key[0], {})[key[1]] = (difference, weight)
-    return found
-
-
-def resample(count: int, seed: int) -> np.ndarray:
-    """How often each item is drawn, int [R, I]."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-
-
-def interval(
-    difference: float, draws_R: np.ndarray, better_low: bool
-) -> dict[str, float]:
-    """Difference with its 95 % interval and two-sided p value.
-
-    p is by how often a resample falls on the other side of 0, never below 1 / R.
-    """
-    low, high = np.quantile(draws_R, [LEVEL / 2, 1 - LEVEL / 2])
-    side = min((draws_R <= 0).mean(), (draws_R >= 0).mean())
-    p = min(1.0, max(2 * float(side), 1 / RESAMPLES))
-    gain = -difference if better_low else difference
-    return {
-        "difference": difference, "low": float(low), "high": float(high), "p": p,
-        "gain": gain,
-    }  # fmt: skip
-
-
 def compare_rows(
     task: Mapping[str, Any], a: Sequence[Any], b: Sequence[Any]
-) -> dict[str, dict[str, float]]:
-    """Language (and macro) -> how b differs from a on a task's headline metric.
+) -> dict[str, Cell]:
+    """Language (and macro) -> how b differs from a on a task's headline metric."""
+    old, new = by_language(a), by_language(b)
+    pairs = {k: differences(old[k], new[k], task["metric"]) for k in old if k in new}
+    return cells(pairs, task["parallel"])
 
-    Bits per byte differ by the sum of the items' differences over their bytes. In a
-    parallel task the same ids are drawn for all languages, in others each has its own.
-    """
-    low = task["kind"] == "perplexity"
-    paired = pair(task["kind"], task["metric"], a, b)
-    found: dict[str, dict[str, float]] = {}
-    every: list[tuple[float, np.ndarray]] = []
-    ids = sorted({i for v in paired.values() for i in v})
-    together = task["parallel"] and all(len(v) == len(ids) for v in paired.values())
-    for number, (language, items) in enumerate(paired.items()):
-        names = sorted(items)
-        values_I, weights_I = np.array([items[i] for i in names]).T
-        counts_RI = resample(len(names), SEED if together else SEED + number + 1)
-        draws_R = (counts_RI @ values_I) / np.maximum(counts_RI @ weights_I, 1e-9)
-        difference = float(values_I.sum() / weights_I.sum())
-        found[language] = {
-            **interval(difference, draws_R, low), "items": len(names),
-        }  # fmt: skip
-        every.append((difference, draws_R))
-    if every:
-        difference = float(np.mean([d for d, _ in every]))
-        draws_R = np.mean([r for _, r in every], axis=0)
-        found[MACRO] = interval(difference, draws_R, low)
+
+def by_language(rows: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Language -> id -> row."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(row["language"], {})[str(row["id"])] = row
     return found
-
-
-def mark_significant(cells: Sequence[dict[str, Any]]) -> None:
-    """Holm's step-down over all cells: sets "significant" in each."""
-    order = sorted(range(len(cells)), key=lambda k: cells[k]["p"])
-    going = True
-    for rank, k in enumerate(order):
-        going = going and cells[k]["p"] <= LEVEL / (len(cells) - rank)
-        cells[k]["significant"] = going
 
 
 def compare(results: Sequence[tuple[Mapping[str, Any], Rows]]) -> dict[str, Any]:
@@ -204,14 +139,15 @@ def compare(results: Sequence[tuple[Mapping[str, Any], Rows]]) -> dict[str, Any]
         raise UserError(
             "the models have no task in common: evaluate them on the same tasks"
         )
+    # For each model after the first: task -> language -> cell.
+    found: list[dict[str, dict[str, Cell]]] = [
+        {n: compare_rows(first["tasks"][n], base[n], rows[n]) for n in names}
+        for _, rows in results[1:]
+    ]
+    told = [told_of(first["tasks"], of_model) for of_model in found]
     tasks: dict[str, Any] = {}
-    cells: list[list[dict[str, Any]]] = [[] for _ in results]
     for name in names:
         task = first["tasks"][name]
-        differences: list[dict[str, dict[str, Any]]] = [{}]
-        for k, (_, rows) in enumerate(results[1:], 1):
-            differences.append(compare_rows(task, base[name], rows[name]))
-            cells[k] += differences[-1].values()
         keys = ("kind", "metric", "description", "parallel", "hash", "baseline")
         tasks[name] = {
             **{k: task[k] for k in keys},
@@ -219,18 +155,33 @@ def compare(results: Sequence[tuple[Mapping[str, Any], Rows]]) -> dict[str, Any]
                 {**r["tasks"][name]["languages"], MACRO: r["tasks"][name]["macro"]}
                 for r, _ in results
             ],
-            "differences": differences,
+            "differences": [{}, *(of_model[name] for of_model in told)],
         }
-    for found in cells[1:]:
-        mark_significant(found)
     return {
-        "format": 1,
+        "format": 2,
         "models": [{**r["model"], "label": r["label"]} for r, _ in results],
-        "resamples": RESAMPLES,
-        "seed": SEED,
         "level": LEVEL,
         "tasks": tasks,
     }
+
+
+def told_of(
+    tasks: Mapping[str, Any], found: Mapping[str, Mapping[str, Cell]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """A model's cells as compare.json tells them: with gain (above 0 is better) and
+    verdict (better, worse, same)."""
+    keys = [(name, k) for name, row in found.items() for k in row]
+    rows = [found[name][k] for name, k in keys]
+    signs = [-1 if tasks[n]["kind"] == "perplexity" else 1 for n, _ in keys]
+    told: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in found}
+    marks = verdicts(rows, signs)
+    for (name, k), row, sign, verdict in zip(keys, rows, signs, marks, strict=True):
+        told[name][k] = {
+            **dataclasses.asdict(row),
+            "gain": sign * row.difference,
+            "verdict": verdict,
+        }
+    return told
 
 
 def languages_in(task: Mapping[str, Any]) -> list[str]:
@@ -259,7 +210,7 @@ def comparison_text(found: Mapping[str, Any]) -> str:
                 value = values.get(language, {}).get(task["metric"])
                 text = cell(task, value).removesuffix(" %") or "–"
                 if (d := gaps.get(language)) is not None:
-                    star = "*" if d["significant"] else " "
+                    star = " " if d["verdict"] == "same" else "*"
                     text += f" ({signed(task, d['difference'])}){star}"
                 line += f"{text:>22}"
             lines.append(line.rstrip())
@@ -282,12 +233,11 @@ def difference_figure(
             if (d := by.get(language)) is None:
                 continue
             colour = colours_of(languages).get(language, INK)
-            error = [[d["difference"] - d["low"]], [d["high"] - d["difference"]]]
-            face = colour if d["significant"] else "none"
-            ax.errorbar(
-                d["difference"], i, xerr=np.maximum(error, 0), fmt="o", color=colour,
-                markerfacecolor=face, markersize=5,
-            )  # fmt: skip
+            if d["low"] is not None:
+                ax.plot([d["low"], d["high"]], [i, i], color=colour)
+            face = PAPER if d["verdict"] == "same" else colour
+            look = {"color": colour, "markerfacecolor": face, "markersize": 5}
+            ax.plot(d["difference"], i, "o", **look)
         ax.set_yticks(range(len(languages)), [plain(k, 14) for k in languages])
         ax.set_ylim(len(languages) - 0.4, -0.6)
         ax.set_title(f"{plain(label, 24)} − {plain(labels[0], 24)}")
@@ -303,28 +253,28 @@ def task_section(name: str, task: Mapping[str, Any], labels: Sequence[str]) -> s
         heads += [label, "difference", "95 %"]
     body = []
     for i, language in enumerate(languages):
-        cells = td(esc(language, 20), i)
+        row_html = td(esc(language, 20), i)
         for values, gaps in zip(task["values"], task["differences"], strict=True):
             row = values.get(language, {})
             value, error = row.get(task["metric"]), row.get(f"{task['metric']}_se")
             small = "" if error is None else f"<small> ±{cell(task, error)}</small>"
-            cells += td((cell(task, value) or "–") + small, value)
+            row_html += td((cell(task, value) or "–") + small, value)
             if gaps is task["differences"][0]:
                 continue
             d = gaps.get(language)
             if d is None:
-                cells += td("–") + td("")
+                row_html += td("–") + td("")
                 continue
-            kind = ("better" if d["gain"] > 0 else "worse") if d["significant"] else ""
-            cells += td(signed(task, d["difference"]), d["difference"], kind)
-            ends = f"{signed(task, d['low'])} … {signed(task, d['high'])}"
-            cells += td(f"<small>{ends}</small>", d["low"])
-        body.append(f"<tr>{cells}</tr>")
+            row_html += td(signed(task, d["difference"]), d["difference"], d["verdict"])
+            ends = Cell(*(d[f.name] for f in dataclasses.fields(Cell)))
+            scale, digits = (1, 3) if task["kind"] == "perplexity" else (100, 1)
+            text = interval_text(ends, scale, digits)
+            row_html += td(f"<small>{text}</small>", d["low"])
+        body.append(f"<tr>{row_html}</tr>")
     low = task["kind"] == "perplexity"
     text = (
         f"{esc(task['description'], 400)}: {esc(task['metric'])}"
-        f"{', lower is better' if low else ''}. Filled dots and colours: significant "
-        "over the whole table of that model."
+        f"{', lower is better' if low else ''}. In the figure: filled dots for colours."
     )
     svg = to_svg(difference_figure(task, labels, languages), f"Differences on {name}")
     return section(name, text, html_table(heads, body[:-1], body[-1:]), svg)
@@ -342,9 +292,8 @@ def write_comparison(found: Mapping[str, Any], out: Path) -> Path:
     ]
     heads = ["model", "parameters", "path", "tokenizer"]
     note = (
-        f"Paired bootstrap with {found['resamples']} resamples of the items; marks at "
-        f"{found['level']:.0%} after Holm's correction over all cells of a model. Bits "
-        "per byte compare across tokenizers; perplexities would not."
+        f"{RULE} Green: better than {esc(labels[0])}, red: worse. Bits per byte "
+        "compare across tokenizers; perplexities would not."
     )
     parts = [section("Models", note, html_table(heads, facts, []))]
     parts += [task_section(n, t, labels) for n, t in found["tasks"].items()]

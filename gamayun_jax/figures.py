@@ -19,7 +19,6 @@ from gamayun_jax.runs import (
     Points,
     Run,
     Span,
-    change,
     entries,
     esc,
     get,
@@ -276,10 +275,25 @@ def panels_figure(
     return figure
 
 
+def change_line(ax: Any, y: float, change: Any, colour: str) -> None:
+    """A change (stages.Change) and its interval, faint within noise."""
+    cell = change.cell
+    look = {"color": colour, "alpha": 0.35 if change.verdict == "same" else 1.0}
+    if cell.low is not None:
+        ax.plot([cell.low, cell.high], [y, y], **look)
+    ax.plot(cell.difference, y, "o", markersize=5, **look)
+
+
 @styled
-def stage_figure(run: Run, name: str, languages: Sequence[str]) -> Any:
+def stage_figure(
+    run: Run,
+    name: str,
+    languages: Sequence[str],
+    changes: Mapping[str, Any],
+) -> Any:
     """By language: bits per byte before and after the stages, with baselines; what the
-    last stage changed; bits for the same content relative to English's."""
+    last stage changed (`changes`: language -> stages.Change), faint within noise; bits
+    for the same content relative to English's."""
     evals = run.tests(name)
     tested = languages_of(evals, name)
     shown = [*(k for k in languages if k in tested), "macro"]
@@ -304,9 +318,8 @@ def stage_figure(run: Run, name: str, languages: Sequence[str]) -> Any:
                 look = {"color": colour, "markerfacecolor": face, "alpha": alpha}
                 if value is not None:
                     ax.plot(value, i, "o", markersize=size, **look)
-        delta = change(results[-1], results[-2]) if len(results) > 1 else None
-        if delta:
-            middle.errorbar(delta[0], i, xerr=2 * delta[1], fmt="o", color=colour)
+        if language in changes:
+            change_line(middle, i, changes[language], colour)
     left.set_yticks(range(len(shown)), [plain(k, 14) for k in shown])
     left.set_ylim(len(shown) - 0.4, -0.6)
     left.set_title("bits per byte")

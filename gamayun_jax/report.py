@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from gamayun_jax.figures import (
 )
 from gamayun_jax.files import write_text
 from gamayun_jax.page import html_page, html_table, section, td
+from gamayun_jax.paired import RULE
 from gamayun_jax.runs import (
     BASELINES,
     SVG_DASHES,
     Points,
     Run,
     beaten,
-    change,
     entries,
     esc,
     fixed,
@@ -51,12 +51,21 @@ from gamayun_jax.runs import (
     short,
     spans,
 )
-from gamayun_jax.stages import stage_sections
+from gamayun_jax.stages import (
+    Change,
+    change_td,
+    items_of,
+    set_changes,
+    stage_sections,
+)
 from gamayun_jax.task_page import task_sections
+
+# Heading, evaluation, heading of its change, changes by language (None: no column).
+Column = tuple[str, Any, str, Mapping[str, Change] | None]
 
 
 def score_table(
-    columns: Sequence[tuple[str, Any, str, Any]],
+    columns: Sequence[Column],
     name: str,
     languages: Sequence[str],
     baselines: bool,
@@ -64,15 +73,13 @@ def score_table(
     """Bits per byte by language.
 
     Args:
-      columns: heading, evaluation, heading of its change, and the evaluation that
-        the change is from (None: no such column).
       baselines: add the last evaluation's baselines, accuracy and parity.
     """
     tested = languages_of((e for _, e, _, _ in columns), name)
     shown = [k for k in languages if k in tested]
     heads = ["language"]
-    for head, _, versus, old in columns:
-        heads += [head, versus] if old else [head]
+    for head, _, versus, changes in columns:
+        heads += [head] if changes is None else [head, versus]
     parts = []
     for i, language in enumerate((*shown, "macro", "micro")):
         mean = i >= len(shown)
@@ -82,17 +89,14 @@ def score_table(
             else ""
         )
         cells = td(dot + esc(language, 20), i)
-        for _, e, _, old in columns:
+        for _, e, _, changes in columns:
             last = score(e, name, language)
             value, error = num(last, "bits_per_byte"), num(last, "bits_per_byte_se")
             small = "" if error is None else f"<small> ±{error:.3f}</small>"
             cells += td(fixed(value) + small, value)
-            delta = change(last, score(old, name, language))
-            if delta:
-                small = f"<small> ±{delta[1]:.3f}</small>"
-                cells += td(fixed(delta[0], "+.3f") + small, delta[0], delta[2])
-            elif old:
-                cells += td("–")
+            if changes is not None:
+                delta = changes.get(language)
+                cells += change_td(delta) if delta else td("–")
         for key in BASELINES if baselines else ():
             base = num(last, "baselines", key)
             won = base is not None and value is not None and value < base
@@ -200,14 +204,10 @@ def legend(runs: Sequence[Run]) -> str:
     return f'<div class="legend">{items}</div>' if len(runs) > 1 else ""
 
 
-MARKS = (
-    "Changes beyond two standard errors are green (better) or red (worse). The errors "
-    "are combined as if the texts differed; they do not, so this is cautious."
-)
 STAGE_LEGEND = (
     '<p class="legend"><span>○ before</span><span>● faint: after a stage</span>'
     "<span>● at the end</span><span>| xz -9e</span><span>× token unigram</span>"
-    "<span>— ± two standard errors</span></p>"
+    "<span>— 95 %</span></p>"
 )
 COURSE = (
     ("learning rate", "tokens", "lr"),
@@ -230,11 +230,12 @@ def heldout_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[
         if many:
             last = [[e for e in r.evals if languages_of([e], name)][-1:] for r in runs]
             ends = [e[0] if e else {} for e in last]
-            columns = [
-                (r.name, e, f"− {runs[0].name}", ends[0] if k else None)
-                for k, (r, e) in enumerate(zip(runs, ends, strict=True))
-            ]
-            text = f"Bits per byte at the last evaluation (lower is better). {MARKS}"
+            columns: list[Column] = [(runs[0].name, ends[0], "", None)]
+            for r, e in zip(runs[1:], ends[1:], strict=True):
+                items = items_of(runs[0], ends[0]), items_of(r, e)
+                found = set_changes(name, ends[0], e, *items)
+                columns.append((r.name, e, f"− {runs[0].name}", found))
+            text = f"Bits per byte at the last evaluation (lower is better). {RULE}"
             table = score_table(columns, name, languages, baselines=False)
             yield section(f"Runs compared on “{name}”", text, table)
         if many or any(len(r.evals) > len(r.stage_evals) for r in runs):
@@ -252,21 +253,25 @@ def heldout_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[
             )
     for run, name in ((r, s) for r in runs for s in sets_of(r.evals) if r.tests(s)):
         evals = run.tests(name)
-        columns = [
-            (label_of(e), e, "change", evals[k - 1] if k else None)
-            for k, e in enumerate(evals)
-        ]
+        columns = [(label_of(evals[0]), evals[0], "", None)]
+        for old, new in itertools.pairwise(evals):
+            items = items_of(run, old), items_of(run, new)
+            found = set_changes(name, old, new, *items)
+            columns.append((label_of(new), new, "change", found))
         won = "; ".join(beaten(evals[-1], name, k) for k in ("unigram", "xz"))
         text = (
-            f"Bits per byte ± standard error (lower is better). {MARKS} A baseline "
-            f"that the model beats is green; {won}. Parity: bits for the same content, "
-            "relative to English. Click a heading to sort."
+            f"Bits per byte ± standard error (lower is better). {RULE} A baseline "
+            f"above the model's number is green; {won}. Parity: bits for the same "
+            "content, relative to English. Click a heading to sort."
         )
         yield section(
             f"{of_run(run, runs)}Held-out set “{name}” by language",
             text,
             score_table(columns, name, languages, baselines=True),
-            to_svg(stage_figure(run, name, languages), f"Results on {name}"),
+            to_svg(
+                stage_figure(run, name, languages, columns[-1][3] or {}),
+                f"Results on {name}",
+            ),
             STAGE_LEGEND,
         )
 
@@ -291,14 +296,14 @@ def quantised_sections(
             f"{esc(label_of(e))} {short(size)}B"
             for e, size in zip(evals, sizes, strict=True)
         )
-        columns = [
-            (label_of(e), e, "change", first if k else None)
-            for k, e in enumerate(evals)
-        ]
         for name in sets_of(evals):
+            columns: list[Column] = [(label_of(first), first, "", None)]
+            for e in evals[1:]:
+                changes = set_changes(name, first, e)
+                columns.append((label_of(e), e, "change", changes))
             text = (
                 f"Bits per byte of step {esc(step)} before and after its weights were "
-                f"quantised. Weights: {weights}. {MARKS}"
+                f"quantised. Weights: {weights}. {RULE}"
             )
             svg = to_svg(
                 quantised_figure(evals, name, languages), f"Quantised, on {name}"
@@ -416,8 +421,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         for r in runs
         if r.unread
     ]
-    for folder, run in zip(of_runs, runs, strict=True):
-        parts += stage_sections(folder, run, languages, of_run(run, runs))
+    for run in runs:
+        parts += stage_sections(run, languages, of_run(run, runs))
     parts += heldout_sections(runs, languages)
     if not sets_of(e for r in runs for e in r.evals):
         parts.append(section("Held-out evaluation", "", gap("evaluations in eval/")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import itertools
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,7 @@ def rows(data: Any, *keys: str) -> list[Mapping[str, Any]]:
 class Run:
     """The records of one run folder."""
 
+    folder: Path
     name: str
     config: dict[str, Any]
     lineage: dict[str, Any]
@@ -125,7 +125,8 @@ def read_run(folder: Path) -> Run:
     evals.sort(key=lambda e: num(e, "step") or 0.0)
     name = plain(folder.resolve().name)
     goodput = load(folder / "goodput.json")
-    return Run(name, load(config), load(lineage), metrics, evals, unread, goodput)
+    known = load(config), load(lineage)
+    return Run(folder, name, *known, metrics, evals, unread, goodput)
 
 
 def read_quantised(folder: Path) -> dict[str, Any] | None:
@@ -155,20 +156,6 @@ def score(record: Any, name: str, language: str) -> dict[str, Any]:
     part = get(record, "sets", name)
     mean = entries(part, language) if language in ("macro", "micro") else {}
     return entries(part, "languages", language) or mean
-
-
-def change(new: Any, old: Any) -> tuple[float, float, str] | None:
-    """new - old in bits per byte, its standard error, and what that means.
-
-    The errors are combined as if the two scored different texts. They score the same,
-    so the true error is smaller.
-    """
-    a, b = num(old, "bits_per_byte"), num(new, "bits_per_byte")
-    if a is None or b is None:
-        return None
-    error = math.hypot(*(num(x, "bits_per_byte_se") or 0.0 for x in (old, new)))
-    verdict = "same" if abs(b - a) <= 2 * error else "better" if b < a else "worse"
-    return b - a, error, verdict
 
 
 def beaten(record: Any, name: str, key: str) -> str:

@@ -1,30 +1,39 @@
 """What each stage changed: by language and test, gain, forgetting, or only noise.
 
 The same items are scored before and after a stage, so their differences are what
-counts: items are drawn again with replacement, in pairs (a paired bootstrap), which
-gives the standard error and the 95 % interval of a change. A change is called one
-beyond noise if it stays significant at 5 % by Holm's correction (1979) over all
-languages of that test at that boundary. Where a run has no items, the standard errors
-of both evaluations are combined as if the items differed, which is cautious.
-
-Shape suffixes: N items, R draws.
+counts (paired.py, also for what is marked: Holm's correction is over all languages and
+tests of a boundary). Where a run has no items, the standard errors of both evaluations
+are combined as if the items differed, which is cautious.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gamayun_jax.figures import axes, colours_of, horizontal, styled, to_svg
+from gamayun_jax.figures import (
+    axes,
+    change_line,
+    colours_of,
+    horizontal,
+    styled,
+    to_svg,
+)
 from gamayun_jax.page import html_table, section, td
+from gamayun_jax.paired import (
+    MACRO,
+    RULE,
+    Cell,
+    cells,
+    differences,
+    interval_text,
+    unpaired,
+    verdicts,
+)
 from gamayun_jax.runs import (
     INK,
     Run,
@@ -35,32 +44,30 @@ from gamayun_jax.runs import (
     label_of,
     num,
     plain,
+    score,
 )
 
-DRAWS = 2000
-LEVEL = 0.05
 VERDICTS = {"better": "gain", "worse": "forgetting", "same": "within noise"}
-MACRO = "macro"
 
 
 @dataclass(frozen=True)
 class Change:
     """What a stage did to one test in one language (or in their mean, "macro")."""
 
-    test: str
+    test: str  # as its items' file is called
     metric: str
     language: str
-    before: float
-    after: float
-    low: float  # of the 95 % interval of after - before
-    high: float
-    p: float
+    before: float | None
+    after: float | None
+    cell: Cell
     verdict: str  # better | worse | same: after the correction
     paired: bool
 
     @property
-    def delta(self) -> float:
-        return self.after - self.before
+    def name(self) -> str:
+        """What people call the test; a task may be called as a held-out set is."""
+        also = self.metric == "bits_per_byte" and not self.test.startswith("heldout-")
+        return f"{self.test} (task)" if also else self.test.removeprefix("heldout-")
 
 
 @dataclass(frozen=True)
@@ -71,36 +78,6 @@ class Boundary:
     before: str
     after: str
     changes: list[Change]
-
-
-def draws(ids: Sequence[str], count: int = DRAWS) -> np.ndarray:
-    """How often each item is drawn, float32 [R, N].
-
-    The same ids give the same draws: parallel items are drawn together in all
-    languages, which keeps what their errors have in common.
-    """
-    digest = hashlib.sha256("\n".join(ids).encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-    n = len(ids)
-    return rng.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float32)
-
-
-def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
-    """Which hypotheses fall, the chance of any false one at most `level` (Holm)."""
-    order = np.argsort(p_values, kind="stable")
-    found = [False] * len(p_values)
-    for rank, i in enumerate(order):
-        if p_values[i] > level / (len(p_values) - rank):
-            break
-        found[i] = True
-    return found
-
-
-def two_sided(delta: float, error: float) -> float:
-    """p-value of a normal difference with that standard error."""
-    if not error:
-        return 1.0 if delta == 0 else 0.0
-    return math.erfc(abs(delta) / error / math.sqrt(2))
 
 
 def read_items(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
@@ -116,110 +93,97 @@ def read_items(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
     return found
 
 
-def values_of(
-    items: Sequence[Mapping[str, Any]], metric: str
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Numerators and denominators whose ratio of sums is the metric; None: gaps."""
-    if metric == "bits_per_byte":
-        pairs = [(num(i, "bits"), num(i, "bytes")) for i in items]
-    else:
-        pairs = [(num(i, "correct", metric), 1.0) for i in items]
-    if not pairs or any(a is None or b is None for a, b in pairs):
-        return None
-    above, below = np.array(pairs, np.float64).T
-    return (above, below) if below.sum() > 0 else None
-
-
-def paired(
-    old: Mapping[str, Any], new: Mapping[str, Any], metric: str
-) -> tuple[float, float, np.ndarray] | None:
-    """(before, after, float64 [R] differences of the draws) on the common items."""
-    ids = sorted(old.keys() & new.keys())
-    if len(ids) < 2 or len(ids) < 0.9 * max(len(old), len(new)):
-        return None  # not the same test any more
-    a = values_of([old[i] for i in ids], metric)
-    b = values_of([new[i] for i in ids], metric)
-    if a is None or b is None:
-        return None
-    times_RN = draws(ids)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = [(times_RN @ x) / (times_RN @ y) for x, y in (a, b)]
-    delta_R = np.nan_to_num(found[1] - found[0])
-    return float(a[0].sum() / a[1].sum()), float(b[0].sum() / b[1].sum()), delta_R
-
-
-def tests_of(record: Any) -> dict[str, tuple[str, dict[str, Any], Any]]:
-    """Items file -> (metric, {language: results}, macro) of an evaluation."""
-    found: dict[str, tuple[str, dict[str, Any], Any]] = {}
-    for name, part in entries(record, "sets").items():
-        results = entries(part, "languages")
-        found[f"heldout-{name}"] = ("bits_per_byte", results, get(part, MACRO))
-    for name, part in entries(record, "tasks").items():
-        metric = str(get(part, "metric"))
-        found[name] = (metric, entries(part, "languages"), get(part, MACRO))
+def tests_of(record: Any) -> dict[str, tuple[str, dict[str, Any], Any, bool]]:
+    """Items file -> (metric, {language: results}, macro, parallel) of an evaluation."""
+    found: dict[str, tuple[str, dict[str, Any], Any, bool]] = {}
+    for kind in ("sets", "tasks"):
+        for name, part in entries(record, kind).items():
+            metric = str(get(part, "metric"))
+            if kind == "sets":
+                name, metric = f"heldout-{name}", "bits_per_byte"
+            same = bool(get(part, "parallel"))
+            found[name] = metric, entries(part, "languages"), get(part, MACRO), same
     return found
 
 
-def compare_test(folder: Path, name: str, old: Any, new: Any) -> list[Change]:
-    """The changes of one test between two evaluations of a run, macro last."""
-    metric, results, mean = tests_of(new)[name]
-    _, former, former_mean = tests_of(old)[name]
-    items = [
-        read_items(folder / "eval" / f"{get(e, 'step')}.items" / f"{name}.jsonl")
-        for e in (old, new)
-    ]
-    found: list[tuple[str, float, float, float, float, float, bool]] = []
-    drawn: list[tuple[float, float, np.ndarray]] = []
-    languages = [k for k in results if k in former]
-    for language in [*languages, MACRO]:
-        a = num(former_mean if language == MACRO else former[language], metric)
-        b = num(mean if language == MACRO else results[language], metric)
-        pair = paired(items[0].get(language, {}), items[1].get(language, {}), metric)
-        if language == MACRO and drawn and len(drawn) == len(languages):
-            parts = list(zip(*drawn, strict=True))
-            a, b = float(np.mean(parts[0])), float(np.mean(parts[1]))
-            pair = (a, b, np.mean(parts[2], axis=0))
-        elif pair:
-            drawn.append(pair)
-        if pair:
-            a, b, delta_R = pair
-            low, high = (float(x) for x in np.quantile(delta_R, (0.025, 0.975)))
-            p = two_sided(b - a, float(delta_R.std(ddof=1)))
-        elif a is not None and b is not None:
-            sources = (former_mean, mean)
-            if language != MACRO:
-                sources = (former[language], results[language])
-            errors = [num(r, f"{metric}_se") for r in sources]
-            if None in errors:
-                continue
-            error = math.hypot(*(e for e in errors if e is not None))
-            low, high = b - a - 1.96 * error, b - a + 1.96 * error
-            p = two_sided(b - a, error)
-        else:
+def items_of(run: Run, record: Any) -> Path:
+    """The folder of an evaluation's items; missing if they were not written."""
+    return run.folder / "eval" / f"{get(record, 'step')}.items"
+
+
+def changes_between(
+    old: Any, new: Any, old_items: Path | None = None, new_items: Path | None = None
+) -> list[Change]:
+    """All that both evaluations have, macro last in each test.
+
+    Args:
+      old_items, new_items: folders of their items, if there are any.
+    """
+    found: list[Change] = []
+    for name, (metric, results, mean, parallel) in tests_of(new).items():
+        if name not in tests_of(old):
             continue
-        found.append((language, a, b, low, high, p, bool(pair)))
-    sign = -1 if metric == "bits_per_byte" else 1
-    kept = holm([row[5] for row in found])
-    shown = name.removeprefix("heldout-")
-    return [
-        Change(
-            shown, metric, language, a, b, low, high, p,
-            ("better" if sign * (b - a) > 0 else "worse") if real else "same", same,
+        _, former, former_mean, _ = tests_of(old)[name]
+        a, b = (
+            read_items(f / f"{name}.jsonl") if f else {} for f in (old_items, new_items)
         )
-        for (language, a, b, low, high, p, same), real in zip(found, kept, strict=True)
-    ]  # fmt: skip
+        languages = [k for k in results if k in former]
+        pairs = {
+            k: pair
+            for k in languages
+            if k in a and k in b
+            if (pair := differences(a[k], b[k], metric))
+            if len(pair) >= 0.9 * max(len(a[k]), len(b[k]))  # else another test by now
+        }
+        paired = cells(pairs, parallel)
+        if len(pairs) < len(languages):
+            paired.pop(MACRO, None)
+        means = [MACRO] if former.keys() == results.keys() or MACRO in paired else []
+        for language in [*languages, *means]:
+            rows = (former_mean, mean)
+            if language != MACRO:
+                rows = (former[language], results[language])
+            before, after = (num(r, metric) for r in rows)
+            cell = paired.get(language)
+            if not cell and before is not None and after is not None:
+                errors = [num(r, f"{metric}_se") for r in rows]
+                cell = unpaired(after - before, *errors)
+            if cell:
+                found.append(
+                    Change(
+                        name, metric, language, before, after, cell, verdict="",
+                        paired=language in paired,
+                    )
+                )  # fmt: skip
+    signs = [-1 if c.metric == "bits_per_byte" else 1 for c in found]
+    marks = verdicts([c.cell for c in found], signs)
+    return [replace(c, verdict=v) for c, v in zip(found, marks, strict=True)]
 
 
-def boundaries(folder: Path, run: Run) -> list[Boundary]:
+def boundaries(run: Run) -> list[Boundary]:
     """Each stage of a run that was evaluated before and after it."""
     found = []
     labelled = [e for e in run.evals if get(e, "label")]
     for old, new in itertools.pairwise(labelled):
-        names = [k for k in tests_of(new) if k in tests_of(old)]
-        changes = [c for k in names for c in compare_test(Path(folder), k, old, new)]
+        changes = changes_between(old, new, items_of(run, old), items_of(run, new))
         if changes:
             stage = plain(get(new, "stage") or label_of(new), 24)
             found.append(Boundary(stage, label_of(old), label_of(new), changes))
+    return found
+
+
+def set_changes(
+    name: str, old: Any, new: Any, *items: Path | None
+) -> dict[str, Change]:
+    """Language -> change of a held-out set (see `changes_between`); of the mean over
+    all units, "micro", only the number, for it is no further test."""
+    test = f"heldout-{name}"
+    changes = changes_between(old, new, *items)
+    found = {c.language: c for c in changes if c.test == test}
+    a, b = (num(score(e, name, "micro"), "bits_per_byte") for e in (old, new))
+    if a is not None and b is not None:
+        cell = Cell(b - a, None, None, 1.0)
+        found["micro"] = Change(test, "bits_per_byte", "micro", a, b, cell, "", False)
     return found
 
 
@@ -227,7 +191,7 @@ def by_test(changes: Iterable[Change]) -> dict[tuple[str, str], dict[str, Change
     """(test, metric) -> language -> change."""
     found: dict[tuple[str, str], dict[str, Change]] = {}
     for c in changes:
-        found.setdefault((c.test, c.metric), {})[c.language] = c
+        found.setdefault((c.name, c.metric), {})[c.language] = c
     return found
 
 
@@ -245,10 +209,10 @@ def tally(changes: Sequence[Change]) -> str:
     return ", ".join(f"{found.count(k)} {word}" for k, word in VERDICTS.items())
 
 
-def stage_table(folder: Path, run: Run) -> str:
+def stage_table(run: Run) -> str:
     """The changes of all stages as text; + a gain, - forgetting, beyond noise."""
     lines: list[str] = []
-    for boundary in boundaries(folder, run):
+    for boundary in boundaries(run):
         tests = by_test(boundary.changes)
         lines += [
             f"change in stage {boundary.stage} (from {boundary.before} to "
@@ -260,8 +224,10 @@ def stage_table(folder: Path, run: Run) -> str:
             for found in tests.values():
                 c = found.get(language)
                 mark = {"better": " +", "worse": " -", "same": "  "}
-                cell = f"{fixed(c.delta, '+.3f')}{mark[c.verdict]}" if c else "–  "
-                line += f"{cell:>16}"
+                text = "–  "
+                if c:
+                    text = f"{fixed(c.cell.difference, '+.3f')}{mark[c.verdict]}"
+                line += f"{text:>16}"
             lines.append(line.rstrip())
         lines += [
             f"{plain(name, 14)}: {metric}, {tally(list(found.values()))}"
@@ -289,15 +255,22 @@ def change_figure(boundary: Boundary, languages: Sequence[str]) -> Any:
             if c is None:
                 continue
             colour = colours_of(languages).get(language, INK)
-            alpha = 0.35 if c.verdict == "same" else 1.0
-            ax.plot([c.low, c.high], [i, i], color=colour, alpha=alpha)
-            ax.plot(c.delta, i, "o", color=colour, alpha=alpha, markersize=5)
+            change_line(ax, i, c, colour)
         ax.set_yticks(range(len(shown)), [plain(k, 14) for k in shown])
         ax.set_ylim(len(shown) - 0.4, -0.6)
         short = "bits per byte" if metric == "bits_per_byte" else plain(metric, 8)
         ax.set_title(f"{plain(name, 16)}, {short}")
         horizontal(ax, 3)
     return figure
+
+
+def change_td(change: Change) -> str:
+    """A cell of HTML: the change, its interval, the verdict's colour."""
+    cell, text = change.cell, fixed(change.cell.difference, "+.3f")
+    if cell.low is not None:
+        text += f"<small> {interval_text(cell)}"
+        text += f"{'' if change.paired else ' unpaired'}</small>"
+    return td(text, cell.difference, change.verdict)
 
 
 def change_table(boundary: Boundary, languages: Sequence[str]) -> str:
@@ -308,38 +281,30 @@ def change_table(boundary: Boundary, languages: Sequence[str]) -> str:
         heads += [name, "change"]
     lines = []
     for i, language in enumerate(order_of(boundary.changes, languages)):
-        cells = td(esc(language, 20), i)
+        row = td(esc(language, 20), i)
         for found in tests.values():
             c = found.get(language)
             if c is None:
-                cells += td("–") + td("–")
+                row += td("–") + td("–")
                 continue
-            text = (
-                f"{fixed(c.delta, '+.3f')}<small> [{fixed(c.low, '+.3f')}, "
-                f"{fixed(c.high, '+.3f')}]{'' if c.paired else ' unpaired'}</small>"
-            )
             arrow = f"{fixed(c.before)} → {fixed(c.after)}"
-            cells += td(arrow, c.after) + td(text, c.delta, c.verdict)
-        lines.append(f"<tr>{cells}</tr>")
+            row += td(arrow, c.after) + change_td(c)
+        lines.append(f"<tr>{row}</tr>")
     mean = lines[-1:] if any(c.language == MACRO for c in boundary.changes) else []
     return html_table(heads, lines[: len(lines) - len(mean)], mean)
 
 
-def stage_sections(
-    folder: Path, run: Run, languages: Sequence[str], who: str = ""
-) -> Iterable[str]:
+def stage_sections(run: Run, languages: Sequence[str], who: str = "") -> Iterable[str]:
     """A section of the report for each stage; none without two evaluations."""
-    for boundary in boundaries(folder, run):
+    for boundary in boundaries(run):
         counts = "; ".join(
             f"{esc(name)}: {tally(list(found.values()))}"
             for (name, _), found in by_test(boundary.changes).items()
         )
         text = (
-            f"From “{esc(boundary.before)}” to “{esc(boundary.after)}”, on the same "
-            "items: before → after, the change, and its 95 % interval by a paired "
-            "bootstrap. Green: a gain, red: forgetting, beyond noise at 5 % after "
-            "Holm's correction over the languages of a test; grey and faint: within "
-            f"noise. Bits per byte are better when lower. {counts}."
+            f"From “{esc(boundary.before)}” to “{esc(boundary.after)}”: before → after "
+            f"and the change. {RULE} Green: a gain, red: forgetting. Bits per byte are "
+            f"better when lower. {counts}."
         )
         title = f"{who}What stage “{boundary.stage}” changed"
         svg = to_svg(change_figure(boundary, languages), title)

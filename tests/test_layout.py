@@ -40,7 +40,7 @@ LAYERS = [
     {"metrics"},
     {"lm_eval_adapter", "run_tasks"},
     {"lineage", "divergence"},
-    {"figures"},
+    {"figures", "paired"},
     {"page"},
     {"alignment"},
     {"plan_text", "stages", "task_page"},
