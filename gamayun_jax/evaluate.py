@@ -282,7 +282,8 @@ class HeldoutEvaluator:
 
         Per language: units, tokens, bytes, bits, bits_per_byte, bits_per_unit,
         parity (bits per parallel unit over English's), nll (nats per token), accuracy,
-        standard errors `*_se`, `truncated` (units longer than a row), baselines.
+        standard errors `*_se` (None where one unit tells none), `truncated` (units
+        longer than a row), baselines.
         """
         return self.results(self.unit_sums(params))
 
@@ -305,7 +306,7 @@ class HeldoutEvaluator:
 
     def _parallel_se(
         self, name: str, languages: Sequence[str], sums: np.ndarray
-    ) -> float:
+    ) -> float | None:
         """Standard error of the macro mean. Units say the same in all languages, so
         their errors go together and must be added before they are squared."""
         parts = []
@@ -313,7 +314,7 @@ class HeldoutEvaluator:
             span = self._units[name, language]
             s = slice(span.start, span.stop)
             parts.append(ratio_residuals(sums[s, 0] / math.log(2), self._bytes[s]))
-        return float(math.sqrt((np.mean(parts, axis=0) ** 2).sum()))
+        return None if len(parts[0]) < 2 else root(np.mean(parts, axis=0))
 
     def _set_result(self, name: str, sums: np.ndarray) -> dict[str, Any]:
         languages: dict[str, dict[str, Any]] = {}
@@ -332,7 +333,7 @@ class HeldoutEvaluator:
                 "bits": float(bits.sum()),
                 "bits_se": float(bits.std(ddof=1) * math.sqrt(len(span)))
                 if len(span) > 1
-                else 0.0,
+                else None,
                 "bits_per_byte": bpb,
                 "bits_per_byte_se": bpb_se,
                 "bits_per_unit": float(bits.mean()),
@@ -356,11 +357,10 @@ class HeldoutEvaluator:
                 bits_of, bytes_of = [np.sum(bits_of, 0)], [np.sum(bytes_of, 0)]
             bpb, bpb_se = pooled_ratio(bits_of, bytes_of)
             rows = list(languages.values())
-            macro_se = math.sqrt(sum(r["bits_per_byte_se"] ** 2 for r in rows))
             if self._parallel[name]:
                 macro_se = self._parallel_se(name, list(languages), sums)
             else:
-                macro_se /= len(rows)
+                macro_se = mean_error([r["bits_per_byte_se"] for r in rows])
             result["micro"] = {
                 "bits_per_byte": bpb,
                 "bits_per_byte_se": bpb_se,
@@ -384,15 +384,27 @@ def ratio_residuals(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return math.sqrt(n / max(n - 1, 1)) * (values - r * sizes) / sizes.sum()
 
 
-def ratio(values: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """sum(values) / sum(sizes) and its standard error over units."""
+def root(residuals: np.ndarray) -> float:
+    """The standard error of what independent residuals add up to."""
+    return float(math.sqrt((residuals**2).sum()))
+
+
+def mean_error(errors: Sequence[float | None]) -> float | None:
+    """Standard error of the mean of independent values; None if one has none."""
+    known = [e for e in errors if e is not None]
+    return math.hypot(*known) / len(known) if len(known) == len(errors) else None
+
+
+def ratio(values: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None]:
+    """sum(values) / sum(sizes) and its standard error over units; none for one."""
     residuals = ratio_residuals(values, sizes)
-    return float(values.sum() / sizes.sum()), float(math.sqrt((residuals**2).sum()))
+    error = None if len(values) < 2 else root(residuals)
+    return float(values.sum() / sizes.sum()), error
 
 
 def pooled_ratio(
     values: Sequence[np.ndarray], sizes: Sequence[np.ndarray]
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """`ratio` over independent strata, e.g. languages, each a sample of units.
 
     How strata differ from each other is no sampling error, so residuals are centred
@@ -404,7 +416,8 @@ def pooled_ratio(
     for v, s in zip(values, sizes, strict=True):
         residual, n = v - r * s, len(v)
         variance += n / max(n - 1, 1) * ((residual - residual.mean()) ** 2).sum()
-    return r, math.sqrt(variance) / total
+    known = min(map(len, values)) > 1  # of one unit nothing tells an error
+    return r, math.sqrt(variance) / total if known else None
 
 
 def choose(units: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gamayun_jax.evaluate import ratio
+from gamayun_jax.evaluate import mean_error, ratio, ratio_residuals, root
 from gamayun_jax.tasks import METRICS, Item, Task, prompt_of, with_choice
 
 BINS = 10  # of the expected calibration error
@@ -194,8 +194,7 @@ def macro(
 ) -> dict[str, Any]:
     """Means over languages, each counting the same, with standard errors.
 
-    In a parallel task the items of one id are answered alike in all languages, so
-    their errors go together: the error is that of the ids' means.
+    A standard error is None where it cannot be told: a language of one item.
     """
     if not languages:
         return {}
@@ -204,16 +203,31 @@ def macro(
         values = [v[metric] for v in languages.values() if metric in v]
         if len(values) < len(languages):
             continue
-        errors = [v.get(f"{metric}_se") or 0.0 for v in languages.values()]
-        error = math.sqrt(sum(e * e for e in errors)) / len(errors)
-        if task.parallel and task.kind != "perplexity":
-            by_id: dict[str, list[float]] = {}
-            for r in rows:
-                by_id.setdefault(str(r["id"]), []).append(r["correct"][metric])
-            if all(len(v) == len(languages) for v in by_id.values()):
-                error = mean_se([float(np.mean(v)) for v in by_id.values()])[1] or 0.0
+        error = mean_error([v.get(f"{metric}_se") for v in languages.values()])
+        if task.parallel and error is not None:
+            error = shared_error(metric, list(languages), rows)
         found |= {metric: float(np.mean(values)), f"{metric}_se": error}
     return found
+
+
+def shared_error(metric: str, languages: Sequence[str], rows: Sequence[Any]) -> float:
+    """Standard error of the mean over languages of a parallel task.
+
+    Items of one id are answered alike in all languages, so their errors go together
+    and are added before they are squared.
+    """
+    parts: dict[str, float] = {}
+    for language in languages:
+        mine = [r for r in rows if r["language"] == language]
+        if metric == "bits_per_byte":
+            pairs = [(r["bits"], r["bytes"]) for r in mine]
+        else:
+            pairs = [(r["correct"][metric], 1.0) for r in mine]
+        values, sizes = np.array(pairs, np.float64).T
+        for r, part in zip(mine, ratio_residuals(values, sizes), strict=True):
+            key = str(r["id"])
+            parts[key] = parts.get(key, 0.0) + float(part) / len(languages)
+    return root(np.array(list(parts.values())))
 
 
 def byte_length(task: Task, item: Item, choice: str) -> int:

@@ -80,7 +80,8 @@ def model_card(
         rows = dict(result["languages"])
         rows |= {k: result[k] for k in ("macro", "micro") if k in result}
         lines += [
-            f"| {k} | {r['bits_per_byte']:.4f} | {r['bits_per_byte_se']:.4f} | "
+            f"| {k} | {r['bits_per_byte']:.4f} | "
+            f"{'–' if (se := r['bits_per_byte_se']) is None else format(se, '.4f')} | "
             f"{r['accuracy']:.1%} |"
             for k, r in rows.items()
         ]

@@ -260,6 +260,17 @@ def test_the_pooled_standard_error_is_the_bootstrap_s():
     assert pooled_ratio(bits[:1], sizes[:1]) == pytest.approx(ratio(bits[0], sizes[0]))
 
 
+def test_one_unit_has_no_standard_error(config, corpus, parameters):
+    one, two = np.array([8.0]), np.array([8.0, 9.0])
+    assert ratio(one, 5 * one) == (0.2, None)
+    assert pooled_ratio([two, one], [two, one])[1] is None
+    _, found = scores(config, corpus, parameters, MESH, max_units=1)
+    rows = [*found["languages"].values(), found["macro"], found["micro"]]
+    for row in rows:
+        errors = {k: v for k, v in row.items() if k.endswith("_se")}
+        assert set(errors.values()) == {None}
+
+
 def test_errors_of_parallel_means_are_the_bootstrap_s_over_units(
     config, corpus, parameters
 ):

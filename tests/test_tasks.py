@@ -1,5 +1,6 @@
 """Tasks: descriptions, items that must be set aside, prompts, and the numbers."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from conftest import mesh_of
 
-from gamayun_jax import metrics, run_tasks, tasks
+from gamayun_jax import metrics, run_tasks, task_page, tasks
 from gamayun_jax.config import ComputeConfig, ModelConfig, UserError
 from gamayun_jax.generate import Generator
 from gamayun_jax.score import Request, Scorer
@@ -349,3 +350,54 @@ def test_the_error_of_a_parallel_mean_is_that_of_its_ids(tmp_path):
     apart = tasks.Task("t", "multiple_choice", "t.jsonl", metric="raw", parallel=False)
     found = metrics.macro(apart, languages, rows)
     assert found["raw_se"] == pytest.approx(languages["en"]["raw_se"] / math.sqrt(3))
+
+
+def test_one_item_has_no_standard_error():
+    """Of a language with one item, and so of a mean over such languages."""
+    for parallel in (True, False):
+        task = tasks.Task("t", "cloze", "t.jsonl", metric="exact", parallel=parallel)
+        rows = [
+            {"id": k, "language": k, "correct": {"exact": float(i)}, "dropped": 0}
+            for i, k in enumerate(("en", "ru"))
+        ]
+        one = {r["language"]: metrics.summarise(task, [r]) for r in rows}
+        found = metrics.macro(task, one, rows)
+        assert (found["exact"], found["exact_se"]) == (0.5, None)
+        rows.append({**rows[1], "id": "b", "language": "en"})
+        more = {**one, "en": metrics.summarise(task, [rows[0], rows[2]])}
+        assert metrics.macro(task, more, rows)["exact_se"] is None
+    texts = tasks.Task("t", "perplexity", "t.jsonl", metric="bits_per_byte")
+    rows = [{"id": 1, "language": "en", "bits": 8.0, "bytes": 5, "tokens": 2}]
+    assert metrics.summarise(texts, rows)["bits_per_byte_se"] is None
+
+
+def test_bits_per_byte_of_parallel_texts_err_together():
+    rng = np.random.default_rng(1)
+    task = tasks.Task("t", "perplexity", "t.jsonl", metric="bits_per_byte")
+    rows = [
+        {"id": i, "language": "en", "bits": b * 100, "bytes": 100}
+        for i, b in enumerate(rng.normal(2, 0.3, 40))
+    ]
+    rows += [{**r, "language": k} for k in ("ru", "de") for r in rows[:40]]
+    languages = {
+        k: metrics.summarise(task, [r for r in rows if r["language"] == k])
+        for k in ("en", "ru", "de")
+    }
+    one = languages["en"]["bits_per_byte_se"]
+    for parallel, error in ((True, one), (False, one / math.sqrt(3))):
+        of = dataclasses.replace(task, parallel=parallel)
+        found = metrics.macro(of, languages, rows)
+        assert found["bits_per_byte_se"] == pytest.approx(error)
+
+
+def test_better_than_the_baseline_is_no_matter_of_few_items():
+    def marked(items, value, error):
+        row = {"norm": value, "norm_se": error, "baseline": 0.3, "items": items}
+        task = {"kind": "multiple_choice", "metric": "norm", "languages": {"en": row}}
+        return bool(task_page.beyond_baseline({"t": task}))
+
+    assert not marked(1, 1.0, None)
+    assert not marked(1, 1.0, 0.0)  # as records of before say it
+    assert not marked(2, 1.0, 0.0)
+    assert marked(50, 1.0, 0.0)
+    assert marked(400, 0.4, 0.0245)
