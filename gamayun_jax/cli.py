@@ -400,7 +400,7 @@ def run_lm_eval(args: argparse.Namespace) -> int:
 def run_quantize(args: argparse.Namespace) -> int:
     import jax
 
-    from gamayun_jax import evaluate, hf, quantize, runs
+    from gamayun_jax import evaluate, hf, quantize, run_tasks, runs
 
     if args.out.exists():
         raise UserError(f"{args.out} exists already: choose another folder")
@@ -417,11 +417,13 @@ def run_quantize(args: argparse.Namespace) -> int:
     old, new = (quantize.size_bytes(tree) for tree in (params, small))
     print(f"{args.out}: {new:,} bytes of weights, before {old:,}", flush=True)
     del params, small
-    results = [
-        {**evaluate.evaluate_checkpoint(path, args.corpus), "label": label}
-        for path, label in ((args.model, "before"), (args.out, f"int{args.bits}"))
-        if not args.no_eval
-    ]
+    results = []
+    for path, label in ((args.model, "before"), (args.out, f"int{args.bits}")):
+        if not args.no_eval:
+            result, items = evaluate.evaluate_heldout(path, args.corpus)
+            results.append({**result, "label": label})
+            for name, found in items.items():
+                run_tasks.write_items(args.out / "items" / label, name, found)
     quantize.write_record(args.out, meta, args.bits, (old, new), results)
     if results:
         print(runs.language_table(results, cfg.languages))

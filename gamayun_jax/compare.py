@@ -41,19 +41,41 @@ def is_result(path: Path) -> bool:
 
 
 def read_result(path: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """eval.json and the items of each task; UserError if they cannot be read."""
+    """eval.json and the items of each task; UserError if they cannot be read.
+
+    Held-out sets are among the tasks, as `set_task` tells them.
+    """
     path = Path(path)
     try:
         result = json.loads((path / "eval.json").read_text(encoding="utf-8"))
-        names = list(result["tasks"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        sets = dict(result.get("sets", {}))
+        result["tasks"] = {
+            **{f"heldout-{name}": set_task(name, part) for name, part in sets.items()},
+            **result.get("tasks", {}),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
-            f"{path}/eval.json cannot be read ({e!r}): run `gamayun eval --tasks ... "
-            "--out` again"
+            f"{path}/eval.json cannot be read ({e!r}): run `gamayun eval --out` again"
         ) from e
     if result.get("format") != run_tasks.FORMAT:
         raise UserError(f"{path}/eval.json is of another version: run it again")
-    return result, {n: run_tasks.read_items(path / "items", n) for n in names}
+    items = path / "items"
+    return result, {n: run_tasks.read_items(items, n) for n in result["tasks"]}
+
+
+def set_task(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """A held-out set's results in the form of a task's."""
+    return {
+        "kind": "perplexity",
+        "metric": "bits_per_byte",
+        "description": f"held-out set {name}",
+        "parallel": part["parallel"],
+        "baseline": "xz",
+        "hash": None,  # what is the same is told unit by unit, see compare_rows
+        "prompt_hash": None,
+        "languages": part["languages"],
+        MACRO: part.get(MACRO, {}),
+    }
 
 
 def collect(
@@ -73,6 +95,11 @@ def collect(
         if is_result(path):
             found.append(read_result(path))
             continue
+        if (path / "eval.json").is_file():
+            raise UserError(
+                f"{path} has no items/, written by a former version without tasks: run "
+                "`gamayun eval --out` again"
+            )
         folder = out / f"{number}-{run_tasks.plain_name(path).replace(' ', '-')}"
         wanted = {t.name: t.hash for t in tasks}
         if is_result(folder):
@@ -97,11 +124,22 @@ def collect(
 
 
 def compare_rows(
-    task: Mapping[str, Any], a: Sequence[Any], b: Sequence[Any]
+    name: str, task: Mapping[str, Any], a: Sequence[Any], b: Sequence[Any]
 ) -> dict[str, Cell]:
-    """Language (and macro) -> how b differs from a on a task's headline metric."""
+    """Language (and macro) -> how b differs from a on a task's headline metric.
+
+    Raises:
+      UserError: texts of the same ids that are not of the same bytes.
+    """
     old, new = by_language(a), by_language(b)
     pairs = {k: differences(old[k], new[k], task["metric"]) for k in old if k in new}
+    for k, pair in pairs.items():
+        lost = old[k].keys() & new[k].keys() - pair.keys()
+        if lost and task["metric"] == "bits_per_byte":
+            raise UserError(
+                f"{name}: the {k} text {min(lost)!r} was not the same for all models: "
+                "evaluate them again with the same corpus"
+            )
     return cells(pairs, task["parallel"])
 
 
@@ -137,11 +175,12 @@ def compare(results: Sequence[tuple[Mapping[str, Any], Rows]]) -> dict[str, Any]
         )
     if not names:
         raise UserError(
-            "the models have no task in common: evaluate them on the same tasks"
+            "the models have no task in common: evaluate them on the same tasks or "
+            "held-out sets"
         )
     # For each model after the first: task -> language -> cell.
     found: list[dict[str, dict[str, Cell]]] = [
-        {n: compare_rows(first["tasks"][n], base[n], rows[n]) for n in names}
+        {n: compare_rows(n, first["tasks"][n], base[n], rows[n]) for n in names}
         for _, rows in results[1:]
     ]
     told = [told_of(first["tasks"], of_model) for of_model in found]

@@ -520,14 +520,17 @@ def load_params(path: Path, quantised: bool = False) -> Loaded:
     return Loaded(cfg, params, meta, mesh)
 
 
-def evaluate_checkpoint(
+def evaluate_heldout(
     path: Path,
     corpus_folder: Path | None = None,
     languages: Sequence[str] | None = None,
     batch_size: int | None = None,
     loaded: Loaded | None = None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Evaluate a model on the held-out sets of a corpus, with the model's tokenizer.
+
+    Returns the results, and the units of each set under the name of their file,
+    "heldout-NAME".
 
     Args:
       path: as of `load_params`; without a corpus of its own if it was imported.
@@ -552,8 +555,14 @@ def evaluate_checkpoint(
         cfg = dataclasses.replace(cfg, evaluation=evaluation)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         model = Transformer(cfg.model, cfg.compute)
-        result = HeldoutEvaluator(cfg, corpus, mesh, model, languages, tokenizer).run(
-            params
-        )
+        evaluator = HeldoutEvaluator(cfg, corpus, mesh, model, languages, tokenizer)
+        sums = evaluator.unit_sums(params)
+    result = evaluator.results(sums)
+    items = {f"heldout-{name}": evaluator.items(name, sums) for name in result["sets"]}
     head = {"model": meta["lineage"].get("run"), "step": meta["step"], "label": "eval"}
-    return {**head, "tokens": meta["tokens"], "stage": "", **result}
+    return {**head, "tokens": meta["tokens"], "stage": "", **result}, items
+
+
+def evaluate_checkpoint(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The results of `evaluate_heldout`, which has the arguments."""
+    return evaluate_heldout(path, *args, **kwargs)[0]

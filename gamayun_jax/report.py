@@ -279,7 +279,11 @@ def heldout_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[
 def quantised_sections(
     records: Sequence[dict[str, Any]], languages: Sequence[str]
 ) -> Iterable[str]:
-    """A section per model and held-out set: its floats, and each quantisation."""
+    """A section per model and held-out set: its floats, and each quantisation.
+
+    Args:
+      records: of `gamayun quantize`, and "folder", where each is.
+    """
     models: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
     for record in records:
         if len(rows(record, "evals")) == 2:
@@ -298,8 +302,10 @@ def quantised_sections(
         )
         for name in sets_of(evals):
             columns: list[Column] = [(label_of(first), first, "", None)]
-            for e in evals[1:]:
-                changes = set_changes(name, first, e)
+            for record, e in zip(found, evals[1:], strict=True):
+                items = Path(record["folder"]) / "items"
+                ends = items / "before", items / str(get(e, "label"))
+                changes = set_changes(name, first, e, *ends)
                 columns.append((label_of(e), e, "change", changes))
             text = (
                 f"Bits per byte of step {esc(step)} before and after its weights were "
@@ -390,7 +396,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     quantised = {f: read_quantised(Path(f)) for f in folders}
     of_runs = [Path(f) for f, record in quantised.items() if record is None]
     runs = [read_run(folder) for folder in of_runs]
-    records = [r for r in quantised.values() if r is not None]
+    records = [{**r, "folder": f} for f, r in quantised.items() if r is not None]
     if not runs:
         raise UserError("report: there is no run folder: give at least one")
     languages = list(dict.fromkeys(k for r in runs for k in r.languages if k != "und"))

@@ -1,8 +1,8 @@
 """Tasks on a model: what it scores and writes, item by item, and the summary.
 
-A result folder holds eval.json (summaries, and all that is needed to reproduce them)
-and items/<task>.jsonl, one line an item in the task's order, which `gamayun compare`
-and the stage report pair by language and id.
+A result folder holds eval.json (summaries, and all that is needed to reproduce them),
+items/<task>.jsonl and items/heldout-<set>.jsonl, one line an item in the task's order,
+which `gamayun compare` and the stage report pair by language and id.
 """
 
 from __future__ import annotations
@@ -364,7 +364,8 @@ def evaluate_model(
     batch_size: int | None = None,
     watch: Callable[[str, int], Progress | None] = lambda name, total: None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """A model on tasks and on a corpus's held-out sets: eval.json, rows of each task.
+    """A model on tasks and on a corpus's held-out sets: eval.json, and the rows of each
+    task and set.
 
     Args:
       path: run folder, checkpoint or Hugging Face folder.
@@ -395,12 +396,12 @@ def evaluate_model(
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
     }
+    rows: dict[str, list[dict[str, Any]]] = {}
     if heldout:
-        found = evaluate.evaluate_checkpoint(
+        found, rows = evaluate.evaluate_heldout(
             path, corpus, languages, batch_size, loaded
         )
         result["sets"] = found["sets"]
-    rows: dict[str, list[dict[str, Any]]] = {}
     if tasks:
         tokenizer = hf.open_tokenizer(path, meta, corpus or cfg.data.corpus)
         scorer = Scorer(cfg.model, params, mesh, cfg.compute)
@@ -449,7 +450,8 @@ def read_items(folder: Path, name: str) -> list[dict[str, Any]]:
 def write_results(
     out: Path, result: Mapping[str, Any], rows: Mapping[str, Any]
 ) -> None:
-    """eval.json and items/<task>.jsonl of a result folder."""
+    """eval.json and items/ of a result folder."""
+    (out / "items").mkdir(parents=True, exist_ok=True)
     for name, found in rows.items():
         write_items(out / "items", name, found)
     write_json(out / "eval.json", result)

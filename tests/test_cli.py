@@ -98,6 +98,11 @@ def test_train_eval_report(experiment, tmp_path, capsys):
     same = at_the_end["sets"]["udhr"]["languages"]["ru"]
     assert found["ru"]["bits"] == pytest.approx(same["bits"], rel=1e-5)
     assert list(found) == ["ru"]
+    both = ["compare", str(out), str(out), "--out", str(tmp_path / "compared")]
+    assert cli.main(both) == 0  # held-out sets alone, as `eval` without tasks writes
+    table = capsys.readouterr().out
+    assert "heldout-udhr" in table
+    assert "(+0.000)" in table.split("\n  ru ")[1].split("\n")[0]
     items = (run / "eval" / "4.items" / "heldout-udhr.jsonl").read_text().splitlines()
     units = [r for r in map(json.loads, items) if r["language"] == "ru"]
     assert sum(r["bits"] for r in units) == pytest.approx(same["bits"])

@@ -48,7 +48,7 @@ def result(label, rows, kind="multiple_choice", **more):
 def test_items_are_paired_by_language_and_id():
     a = choice_rows([1, 1, 0, 0])
     b = list(reversed(choice_rows([1, 1, 0, 0])))[1:]
-    found = compare.compare_rows(task(), a, b)
+    found = compare.compare_rows("t", task(), a, b)
     assert all(v.difference == 0 and v.p == 1 for v in found.values())
     assert found["tr"].items == 3
 
@@ -87,6 +87,40 @@ def test_refuses_what_does_not_compare(tmp_path):
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         compare.read_result(tmp_path)
+
+
+def test_held_out_sets_alone_compare(tmp_path):
+    """What `gamayun eval --out` writes without tasks: sets and their units."""
+    rng = np.random.default_rng(0)
+
+    def write(name, gain, size=100):
+        rows = [
+            {"id": str(i), "language": k, "bytes": size, "tokens": 9,
+             "bits": size * (2 - gain * (k == "ru")) + rng.normal()}
+            for k in LANGUAGES for i in range(40)
+        ]  # fmt: skip
+        part = {"parallel": True, "macro": {"bits_per_byte": 2.0}, "languages": {
+            k: {"bits_per_byte": 2.0, "bits_per_byte_se": 0.1} for k in LANGUAGES
+        }}  # fmt: skip
+        found, _ = result(name, choice_rows([1.0]))
+        del found["tasks"]
+        found["sets"] = {"help": part}
+        run_tasks.write_results(tmp_path / name, found, {"heldout-help": rows})
+        return tmp_path / name
+
+    folders = [write("one", 0), write("two", 0.1), write("other", 0, 101)]
+    out = tmp_path / "out"
+    assert cli.main(["compare", *map(str, folders[:2]), "--out", str(out)]) == 0
+    told = json.loads((out / "compare.json").read_text())["tasks"]["heldout-help"]
+    marks = {k: v["verdict"] for k, v in told["differences"][1].items()}
+    assert marks == {"en": "same", "ru": "better", "tr": "same", "macro": "better"}
+    results = [compare.read_result(f) for f in (folders[0], folders[2])]
+    with pytest.raises(UserError, match="en text '0' was not the same"):
+        compare.compare(results)
+    (folders[0] / "items/heldout-help.jsonl").unlink()
+    (folders[0] / "items").rmdir()
+    with pytest.raises(UserError, match="has no items/"):
+        compare.collect(folders[:1], [], out, print)
 
 
 @pytest.mark.slow

@@ -91,7 +91,9 @@ def test_the_command_line(trained, tmp_path, capfd):
         assert capfd.readouterr().out.startswith("The ")
         assert not list(tmp_path.glob(".*"))
     assert cli.main(["report", str(trained), str(out), f"--out={tmp_path / 'r'}"]) == 0
-    assert "Quantised weights of" in (tmp_path / "r" / "index.html").read_text()
+    page = (tmp_path / "r" / "index.html").read_text()
+    assert "Quantised weights of" in page
+    assert "unpaired" not in page.split("Quantised weights of")[1].split("</table>")[0]
     assert cli.main(["quantize", str(out), str(tmp_path / "again")]) == 2
     assert "quantised already" in capfd.readouterr().err
     assert cli.main(["quantize", str(trained), str(out)]) == 2

@@ -436,6 +436,22 @@ def test_quantised_weights_beside_their_floats(run, tmp_path):
     # 0.03 are wider than 0.003.
     assert part.count('class="worse"') == len(LANGUAGES) + 1
     assert 'class="better"' not in part
+    assert "unpaired" in part
+    rng = random.Random(0)
+    for label, added in (("before", 0.0), ("int8", -0.3)):
+        (small[1] / "items" / label).mkdir(parents=True)
+        rows = [
+            {"id": i, "language": k, "bytes": 100,
+             "bits": 200 + added + rng.gauss(0, 0.1)}
+            for k in LANGUAGES for i in range(30)
+        ]  # fmt: skip
+        path = small[1] / "items" / label / "heldout-udhr.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    path = report.write_report([run, small[1]], tmp_path / "items")
+    part = path.read_text().split("Quantised weights of tiny, “udhr”")[1]
+    part = part.split("</table>")[0]
+    assert "unpaired" not in part
+    assert part.count('class="better"') == len(LANGUAGES) + 1
     assert "Quantised" not in page_of(tmp_path / "out", run).source
     (small[0] / "quantised.json").write_text("{")
     with pytest.raises(UserError, match="quantised.json is damaged"):
