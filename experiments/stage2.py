@@ -1,5 +1,6 @@
 """Stage 2 of the 1.5B run: high-quality English, 0.5T tokens, learning rate to 0.
 
+    gamayun curriculum experiments/stage2.py --init-from stage1
     gamayun train experiments/stage2.py --workdir stage2 --init-from stage1
 
 Hardware: a TPU pod slice; not run yet, so there are no expected numbers. The English

@@ -162,17 +162,25 @@ def run_tokenizer_report(args: argparse.Namespace) -> int:
 
 
 def run_curriculum(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus, data, figures, lineage, runs
+    from gamayun_jax import corpus, data, figures, lineage, runs, train
 
     cfg = load(args)
     found = corpus.open_corpus(Path(cfg.data.corpus))
-    plan = data.make_plan(cfg, found)
+    origin, first = None, 0
+    if args.init_from:
+        store, _, _, origin = lineage.load_origin(args.init_from, cfg, found)
+        store.close()
+        first = origin["tokens"]
+    plan = data.make_plan(cfg, found, origin)
+    # What training would refuse is refused here.
+    lineage.check_corpus(cfg, found)
+    train.check_stages(cfg, found, plan, first)
     print(runs.curriculum_table(plan.table(), cfg.data.seq_len))
     for text in data.mixture_notes(cfg, found, plan):
         note(text)
     if args.out:
-        points = lineage.share_points(cfg, plan)
-        stages = lineage.stage_spans(cfg)
+        points = lineage.share_points(cfg, plan, first)
+        stages = lineage.stage_spans(cfg, first)
         figure = figures.curriculum_figure(points, cfg.languages, stages)
         figure.savefig(args.out, dpi=150)
         print(f"picture: {args.out}")
@@ -590,6 +598,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_config(curriculum)
     curriculum.add_argument("--out", type=picture, metavar="PNG", help="draw it")
+    curriculum.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="RUN",
+        help="of a run that goes on from another's checkpoint, as `gamayun train`",
+    )
 
     train = add(
         commands,

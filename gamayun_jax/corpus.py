@@ -19,6 +19,7 @@ or uint32 if the vocabulary has more than 65,536 pieces.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,12 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from gamayun_jax.config import UserError
 from gamayun_jax.documents import first_line
-from gamayun_jax.files import file_sha256, read_json, read_json_lines
+from gamayun_jax.files import (
+    file_sha256,
+    read_json,
+    read_json_lines,
+    unreadable,
+)
 from gamayun_jax.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -209,9 +215,11 @@ class Corpus:
         path = self.folder / "heldout" / f"{name}.{language}.jsonl"
         try:
             units = [(u["id"], u["text"]) for u in read_json_lines(path)]
-        except (OSError, ValueError, KeyError) as e:
+        except OSError as e:
+            raise unreadable(path, e) from e
+        except (ValueError, KeyError) as e:
             raise UserError(
-                f"{path} cannot be read ({e}): build the corpus again"
+                f"{path} is damaged ({e}): copy or build the corpus again"
             ) from e
         if len(units) != self.manifest["heldout"][name]["languages"][language]["units"]:
             raise UserError(f"{path} has lost units: build the corpus again")
@@ -222,9 +230,11 @@ class Corpus:
         path = self.folder / "sources" / self._source(source).name / "token_counts.npy"
         try:
             return np.load(path)
-        except (OSError, ValueError) as e:
+        except OSError as e:
+            raise unreadable(path, e) from e
+        except ValueError as e:
             raise UserError(
-                f"{path} cannot be read ({e}): build the corpus again"
+                f"{path} is damaged ({e}): copy or build the corpus again"
             ) from e
 
     def records(self, source: str, retry_seconds: float = 0.0) -> Records:
@@ -261,7 +271,13 @@ def open_corpus(
     """
     folder = Path(path)
     file = folder / "manifest.json"
-    if not file.exists():
+    try:
+        there = bool(os.stat(file))
+    except (FileNotFoundError, NotADirectoryError):
+        there = False
+    except OSError as e:
+        raise unreadable(file, e) from e
+    if not there:
         if (folder / ".work").exists():
             raise UserError(
                 f"corpus {folder} is unfinished: run the same `gamayun corpus build "
@@ -271,7 +287,7 @@ def open_corpus(
             f"there is no corpus in {folder}: make it with `gamayun corpus build "
             f"CONFIG --out {folder}`"
         )
-    manifest = read_json(file)
+    manifest = read_json(file, "copy or build the corpus again")
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{file} has format {manifest.get('format')!r}, this version reads "
@@ -331,8 +347,15 @@ def open_corpus(
 
 
 def check_shard(path: Path, records: int) -> None:
-    if not path.is_file():
-        raise UserError(f"shard {path} is missing: copy or build the corpus again")
+    try:
+        with open(path, "rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(
+            f"shard {path} is missing: copy or build the corpus again"
+        ) from e
+    except OSError as e:
+        raise unreadable(path, e) from e
     try:
         reader = ArrayRecordReader(str(path), "")
         try:

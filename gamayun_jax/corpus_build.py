@@ -253,7 +253,8 @@ def find_former(out: Path, fingerprint: str) -> bool:
         (mark, "an unfinished one"),
     ):
         if path.exists():
-            former = read_json(path).get("recipe")
+            advice = "delete the folder and build the corpus again"
+            former = read_json(path, advice).get("recipe")
             if former != fingerprint:
                 raise UserError(
                     f"{out} holds {what} of another recipe (config or input files "

@@ -411,7 +411,7 @@ def unit_hash(*parts: Any) -> float:
 
 def check_phase(phase: Phase, sources: Mapping[str, int]) -> None:
     """Raise UserError naming the field that is wrong."""
-    at = f"phase {phase.name!r}"
+    at = f"stages.{phase.name}"
     if not 1 <= phase.examples <= LONGEST:
         raise UserError(
             f"{at}: examples={phase.examples} must be in 1..2**32; split a longer phase"
@@ -479,11 +479,14 @@ def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
             differs = middle
     lines = [f"examples from number {same} on would be re-mapped"]
     before, after = dict(old._past(example)), dict(new._past(example))
-    for key in {**before, **after}:
+    lines += [
+        f"{key} was {before[key]} and is {after[key]}"
+        for key in before
         # A source that only one side has used is told by its count below.
-        both = key in before and key in after and not key.startswith("mapping")
-        if both and before[key] != after[key]:
-            lines.append(f"{key} was {before[key]} and is {after[key]}")
+        if key in after
+        and not key.startswith(("mapping", "order"))
+        and before[key] != after[key]
+    ]
 
     def shares(where: str, a: Mapping[str, float], b: Mapping[str, float]) -> None:
         for name in {**a, **b}:
@@ -491,15 +494,15 @@ def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
             if x != y:
                 lines.append(f"share of {name} {where} was {x:.9g} and is {y:.9g}")
 
-    shares("before the run", old.before, new.before)
     for a, b, begin in zip(old.phases, new.phases, old._blocks, strict=False):
         if begin.start >= example:  # the future may change
             break
-        shares(f"in {a.name}", a.weights, b.weights)
         for key in ("examples", "ramp", "ramp_examples"):
             x, y = getattr(a, key), getattr(b, key)
             if x != y:
                 lines.append(f"{key} of {a.name} was {x} and is {y}")
+        shares(f"in {a.name}", a.weights, b.weights)
+    shares("before the run", old.before, new.before)
     was = dict(zip(old.names, old.counts_at(example).tolist(), strict=True))
     would = dict(zip(new.names, new.counts_at(example).tolist(), strict=True))
     for name in {**was, **would}:
@@ -508,6 +511,13 @@ def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
                 f"{name}: {was.get(name, 0)} examples were served, "
                 f"{would.get(name, 0)} would have been"
             )
+    # The longest line is the last; one that only one side has used is none of it.
+    orders = [
+        [n for n in x.names if n in was and n in would and was[n] and would[n]]
+        for x in (old, new)
+    ]
+    if orders[0] != orders[1]:
+        lines.append(f"order of sources was {orders[0]} and is {orders[1]}")
     return lines
 
 

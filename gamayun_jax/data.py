@@ -30,6 +30,7 @@ from jax.sharding import NamedSharding
 from gamayun_jax.config import Config, StageConfig, UserError
 from gamayun_jax.corpus import BadRecordError, Corpus
 from gamayun_jax.curriculum import (
+    LONGEST,
     Curriculum,
     Phase,
     check_epochs,
@@ -289,17 +290,29 @@ def make_plan(
         phases.clear()
 
     steps_done = 0
+    batch_size, seq_len = cfg.data.batch_size, cfg.data.seq_len
     for k, (stage, steps) in enumerate(zip(cfg.stages, cfg.stage_steps(), strict=True)):
+        at, mix, examples = f"stages.{stage.name}", stage.mixture, steps * batch_size
+        if examples > LONGEST:
+            raise UserError(
+                f"{at}.tokens={stage.tokens} is more than the {LONGEST * seq_len} that "
+                "fit in one stage: split it into several"
+            )
+        if mix.ramp_tokens // seq_len > examples:
+            raise UserError(
+                f"{at}.mixture.ramp_tokens={mix.ramp_tokens} exceeds the stage's "
+                f"tokens={stage.tokens}: shorten the ramp"
+            )
         if k and stage.transition.cursors == "restart":
             close(first_step)
             first_step, before = steps_done, shares[k - 1]
         phases.append(
             Phase(
                 name=stage.name,
-                examples=steps * cfg.data.batch_size,
+                examples=examples,
                 weights=shares[k],
-                ramp=stage.mixture.ramp,
-                ramp_examples=stage.mixture.ramp_tokens // cfg.data.seq_len,
+                ramp=mix.ramp,
+                ramp_examples=mix.ramp_tokens // seq_len,
             )
         )
         steps_done += steps

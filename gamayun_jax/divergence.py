@@ -105,7 +105,7 @@ def load_rollbacks(run: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return list(read_json(path)["rollbacks"])
+        return list(read_json(path, "restore it from a copy")["rollbacks"])
     except (KeyError, TypeError) as e:
         raise UserError(f"{path} lacks {e}: restore it from a copy") from e
 

@@ -92,14 +92,29 @@ def lock(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: it is not there or may not be read; or it is damaged, and then with
+        `advice`.
+    """
     try:
         data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(
-            f"{path} cannot be read ({first_line(e)}): delete the folder and build the "
-            "corpus again"
-        ) from e
+    except OSError as e:
+        raise unreadable(path, e) from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}): {advice}") from e
     if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object: build the corpus again")
+        raise UserError(f"{path} is not a JSON object: {advice}")
     return data
+
+
+def unreadable(path: Path, e: OSError) -> UserError:
+    """The error for a file that the system does not let us read; it may be whole."""
+    if isinstance(e, FileNotFoundError):
+        return UserError(f"{path} is missing: restore it from a copy")
+    return UserError(
+        f"{path} cannot be read ({e.strerror or e}): see to its permissions and its "
+        "file system"
+    )

@@ -16,14 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from gamayun_jax import checkpoint
+from gamayun_jax import checkpoint, optim
 from gamayun_jax.checkpoint import Checkpoints
 from gamayun_jax.config import Config, UserError, from_json, to_dict
 from gamayun_jax.corpus import Corpus
 from gamayun_jax.curriculum import Curriculum, diff_past
 from gamayun_jax.data import DataPlan, example_order, past_plan
 from gamayun_jax.model import parameter_count
-from gamayun_jax.records import checkpoint_steps
+from gamayun_jax.records import checkpoint_steps, differences
 from gamayun_jax.step import stage_tokens
 
 MOST_LOOKED_UP = 20_000  # served examples of a changed source that are counted
@@ -175,12 +175,53 @@ def check_past(cfg: Config, plan: DataPlan, corpus: Corpus, meta, where: str) ->
             new = plan.segments[k].curriculum
             changed = diff_past(old, new, min(end - first, old.total))
         if changed:
+            begun, causes = changed_fields(cfg, meta, where), changed[1:]
+            details = changed[:1]
+            if begun:  # the rest follows from it, but for what is the corpus's
+                details += [c for c in causes if c.startswith("size of")]
+                causes = begun
+            elif not causes:
+                causes, details = changed, []
+            also = f" ({'; '.join(details)})" if details else ""
             raise UserError(
-                f"the curriculum before step {meta['step']} of {where} has changed: "
-                f"{'; '.join(changed)}. What was trained on cannot be re-mapped: set "
-                "it back (later stages may change), or start another run with "
-                "--init-from"
+                f"{'; '.join(causes)}: what was trained on before step {meta['step']} "
+                f"of {where} cannot be re-mapped; set it back (later stages may "
+                f"change), or start another run with --init-from{also}"
             )
+
+
+def changed_fields(cfg: Config, meta: Mapping[str, Any], where: str) -> list[str]:
+    """Fields of the stages that a checkpoint has begun and of the data, by which the
+    examples before it are mapped, where their values are not the same any more."""
+    former = from_json(meta["config"], where)
+    mapping = {"block_examples": former.data.block_examples}
+    current = {"block_examples": cfg.data.block_examples}
+    found = differences(mapping, current, "data")
+    for k in range(former.stage_at(max(meta["step"] - 1, 0)) + 1):
+        old = former.stages[k]
+        if k >= len(cfg.stages):
+            return [*_told(found), f"stages.{old.name} is not in the config any more"]
+        parts = []
+        for stage in (old, cfg.stages[k]):
+            part = {"tokens": stage.tokens, "mixture": to_dict(stage.mixture)}
+            if k or meta["origin"]:
+                part["transition"] = {"cursors": stage.transition.cursors}
+            parts.append(part)
+        found |= differences(*parts, f"stages.{cfg.stages[k].name}")
+    return _told(found)
+
+
+def _told(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{name} was {old!r} and is {new!r}" for name, (old, new) in found.items()]
+
+
+def check_schedules(cfg: Config, first: int = 0) -> None:
+    """Raise UserError if a stage's warm-up and decay do not fit; `first`: tokens before
+    this run."""
+    for k, stage in enumerate(cfg.stages):
+        begin, end = stage_tokens(cfg, k, first)
+        where = f"stages.{stage.name}.schedule"
+        optim.check_schedule(stage.schedule, where, begin, end)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gamayun_jax import hosts, optim, sharding
+from gamayun_jax import hosts, sharding
 from gamayun_jax.checkpoint import Checkpoints, TrainState, barrier, kept_forever
 from gamayun_jax.chips import chip_of
-from gamayun_jax.config import Config, UserError, from_json, to_json
+from gamayun_jax.config import Config, UserError, from_json, to_dict, to_json
 from gamayun_jax.corpus import Corpus, open_corpus
 from gamayun_jax.data import DataPlan, batches, make_plan, mixture_notes
 from gamayun_jax.divergence import (
@@ -41,6 +41,7 @@ from gamayun_jax.lineage import (
     check_corpus,
     check_origin,
     check_past,
+    check_schedules,
     load_origin,
     lost_checkpoints,
     new_lineage,
@@ -57,6 +58,7 @@ from gamayun_jax.records import (
     RunFolder,
     SetAside,
     config_changes,
+    differences,
     goodput_text,
 )
 from gamayun_jax.run_tasks import TrainingTasks, headline_scalars
@@ -65,7 +67,6 @@ from gamayun_jax.step import (
     compile_step,
     new_state,
     reset_moments,
-    stage_tokens,
 )
 
 STALL_SECONDS = 1e-3  # of waiting for data, which is not yet called a stall
@@ -83,26 +84,40 @@ def stage_tables(
     byte_lengths = np.zeros(cfg.model.vocab_size, np.int32)
     known = corpus.tokenizer().byte_lengths()
     byte_lengths[: len(known)] = known
-    return make_token_weights(
-        cfg.stages[stage].token_weights,
-        cfg.languages,
-        cfg.model.vocab_size,
-        plan.language_shares(cfg, stage),
-        byte_lengths,
-        {name: b / t for name, (b, t) in size.items() if t},
-    )
+    try:
+        return make_token_weights(
+            cfg.stages[stage].token_weights,
+            cfg.languages,
+            cfg.model.vocab_size,
+            plan.language_shares(cfg, stage),
+            byte_lengths,
+            {name: b / t for name, (b, t) in size.items() if t},
+        )
+    except UserError as e:
+        raise UserError(f"stages.{cfg.stages[stage].name}.{e}") from e
+
+
+def check_stages(cfg: Config, corpus: Corpus, plan: DataPlan, first: int = 0) -> None:
+    """Raise UserError for whatever of a stage would be refused when it begins.
+
+    Args:
+      first: tokens before this run.
+    """
+    check_schedules(cfg, first)
+    for k in range(len(cfg.stages)):
+        stage_tables(cfg, corpus, plan, k)
 
 
 def start_from(
     cfg: Config, abstract: TrainState, store: Checkpoints, step: int, meta
 ) -> TrainState:
     """First state of a run that begins from another's checkpoint."""
-    former = from_json(meta["config"], f"{store.folder}/{step}")
-    if former.model != cfg.model:
-        raise UserError(
-            f"--init-from {store.folder}/{step} is another model: it has "
-            f"{former.model}, the config {cfg.model}"
-        )
+    where = f"--init-from {store.folder}/{step}"
+    former = from_json(meta["config"], where)
+    other = differences(to_dict(former.model), to_dict(cfg.model), "model")
+    if other:
+        told = "; ".join(f"{k} is {a!r} there and {b!r}" for k, (a, b) in other.items())
+        raise UserError(f"{where} is another model than the config's: {told} here")
     state = store.restore(step, abstract)
     state = state.replace(step=jnp.zeros_like(state.step))
     if cfg.stages[0].transition.moments == "reset":
@@ -209,6 +224,8 @@ def _train(
         plan = make_plan(cfg, corpus, meta["origin"], rest_of=rest_of)
         check_past(cfg, plan, corpus, meta, where)
         check_contents(meta, corpus, where)
+        begins = meta["origin"]["tokens"] if meta["origin"] else 0
+        check_stages(cfg, corpus, plan, begins)
 
     # Where the run stands: its own checkpoint, another run's, or nowhere.
     found = store.newest(abstract, check, run.path / "damaged", log)
@@ -241,6 +258,7 @@ def _train(
         if init_from is None:
             check_origin(None, None, recorded.get("init_from"), run.path)
             plan = make_plan(cfg, corpus, None, rollbacks)
+            check_stages(cfg, corpus, plan)
             state = new_state(cfg, mesh)
         else:
             source, source_step, meta, origin = load_origin(init_from, cfg, corpus)
@@ -249,6 +267,7 @@ def _train(
             for name in origin["restarted"]:
                 log(f"source {name} is not what it was: its data begin anew")
             plan = make_plan(cfg, corpus, origin, rollbacks)
+            check_stages(cfg, corpus, plan, origin["tokens"])
             state = start_from(cfg, abstract, source, source_step, meta)
             source.close()
         lineage = new_lineage(cfg, corpus, plan, origin)
@@ -267,10 +286,6 @@ def _train(
     for text in mixture_notes(cfg, corpus, plan):
         log(text)
     first_token = origin["tokens"] if origin else 0
-    for k, declared in enumerate(cfg.stages):
-        begin, end = stage_tokens(cfg, k, first_token)
-        where = f"stages.{declared.name}.schedule"
-        optim.check_schedule(declared.schedule, where, begin, end)
     if changes and step >= cfg.total_steps:
         # They tell what the steps were made with.
         log("the run is complete: config.json and lineage.json stay as they were")

@@ -70,6 +70,24 @@ def test_bad_input_is_one_line_and_exit_2(experiment, tmp_path, capsys, words, m
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "stages.align.schedule.warmup_tokens=300000000",
+            "stages.align.schedule: warmup_tokens=300000000 + decay_tokens=0 exceed",
+        ),
+        ("stages.enrich.mixture.ramp_tokens=9999", "stages.enrich.mixture.ramp_tokens"),
+        ("corpus.tokenizer.vocab_size=300", "another tokenizer"),
+    ],
+)
+def test_the_preview_refuses_what_training_does(experiment, override, message, capsys):
+    assert cli.main(["curriculum", str(experiment), "--set", override]) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert not told.out
+
+
 def test_curriculum_prints_the_table_and_draws_it(experiment, tmp_path, capsys):
     picture = tmp_path / "curriculum.png"
     assert cli.main(["curriculum", str(experiment), "--out", str(picture)]) == 0

@@ -827,7 +827,7 @@ def test_damaged_corpora(built, tmp_path):
 
     folder, _ = copy("json")
     (folder / "manifest.json").write_text('{"format": 1, "sour')
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged .* build the corpus again"):
         corpus.open_corpus(folder)
     for key in ("sources", "record_tokens", "dtype", "tokenizer", "heldout", "recipe"):
         folder, _ = copy(f"without-{key}")
@@ -877,3 +877,28 @@ def test_full_disk_is_said(built, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_build, "scan", full)
     with pytest.raises(UserError, match="No space left"):
         build(cfg, tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["folder", "manifest", "shard", "heldout", "counts"])
+def test_what_may_not_be_read_is_not_called_damaged(config, what, monkeypatch):
+    """Whoever is told to build again deletes what was whole."""
+    folder = Path(config.data.corpus)
+    found = corpus.open_corpus(folder)
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    place, read = {
+        "folder": ((os, "stat"), lambda: corpus.open_corpus(folder)),
+        "manifest": ((Path, "read_text"), lambda: corpus.open_corpus(folder)),
+        "shard": ((corpus, "open"), lambda: corpus.open_corpus(folder)),
+        "heldout": ((Path, "read_bytes"), lambda: found.heldout("udhr", "tr")),
+        "counts": ((np, "load"), lambda: found.token_counts("tr/help")),
+    }[what]
+    with monkeypatch.context() as m:
+        m.setattr(*place, denied, raising=False)
+        with pytest.raises(UserError) as e:
+            read()
+    assert "Permission denied" in str(e.value)
+    assert "permissions" in str(e.value)
+    assert "build" not in str(e.value)

@@ -18,7 +18,7 @@ from gamayun_jax.config import (
     to_json,
 )
 from gamayun_jax.data import host_rows, local_batches, make_batch, make_plan
-from gamayun_jax.lineage import check_contents, corpus_changes
+from gamayun_jax.lineage import check_contents, check_past, corpus_changes
 
 BOS, PAD, EOS = 1, 0, 2
 
@@ -218,6 +218,75 @@ def test_what_a_config_may_not_mean_is_said(two_domains, config, corpus):
     assert "stages.align.token_weights.weights sum to 1.8" in text
 
 
+def test_a_ramp_that_is_too_long_is_told_in_tokens(config, corpus, replace):
+    second = replace(config.stages[1], "mixture.ramp_tokens", 7 * 8 * 64)
+    cfg = dataclasses.replace(config, stages=(config.stages[0], second))
+    want = r"^stages.enrich.mixture.ramp_tokens=3584 exceeds the stage's tokens=3072:"
+    with pytest.raises(UserError, match=want):
+        make_plan(cfg, corpus)
+    long = replace(config.stages[0], "tokens", 2**40)
+    cfg = dataclasses.replace(config, stages=(long,))
+    with pytest.raises(UserError, match=rf"^stages.align.tokens={2**40} is more than"):
+        make_plan(cfg, corpus)
+
+
+def past_error(former, cfg, corpus, step):
+    with pytest.raises(UserError) as e:
+        check_past(
+            cfg, make_plan(cfg, corpus), corpus, meta_of(former, corpus, step), "x"
+        )
+    return str(e.value)
+
+
+def test_a_changed_past_is_told_by_its_fields_first(config, three_segments, corpus):
+    """As they are written in the config; not by what follows from them."""
+    first, second = config.stages
+
+    def changed(path, value, cfg=config):
+        stages = [set_in(cfg.stages[0], path, value), *cfg.stages[1:]]
+        return dataclasses.replace(cfg, stages=tuple(stages))
+
+    def set_in(obj, path, value):
+        name, _, rest = path.partition(".")
+        new = set_in(getattr(obj, name), rest, value) if rest else value
+        return dataclasses.replace(obj, **{name: new})
+
+    longer = past_error(config, changed("tokens", 8 * 8 * 64), corpus, 9)
+    assert longer.startswith("stages.align.tokens was 3584 and is 4096: what was")
+    assert "order of sources" not in longer
+    assert "examples were served" not in longer
+    shares = {"en/help": 0.9, "ru/help": 0.1}
+    other = past_error(config, changed("mixture.shares", shares), corpus, 3)
+    assert other.startswith("stages.align.mixture.shares.en/help was 0.4 and is 0.9; ")
+    # Where cursors begin anew, in both directions.
+    again = dataclasses.replace(second, transition=TransitionConfig(cursors="restart"))
+    restart = dataclasses.replace(config, stages=(first, again))
+    on = dataclasses.replace(
+        config,
+        stages=(first, dataclasses.replace(second, transition=TransitionConfig())),
+    )
+    want = "stages.enrich.transition.cursors was 'continue' and is 'restart': "
+    assert past_error(on, restart, corpus, 9).startswith(want)
+    want = "stages.enrich.transition.cursors was 'restart' and is 'continue': "
+    assert past_error(restart, on, corpus, 9).startswith(want)
+    check_past(restart, make_plan(restart, corpus), corpus, meta_of(on, corpus, 7), "x")
+    shorter = dataclasses.replace(three_segments, stages=three_segments.stages[:2])
+    want = "stages.third is not in the config any more: "
+    assert past_error(three_segments, shorter, corpus, 15).startswith(want)
+    blocks = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, block_examples=16)
+    )
+    want = "data.block_examples was 32 and is 16: "
+    assert past_error(config, blocks, corpus, 9).startswith(want)
+    # The config is the same, the corpus is not.
+    cut = with_other_shards(corpus, "en/help", [], cut=1)
+    records = sum(r["records"] for r in cut.manifest["sources"]["en/help"]["shards"])
+    info = dataclasses.replace(corpus.sources["en/help"], records=records)
+    cut = dataclasses.replace(cut, sources={**corpus.sources, "en/help": info})
+    with pytest.raises(UserError, match=rf"^size of en/help was \d+ and is {records}"):
+        check_past(config, make_plan(config, cut), cut, meta_of(config, corpus, 9), "x")
+
+
 def test_rows_of_this_host_cover_the_batch():
     mesh = jax.make_mesh(
         (2, 2, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
@@ -249,6 +318,8 @@ def meta_of(cfg, corpus, step, rollbacks=()):
         "config": to_json(cfg),
         "rollbacks": list(rollbacks),
         "contents": corpus.contents(),
+        "origin": None,
+        "tokenizer": corpus.manifest["tokenizer"]["fingerprint"],
         "lineage": {"corpus": {"recipe": corpus.manifest["recipe"]}},
     }
 
