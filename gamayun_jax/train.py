@@ -111,13 +111,20 @@ def check_stages(cfg: Config, corpus: Corpus, plan: DataPlan, first: int = 0) ->
 def start_from(
     cfg: Config, abstract: TrainState, store: Checkpoints, step: int, meta
 ) -> TrainState:
-    """First state of a run that begins from another's checkpoint."""
+    """First state of a run that begins from another's checkpoint.
+
+    The optimiser's moments of an imported model begin anew, whatever the config says.
+    """
     where = f"--init-from {store.folder}/{step}"
     former = from_json(meta["config"], where)
     other = differences(to_dict(former.model), to_dict(cfg.model), "model")
     if other:
         told = "; ".join(f"{k} is {a!r} there and {b!r}" for k, (a, b) in other.items())
         raise UserError(f"{where} is another model than the config's: {told} here")
+    if meta["lineage"].get("imported"):  # parameters are all that there is
+        params = store.restore_params(step, abstract.params)
+        start = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+        return reset_moments(cfg, TrainState(start, params, None), abstract)
     state = store.restore(step, abstract)
     state = state.replace(step=jnp.zeros_like(state.step))
     if cfg.stages[0].transition.moments == "reset":

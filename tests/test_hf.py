@@ -20,7 +20,16 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 
-from gamayun_jax import checkpoint, hf, hf_model, lineage, presets, sharding
+from gamayun_jax import (
+    checkpoint,
+    hf,
+    hf_model,
+    lineage,
+    presets,
+    sharding,
+    step,
+    train,
+)
 from gamayun_jax import config as c
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
 from gamayun_jax.hf_tokenizer import HFTokenizer, to_tokenizers
@@ -801,8 +810,14 @@ def test_out_and_in_again(trained, config, corpus, tmp_path):
     assert cfg.model == config.model
     # It goes on with its own corpus.
     assert meta["tokenizer"] == corpus.tokenizer().fingerprint
-    *_, origin = lineage.load_origin(back, config, corpus)
+    store, _, meta, origin = lineage.load_origin(back, config, corpus)
     assert (origin["step"], origin["cursors"]) == (0, {})
+    abstract = step.abstract_state(config, sharding.make_mesh(c.MeshConfig()))
+    state = train.start_from(config, abstract, store, 0, meta)
+    store.close()
+    assert int(state.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    assert not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
     text = (out / "tokenizer.json").read_text()
     (out / "tokenizer.json").write_text(text.replace('"<unk>"', '"<unknown>"'))
     assert hf.fingerprint_of(out, HFTokenizer(out)) == HFTokenizer(out).fingerprint
