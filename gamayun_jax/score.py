@@ -2,9 +2,9 @@
 
 A context is computed once for all its continuations: they lie behind it in one row,
 each seeing the context and itself only, its positions going on from the context's
-end. Rows hold several items. Row lengths come from a short list, so that what is
-compiled depends on lengths only, never on languages or tasks. The output head is
-applied only where a scored token is predicted.
+end. Rows hold several items. Lengths and numbers of rows come from short lists, so that
+little is padding, and what is compiled, once each, depends on sizes only, never on
+languages or tasks. The output head is applied only where a scored token is predicted.
 
 Shape suffixes: B rows, T length, P predictions of a row, D model, V vocabulary.
 """
@@ -12,7 +12,7 @@ Shape suffixes: B rows, T length, P predictions of a row, D model, V vocabulary.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ from gamayun_jax.data import global_batch, host_rows
 from gamayun_jax.evaluate import token_scores
 from gamayun_jax.model import Transformer, unembedding
 
-SHORTEST = 128  # row length
+SHORTEST = 128  # length of a row that several items share
+LEAST = 32  # length of a row, where there is no more to fill it
 LOGITS = 1 << 24  # most logits that exist at a time on a device, about
 
 
@@ -80,10 +81,24 @@ class Part:
         return max(places, self.predictions)
 
 
-def row_length(tokens: int) -> int:
+def row_length(tokens: int, least: int = SHORTEST) -> int:
     """The shortest row of 128, 192, 256, 384, 512, ... places for so many tokens."""
-    power = 1 << (max(tokens, SHORTEST) - 1).bit_length()
+    power = 1 << (max(tokens, least) - 1).bit_length()
     return power * 3 // 4 if tokens <= power * 3 // 4 >= SHORTEST else power
+
+
+def batch_sizes(rows: int, most: int) -> Iterator[int]:
+    """Sizes of batches for so many rows: `most`, and its 4th, 16th, ... part.
+
+    A batch is filled up with padding only where more than half of it is not.
+    """
+    sizes = [most]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 4))
+    while rows > 0:
+        size = max(n for n in sizes if n < 2 * rows)
+        yield size
+        rows -= size
 
 
 class Scorer:
@@ -262,14 +277,16 @@ class Scorer:
         """Batches of rows, and the continuation that each prediction is of (or -1)."""
         by_length: dict[int, list[list[Part]]] = {}
         for row in fill_rows(parts):
-            length = row_length(sum(p.size for p in row))
+            length = row_length(sum(p.size for p in row), LEAST)
             by_length.setdefault(length, []).append(row)
         for T, rows in sorted(by_length.items(), reverse=True):
             most = max(sum(p.predictions for p in row) for row in rows)
             P = next(P for P in (T // 8, T // 4, T // 2, T) if most <= P)
-            B = self._ways * max(self._batch_tokens // T, 1)
-            for at in range(0, len(rows), B):
+            at, most = 0, max(self._batch_tokens // T, 1)
+            for size in batch_sizes(-(-len(rows) // self._ways), most):
+                B = self._ways * size
                 yield lay_out(rows[at : at + B], B, T, P)
+                at += B
 
 
 def fill_rows(parts: Sequence[Part]) -> list[list[Part]]:

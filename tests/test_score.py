@@ -16,7 +16,7 @@ from conftest import WIDE, mesh_of
 
 from gamayun_jax.config import ComputeConfig, UserError
 from gamayun_jax.model import Transformer, abstract_params, logits
-from gamayun_jax.score import Request, Scorer, fill_rows, row_length
+from gamayun_jax.score import Request, Scorer, batch_sizes, fill_rows, row_length
 
 FLOAT32 = ComputeConfig(dtype="float32")
 
@@ -199,11 +199,36 @@ def test_rolling_scores_every_token_once():
 
 def test_what_is_compiled_depends_on_lengths_only():
     fresh = Scorer(WIDE, weights(), mesh_of((1, 1, 1)), FLOAT32, batch_tokens=512)
-    fresh.score(requests(seed=1))
-    once = fresh.compilations
-    for seed in range(2, 6):  # as it were, other languages
+    for seed in range(1, 4):
         fresh.score(requests(seed=seed))
-    assert fresh.compilations == once <= 2
+    once = fresh.compilations
+    for seed in range(4, 8):  # as it were, other languages
+        fresh.score(requests(seed=seed))
+    assert fresh.compilations == once <= 4
+
+
+def test_few_or_short_texts_are_not_padded_to_the_largest_batch():
+    fresh = Scorer(WIDE, weights(), mesh_of((1, 1, 1)), FLOAT32)
+
+    def shape_of(count, length):
+        asked = [Request([1], [[2] * length]) for _ in range(count)]
+        parts = [p for i, r in enumerate(asked) for p in fresh._parts(i, r, i)[0]]
+        return [batch["tokens"].shape for batch, _ in fresh._batches(parts)]
+
+    assert shape_of(1, 20) == [(1, 32)]
+    assert shape_of(1, 60) == [(1, 64)]
+    assert shape_of(2, 60) == [(1, 128)]
+    assert shape_of(16, 60) == [(8, 128)]
+    assert shape_of(64, 60) == [(32, 128)]
+    shapes = {s for n in range(1, 200) for s in shape_of(n, 60)}
+    assert len(shapes) <= 6  # 32 rows, 8, 2, 1, and one that is not full
+    for most in (1, 3, 16, 32):
+        for rows in range(1, 80):
+            sizes = list(batch_sizes(rows, most))
+            assert rows <= sum(sizes) < 2 * rows
+            assert set(sizes) <= {most, -(-most // 4), -(-most // 16), 1, 2}
+    found = fresh.score([Request([1], [[2, 3]])])[0]
+    assert found.logprobs[0] == pytest.approx(alone([1], [2, 3])[0], rel=1e-5)
 
 
 def test_progress_counts_every_continuation():
