@@ -132,7 +132,8 @@ class SourceConfig:
 
     `name` is "<language>/<domain>". `files` are paths or globs of .jsonl, .txt
     (one document a line) or .parquet files, .gz and .zst included, or
-    "tfds:<folder of a data set in array_record format>:<split>".
+    "tfds:<folder of a data set in array_record format>:<split>". .json and .ndjson
+    are read as .jsonl is. `text_field` may be inside another: "translation.ru".
     """
 
     name: str
@@ -174,6 +175,9 @@ class CorpusConfig:
     shard_bytes: Count = 256_000_000  # text per input chunk, so per shard
     min_chars: Whole = 1
     max_bad_share: Part = 0.01  # a larger share of unreadable documents is an error
+    # Files that end early or are damaged within: stop, or keep_readable (what was not
+    # read is told by the build, `corpus inspect` and the manifest).
+    on_damaged_file: Literal["stop", "keep_readable"] = "stop"
 
 
 @dataclass(frozen=True)

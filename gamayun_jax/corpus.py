@@ -410,6 +410,16 @@ def verify(corpus: Corpus) -> None:
         expect(f"token counts of {name}", int(counts.sum()), source["tokens"])
 
 
+def told_damage(damage: Mapping[str, Any]) -> str:
+    """What a manifest's entry of an input file says that was not read to its end."""
+    unread = damage["unread"]
+    lost = "what follows" if unread is None else f"{unread:,} documents"
+    return (
+        f"{damage['file']}: {damage['reason']} after document {damage['after']:,}, "
+        f"{lost} not read ({damage['detail']})"
+    )
+
+
 def inspect(path: str | Path) -> str:
     """A table of what a corpus holds, and the beginning of a record of each source."""
     corpus = open_corpus(path)
@@ -433,6 +443,9 @@ def inspect(path: str | Path) -> str:
         cells = [row[0].ljust(widths[0])]
         cells += [c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True)]
         text.append("  ".join([*cells, row[-1]]))
+    for name, s in m["sources"].items():
+        for damage in s.get("damaged", ()):
+            text.append(f"DAMAGED: {name} {told_damage(damage)}")
     for name, languages in corpus.heldout_sets().items():
         rows = m["heldout"][name]["languages"]
         kind = "parallel" if m["heldout"][name]["parallel"] else "not parallel"

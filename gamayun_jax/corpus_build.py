@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gamayun_jax.config import Config, CorpusConfig, SourceConfig, UserError
-from gamayun_jax.corpus import FORMAT, Corpus, open_corpus, token_dtype
+from gamayun_jax.corpus import FORMAT, Corpus, open_corpus, token_dtype, told_damage
 from gamayun_jax.corpus_jobs import (
     Heldout,
     Part,
@@ -34,6 +34,7 @@ from gamayun_jax.corpus_jobs import (
     tokenise,
 )
 from gamayun_jax.documents import (
+    CLEANING,
     HARMLESS,
     NAME,
     BadDocument,
@@ -162,7 +163,8 @@ def recipe_of(
     """All that decides the bytes of the corpus, and the description of its inputs.
 
     Names of folders are not part of it: a copied corpus is the same corpus. Neither
-    is `max_bad_share`: it decides if there is a corpus, not which.
+    are `max_bad_share` and `on_damaged_file`: they decide if there is a corpus, not
+    which.
     """
     files: list[tuple[str, str]] = []
     for item in inputs:
@@ -182,6 +184,7 @@ def recipe_of(
     corpus = cfg.corpus
     recipe = {
         "format": FORMAT,
+        "cleaning": CLEANING,
         "languages": list(cfg.languages),
         "sources": [
             [i.source, i.text_field, i.kind, i.split, i.name, len(i.files)]
@@ -254,19 +257,25 @@ def find_former(out: Path, fingerprint: str) -> bool:
     ):
         if path.exists():
             advice = "delete the folder and build the corpus again"
-            former = read_json(path, advice).get("recipe")
-            if former != fingerprint:
+            former = read_json(path, advice)
+            if former.get("recipe") == fingerprint:
+                return path.name == "manifest.json"
+            if former.get("cleaning", 1) != CLEANING:
                 raise UserError(
-                    f"{out} holds {what} of another recipe (config or input files "
-                    "differ): give another --out, or delete it first"
+                    f"{out} holds {what} of another recipe (a version of this program "
+                    "with other rules for cleaning text): train on it as it is, or "
+                    "give another --out to build by the present rules"
                 )
-            return path.name == "manifest.json"
+            raise UserError(
+                f"{out} holds {what} of another recipe (config or input files "
+                "differ): give another --out, or delete it first"
+            )
     for name in ("sources", "heldout", "rejected", "tokenizer.model"):
         if (out / name).exists():
             raise UserError(
                 f"{out} has {name!r} in it, but no corpus: give another --out"
             )
-    write_json(mark, {"recipe": fingerprint})
+    write_json(mark, {"recipe": fingerprint, "cleaning": CLEANING})
     return False
 
 
@@ -329,6 +338,7 @@ def make(
             "shards": [],
             "rejected": row["rejected"],
             "duplicates": duplicates,
+            "damaged": row["damaged"],
         }
     model = out / "tokenizer.model"
     if not model.exists():
@@ -342,6 +352,7 @@ def make(
     tokenise_all(corpus, out, sources, plan, tokenizer.vocab_size, pool, progress)
     return {
         "format": FORMAT,
+        "cleaning": CLEANING,
         "record_tokens": corpus.record_tokens,
         "dtype": "uint16" if token_dtype(tokenizer.vocab_size) == "<u2" else "uint32",
         "languages": list(cfg.languages),
@@ -374,8 +385,10 @@ def scan_all(
             bar.update(sizes[i])
     counts: dict[str, dict[str, Any]] = {}
     for item, done in zip(inputs, results, strict=True):
-        row = counts.setdefault(item.source, {"read": 0, "rejected": {}, "bad": ""})
+        empty = {"read": 0, "rejected": {}, "bad": "", "damaged": []}
+        row = counts.setdefault(item.source, empty)
         row["read"] += done["read"]
+        row["damaged"] += done["damaged"]
         row["rejected"] = dict(
             sorted((Counter(row["rejected"]) + Counter(done["rejected"])).items())
         )
@@ -385,6 +398,8 @@ def scan_all(
                 f"left out of {item.source}: {done['rejected']}, first: {done['bad']}",
                 file=sys.stderr,
             )
+        for damage in done["damaged"] if progress else ():
+            print(f"DAMAGED: {item.source} {told_damage(damage)}", file=sys.stderr)
     return counts, [(i.source, f) for i, f in zip(inputs, folders, strict=True)]
 
 
@@ -416,7 +431,14 @@ def merge_rejected(inputs: Sequence[Input], out: Path) -> None:
 
 
 def check_bad(cfg: CorpusConfig, counts: Mapping[str, Any], rejected: Path) -> None:
+    """Raise UserError for damaged files, sources without documents or too bad ones."""
     for name, row in counts.items():
+        if row["damaged"] and cfg.on_damaged_file == "stop":
+            raise UserError(
+                f"source {name}: {len(row['damaged'])} of its files damaged, first "
+                f"{told_damage(row['damaged'][0])}; copy them again, or set "
+                'corpus.on_damaged_file="keep_readable" to do without what is lost'
+            )
         if not row["read"]:
             raise UserError(f"source {name} has no documents: check its files")
         reasons = {k: n for k, n in row["rejected"].items() if k not in HARMLESS}

@@ -36,6 +36,7 @@ from gamayun_jax.documents import (
     EXCERPT,
     HARMLESS,
     BadDocument,
+    Damage,
     Document,
     Input,
     clean,
@@ -130,6 +131,7 @@ def scan(item: Input, out: Path, min_chars: int, shard_bytes: int) -> dict[str, 
     digests: list[bytes] = []
     sizes: list[tuple[int, int, int]] = []
     reasons: Counter[str] = Counter()
+    damaged: list[dict[str, Any]] = []
     first_bad = ""
     read, chunk, filled = 0, -1, 0
     with contextlib.ExitStack() as stack:
@@ -138,6 +140,11 @@ def scan(item: Input, out: Path, min_chars: int, shard_bytes: int) -> dict[str, 
         )
         chunk_file: Any = None
         for found in read_input(item):
+            if isinstance(found, Damage):
+                told = {"file": found.file, "reason": found.reason}
+                numbers = {"after": found.line - 1, "unread": found.unread}
+                damaged.append({**told, "detail": found.detail, **numbers})
+                continue
             read += 1
             if isinstance(found, Document):
                 text = clean(found.text)
@@ -184,6 +191,7 @@ def scan(item: Input, out: Path, min_chars: int, shard_bytes: int) -> dict[str, 
         chunk=table[:, 2],
     )
     done = {"read": read, "rejected": dict(sorted(reasons.items())), "bad": first_bad}
+    done["damaged"] = damaged
     for file in work.iterdir():
         sync(file)
     write_json(work / "done.json", done)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
+import reprlib
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import zstandard
 
@@ -22,6 +25,7 @@ from gamayun_jax.config import SourceConfig, UserError
 # Left out, but not a sign of broken input: these don't count for `max_bad_share`.
 HARMLESS = ("empty", "too short", "held out")
 MAX_DOCUMENT = 100_000_000  # bytes of a line or a text; more is a bad document
+CLEANING = 2  # version of the rules of `clean`: part of a corpus's recipe
 EXCERPT = 10_000  # characters of a rejected document that are kept
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -41,6 +45,13 @@ class BadDocument:
     reason: str  # one of a few, for counting
     detail: str = ""
     excerpt: str = ""
+
+
+@dataclass(frozen=True)
+class Damage(BadDocument):
+    """Part of an input file that could not be read; `line` is where it begins."""
+
+    unread: int | None = None  # documents in it; None: nobody knows
 
 
 @dataclass(frozen=True)
@@ -88,15 +99,16 @@ def expand(source: SourceConfig) -> list[Input]:
                 f"[{source.name!r}].files"
             )
         for path in paths:
-            match = re.search(r"\.(jsonl|txt|parquet)(\.gz|\.zst)?$", path)
+            match = re.search(r"\.(jsonl|json|ndjson|txt|parquet)(\.gz|\.zst)?$", path)
             if not match or (match[1] == "parquet" and match[2]):
                 raise UserError(
-                    f"{at}: {path} is of no kind that is read: give .jsonl or .txt "
-                    "(.gz and .zst too), .parquet, or tfds:FOLDER:SPLIT"
+                    f"{at}: {path} is of no kind that is read: give .jsonl, .json or "
+                    ".ndjson (an object a line), .txt (all of them .gz and .zst too), "
+                    ".parquet, or tfds:FOLDER:SPLIT"
                 )
             if not os.path.isfile(path):
                 raise UserError(f"{at}: {path} is not a file: give {path}/*")
-            found[path] = match[1]
+            found[path] = match[1] if match[1] in ("txt", "parquet") else "jsonl"
     if not found and not inputs:
         raise UserError(f"{at} has no files: give at least one")
     if found:
@@ -163,18 +175,40 @@ def first_line(error: BaseException) -> str:
 
 
 def read_input(item: Input) -> Iterator[Document | BadDocument]:
-    """The documents of one input file, in its order."""
-    if item.kind in ("jsonl", "txt"):
-        yield from read_lines(item)
-        return
-    number = 0
-    rows = parquet_texts(item) if item.kind == "parquet" else tfds_texts(item)
-    try:
-        for text, id in rows:
-            number += 1
-            yield as_document(item, number, text, id)
-    except UnreadableError as e:
-        yield BadDocument(item.name, number + 1, *e.args)
+    """The documents of one input file, in its order.
+
+    What of a damaged file cannot be read is one `Damage`, after all that can be.
+    """
+    if item.kind == "parquet":
+        return read_parquet(item)
+    return read_tfds(item) if item.kind == "tfds" else read_lines(item)
+
+
+@functools.cache
+def key_path(field: str) -> tuple[str, ...]:
+    """The keys of a nested field such as "translation.ru" or "t/ru"."""
+    return tuple(re.split("[./]", field))
+
+
+def value_of(row: Mapping[str, Any], field: str) -> Any:
+    """A row's field, nested if no key has its whole name; KeyError without one."""
+    if field in row:
+        return row[field]
+    value: Any = row
+    for key in key_path(field):
+        if not isinstance(value, Mapping):
+            raise KeyError(key)
+        value = value[key]
+    return value
+
+
+def no_field(field: str, row: Mapping[str, Any]) -> str:
+    """That a field is missing, and which there are (nested ones by their path)."""
+    names: list[str] = []
+    for key, value in itertools.islice(row.items(), 20):
+        inner = list(itertools.islice(value, 20)) if isinstance(value, Mapping) else []
+        names += [f"{key}.{name}" for name in inner] or [str(key)]
+    return f"no field {field!r}; there are: {', '.join(names)[:300] or 'none'}"
 
 
 def as_document(
@@ -187,22 +221,27 @@ def as_document(
             text = text.decode()
         except UnicodeDecodeError as e:
             return BadDocument(item.name, number, "not UTF-8", str(e), excerpt(text))
-    if text is None:
-        return BadDocument(
-            item.name, number, "no text", f"no {item.text_field!r}, or null"
-        )
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        return BadDocument(item.name, number, "text is not a string", kind, str(text))
-    if len(text) > MAX_DOCUMENT:
-        return BadDocument(item.name, number, "too long", f"{len(text)} characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        return BadDocument(item.name, number, "lone surrogates", str(e), ascii(text))
+    elif isinstance(text, str):
+        if len(text) > MAX_DOCUMENT:
+            why = f"{len(text)} characters"
+            return BadDocument(item.name, number, "too long", why)
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            return BadDocument(
+                item.name, number, "lone surrogates", str(e), ascii(text[:EXCERPT])
+            )
+    elif text is None:
+        return BadDocument(item.name, number, "no text", f"{item.text_field!r} is null")
+    else:
+        # reprlib: whatever it is, short, and however deeply it is nested.
+        kind, shown = type(text).__name__, reprlib.repr(text)
+        return BadDocument(item.name, number, "text is not a string", kind, shown)
     if isinstance(id, bytes):
         id = id.decode(errors="replace")
-    return Document(text, item.name, number, None if id is None else str(id))
+    elif not isinstance(id, str | None):
+        id = str(id) if isinstance(id, int) else reprlib.repr(id)
+    return Document(text, item.name, number, id)
 
 
 def excerpt(raw: bytes) -> str:
@@ -222,11 +261,15 @@ def read_lines(item: Input) -> Iterator[Document | BadDocument]:
                 elif line.strip():  # a blank line is no document
                     yield parse_line(item, number, line)
     except UnreadableError as e:
-        yield BadDocument(item.name, number + 1, *e.args)
+        yield Damage(item.name, number + 1, *e.args)
     except OSError as e:
-        raise UserError(
-            f"source {item.source}: {item.path} cannot be read: {e.strerror or e}"
-        ) from e
+        raise no_access(item, e) from e
+
+
+def no_access(item: Input, error: OSError) -> UserError:
+    return UserError(
+        f"source {item.source}: {item.path} cannot be read: {error.strerror or error}"
+    )
 
 
 def parse_line(item: Input, number: int, line: bytes) -> Document | BadDocument:
@@ -245,9 +288,12 @@ def parse_line(item: Input, number: int, line: bytes) -> Document | BadDocument:
         return bad("not JSON", str(e))
     if not isinstance(data, dict):
         return bad("not a JSON object")
-    if item.text_field not in data:
-        return bad("no text", f"no field {item.text_field!r}")
-    return as_document(item, number, data[item.text_field], data.get("id"))
+    try:
+        return as_document(
+            item, number, value_of(data, item.text_field), data.get("id")
+        )
+    except KeyError:
+        return bad("no text", no_field(item.text_field, data))
 
 
 def blocks(f: BinaryIO, path: str) -> Iterator[bytes]:
@@ -280,7 +326,9 @@ def blocks(f: BinaryIO, path: str) -> Iterator[bytes]:
     except EOFError as e:
         raise UnreadableError("truncated file", first_line(e)) from e
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
-        raise UnreadableError("corrupt file", first_line(e)) from e
+        size = os.fstat(f.fileno()).st_size
+        where = f"{first_line(e)}, near byte {f.tell():,} of {size:,}"
+        raise UnreadableError("corrupt file", where) from e
 
 
 def lines(parts: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -300,49 +348,186 @@ def lines(parts: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, b"".join(held).removesuffix(b"\r")
 
 
-def parquet_texts(item: Input) -> Iterator[tuple[Any, Any]]:
+def read_parquet(item: Input) -> Iterator[Document | BadDocument]:
+    """Rows group by group: where one is damaged, the groups after it are read."""
     import pyarrow
     import pyarrow.parquet
 
+    broken = (pyarrow.ArrowException, OSError, ValueError)
     try:
-        with pyarrow.parquet.ParquetFile(item.path) as f:
-            names = f.schema_arrow.names
-            if item.text_field not in names:
-                # As many bad documents as it has rows.
-                for _ in range(f.metadata.num_rows):
-                    yield None, None
-                return
-            columns = [item.text_field, *(["id"] if "id" in names else [])]
-            for batch in f.iter_batches(256, columns=columns):
-                texts = batch.column(item.text_field).to_pylist()
-                ids = batch.column("id").to_pylist() if "id" in names else texts
-                for text, id in zip(texts, ids, strict=True):
-                    yield text, (id if "id" in names else None)
-    except (pyarrow.ArrowException, OSError, ValueError) as e:
-        raise UnreadableError("corrupt file", first_line(e)) from e
+        with open(item.path, "rb") as f:
+            f.read(1)
+        file = pyarrow.parquet.ParquetFile(item.path)
+    except broken as e:
+        if isinstance(e, OSError) and e.errno:
+            raise no_access(item, e) from e
+        yield Damage(item.name, 1, "corrupt file", first_line(e))
+        return
+    number, lost, damage = 0, 0, None
+    with file:
+        schema = file.schema_arrow
+        names, path = list(schema.names), key_path(item.text_field)
+        if item.text_field in names:
+            path = (item.text_field,)
+        if names.count(path[0]) > 1:
+            raise UserError(
+                f"source {item.source}: {item.path} has {names.count(path[0])} columns "
+                f"named {path[0]!r}: rename one of them"
+            )
+        if not has_path(schema, path):
+            columns = {f.name: dict.fromkeys(fields_of(f.type)) for f in schema}
+            why = no_field(item.text_field, columns)
+            for number in range(1, file.metadata.num_rows + 1):  # so many bad documents
+                yield BadDocument(item.name, number, "no text", why)
+            return
+        wanted = [".".join(path), *(["id"] if names.count("id") == 1 else [])]
+        for group in range(file.num_row_groups):
+            begin = number
+            end = begin + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(256, [group], wanted):
+                    texts = column_values(batch.column(path[0]), path[1:])
+                    ids: Iterable[Any] = itertools.repeat(None)
+                    if len(wanted) > 1:
+                        ids = column_values(batch.column("id"))
+                    for text, id in zip(texts, ids, strict=False):
+                        number += 1
+                        yield as_document(item, number, text, id)
+                why = "fewer rows than the file says"
+            except broken as e:
+                why = first_line(e)
+            if number < end:
+                damage = damage or (number + 1, "corrupt file", why)
+                lost += end - number
+                number = end
+    if damage:
+        yield Damage(item.name, *damage, unread=lost)
 
 
-def tfds_texts(item: Input) -> Iterator[tuple[Any, Any]]:
+def fields_of(kind: Any) -> list[str]:
+    """Names inside a column's type; none if it is not a struct."""
+    import pyarrow
+
+    if not pyarrow.types.is_struct(kind):
+        return []
+    return [kind.field(i).name for i in range(kind.num_fields)]
+
+
+def has_path(schema: Any, path: tuple[str, ...]) -> bool:
+    if path[0] not in schema.names:
+        return False
+    kind = schema.field(path[0]).type
+    for name in path[1:]:
+        if fields_of(kind).count(name) != 1:
+            return False
+        kind = kind.field(name).type
+    return True
+
+
+def column_values(column: Any, path: tuple[str, ...] = ()) -> list[Any]:
+    """A column's values, or those of a field inside of it; strings as their bytes.
+
+    So a string that is not UTF-8 is a fault of its own row alone.
+    """
+    import pyarrow
+    import pyarrow.compute
+
+    if path:
+        column = pyarrow.compute.struct_field(column, list(path))
+    types = pyarrow.types
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if types.is_string(column.type) or types.is_string_view(column.type):
+        column = column.cast(pyarrow.binary())
+    elif types.is_large_string(column.type):
+        column = column.cast(pyarrow.large_binary())
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, pyarrow.ArrowException):
+        return [scalar_value(scalar) for scalar in column]
+
+
+def scalar_value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        return None  # a date, say, that Python has no value for
+
+
+def read_tfds(item: Input) -> Iterator[Document | BadDocument]:
+    broken = (ValueError, KeyError, OSError, RuntimeError, IndexError)
     try:
         rows = open_tfds(item.path).as_data_source(item.split)
-        for i in range(len(rows)):
+        count = len(rows)
+    except broken as e:
+        yield Damage(item.name, 1, "corrupt file", first_line(e))
+        return
+    lost, damage = 0, None
+    for i in range(count):
+        try:
             row = rows[i]
-            yield row.get(item.text_field), row.get("id")
-    except (ValueError, KeyError, OSError, RuntimeError, IndexError) as e:
-        raise UnreadableError("corrupt file", first_line(e)) from e
+        except broken as e:
+            damage = damage or (i + 1, "corrupt file", first_line(e))
+            lost += 1
+            continue
+        try:
+            text = value_of(row, item.text_field)
+        except KeyError:
+            why = no_field(item.text_field, row)
+            yield BadDocument(item.name, i + 1, "no text", why)
+            continue
+        yield as_document(item, i + 1, text, row.get("id"))
+    if damage:
+        yield Damage(item.name, *damage, unread=lost)
 
 
-# Control characters but tab and newline; soft hyphen, zero-width space, BOM. The
-# joiners U+200C and U+200D stay: words and emoji are spelled with them.
-DROPPED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\ufeff]")
-TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
+# All that ends a line or a paragraph in Unicode (annex 14) or separates records.
+LINE_BREAKS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+# Control characters but tab and newline; soft hyphen, BOM. The joiners U+200C and
+# U+200D stay: words and emoji are spelled with them.
+DROPPED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u00ad\u2028\u2029\ufeff]")
+REPLACED = {**dict.fromkeys(LINE_BREAKS, "\n"), "\x1f": " "}
+# The zero-width space stays beside letters of scripts that mark words with it (Thai,
+# Lao, Burmese, Khmer, Tai); elsewhere it only allows a line to break within a word.
+WORDS_BY_MARKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf"
+WORDS_BY_MARKS += "\ua9e0-\ua9ff\uaa60-\uaadf"
+ZERO_WIDTH = re.compile(f"(?<![{WORDS_BY_MARKS}])\u200b(?![{WORDS_BY_MARKS}])")
+Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
+# Runs in which marks may be; two of kana are letters, and marks when decomposed.
+MARKS = re.compile(r"(?:[^\w\x00-\x7f]|[\uff9e\uff9f]){32,}")
+
+
+def normal_form(form: Form, text: str) -> str:
+    """unicodedata.normalize, in a time that does not grow as the square.
+
+    It sorts a run of combining marks by insertion: half a million take a quarter of
+    an hour. So long runs are sorted before, in the same (stable) order.
+    """
+    if unicodedata.is_normalized(form, text):
+        return text
+
+    def sort(run: re.Match[str]) -> str:
+        apart: Form = "NFD" if form in ("NFC", "NFD") else "NFKD"
+        marks = "".join(unicodedata.normalize(apart, c) for c in run[0])
+        groups = itertools.groupby(marks, lambda c: unicodedata.combining(c) > 0)
+        return "".join(
+            "".join(sorted(found, key=unicodedata.combining) if is_mark else found)
+            for is_mark, found in groups
+        )
+
+    return unicodedata.normalize(form, MARKS.sub(sort, text))
 
 
 def clean(text: str) -> str:
     """NFC, \\n line ends, no control or invisible characters, no trailing spaces."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = unicodedata.normalize("NFC", DROPPED.sub("", text))
-    return TRAILING.sub("", text).strip("\n")
+    text = DROPPED.sub(lambda found: REPLACED.get(found[0], ""), text)
+    text = normal_form("NFC", text)
+    if "\u200b" in text:
+        text = normal_form("NFC", ZERO_WIDTH.sub("", text))
+    if " \n" in text or "\t\n" in text:
+        text = "\n".join([line.rstrip(" \t") for line in text.split("\n")])
+    return text.rstrip(" \t\n").lstrip("\n")
 
 
 def digest(text: bytes) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from gamayun_jax.demo_corpus import LANGUAGES
+from gamayun_jax.documents import normal_form
 from gamayun_jax.pages import Document, Report
 
 DENSE = ("zh", "ja", "ko")  # a character says as much as two or three letters
@@ -66,7 +66,7 @@ def normalise(text: str, dense: bool = False) -> str:
     `dense`: for scripts without spaces; a Latin word (mostly the name of a product)
     then counts as one letter, or it would outweigh the text around it.
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = normal_form("NFKC", text).casefold()
     text = re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text))
     return (re.sub(r"[a-z]+", "a", text) if dense else text).replace(" ", "")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from gamayun_jax.documents import normal_form
 from gamayun_jax.evaluate import mean_error, ratio, ratio_residuals, root
 from gamayun_jax.tasks import METRICS, Item, Task, prompt_of, with_choice
 
@@ -66,10 +67,13 @@ def calibration_error(confidences: Sequence[float], correct: Sequence[float]) ->
 
 def normalised(text: str) -> str:
     """For comparing answers: NFC, case folded, outer spaces and punctuation gone."""
-    text = unicodedata.normalize("NFC", text).casefold().strip()
-    while text and unicodedata.category(text[-1]).startswith("P"):
-        text = text[:-1].rstrip()
-    return " ".join(text.split())
+    text = normal_form("NFC", text).casefold()
+    end = len(text)
+    while end and (
+        text[end - 1].isspace() or unicodedata.category(text[end - 1]).startswith("P")
+    ):
+        end -= 1
+    return " ".join(text[:end].split())
 
 
 def words(text: str, language: str) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import tarfile
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lxml import html
+
+from gamayun_jax.documents import normal_form
 
 # What each source calls a language, where it is not the language's own code.
 CODES: dict[str, dict[str, str]] = {
@@ -69,7 +70,7 @@ def code(language: str, source: str) -> str:
 
 def clean(text: str) -> str:
     """NFC, no invisible characters, single spaces."""
-    text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+    text = INVISIBLE.sub("", normal_form("NFC", text))
     return SPACE.sub(" ", text).strip()
 
 
@@ -157,7 +158,9 @@ def html_paragraphs(page: bytes) -> dict[str, str]:
 
 
 ROFF_ESCAPE = re.compile(
-    r"\\f(\[[^\]]*\]|\(..|.)|\\s[-+]?\d+|\\[&|^/,:!%]|\\\*(\[[^\]]*\]|\(..|.)|\\\".*"
+    # No name holds a backslash: else each one without an end is looked for to the last.
+    r"\\f(\[[^\]\\]*\]|\(..|.)|\\s[-+]?\d+|\\[&|^/,:!%]"
+    r"|\\\*(\[[^\]\\]*\]|\(..|.)|\\\".*"
 )
 ROFF_CHARS = {r"\-": "-", r"\(aq": "'", r"\(lq": "“", r"\(rq": "”", r"\(en": "–"}
 ROFF_CHARS |= {r"\(em": "—", r"\(bu": "•", r"\ ": " ", r"\~": " ", r"\(cq": "’"}

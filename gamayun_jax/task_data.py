@@ -128,6 +128,7 @@ def next_paragraph(
 
 
 WORD = re.compile(r"[^\W\d_]{4,}")
+LONGEST = 10_000
 IDEOGRAPHS = re.compile("[一-鿿]{2,}|[ァ-ヺー]{3,}")
 
 
@@ -136,7 +137,10 @@ def repeated_word(before: str, text: str, language: str) -> tuple[str, str] | No
 
     In Chinese and Japanese, which have no spaces, a "word" is the longest run of two
     to six ideographs (or three and more katakana) that ends a longer run or is it.
+    A text beyond LONGEST characters is no item: every word is looked for in all of it.
     """
+    if len(before) + len(text) > LONGEST:
+        return None
     if language in ("zh", "ja"):
         for run in reversed(list(IDEOGRAPHS.finditer(text))):
             for begin in range(max(8, run.start(), run.end() - 6), run.end() - 1):

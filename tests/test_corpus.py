@@ -510,6 +510,7 @@ def test_two_builds_of_a_folder(built, tmp_path):
     st.one_of(
         st.text(st.characters(exclude_categories=["Cs"])),
         st.text("ae\u0301\u00ad\u200b\ufeff \t\n\r\0\x85\u1100\u1161\u11a8"),
+        st.text("a\u0e01\u0e38\u0e48\u0301\u0327\u0334\u00ad\u200b \x0c\u2028"),
     )
 )
 @example("e\u00ad\u0301")
@@ -529,6 +530,31 @@ def test_clean_keeps_what_matters():
         == "  def f():\n\treturn  1"
     )
     assert documents.clean("می\u200cخواهم 👩\u200d👩") == "می\u200cخواهم 👩\u200d👩"
+
+
+def test_clean_does_not_glue_words():
+    for mark in "\f\v\x1c\x1d\x1e\x85\u2028\u2029":  # \f: a page of pdftotext ends
+        assert documents.clean(f"last{mark}first") == "last\nfirst"
+    assert documents.clean("a\x1fb \f\n c") == "a b\n\n c"
+    # Thai, Lao, Burmese and Khmer mark words with it; elsewhere it is a break that
+    # may be, within a word.
+    for words in ("ฉัน\u200bรัก", "ຂ້ອຍ\u200bຮັກ", "ကျွန်\u200bတော်", "ខ្ញុំ\u200bស្រលាញ់"):
+        assert documents.clean(words) == unicodedata.normalize("NFC", words)
+    assert documents.clean("super\u200bcali, \u200bfragi") == "supercali, fragi"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text("a\u0301\u0316\u0327\u0344\u0f73\uff9e\u1100\u1161\u00e9", min_size=30),
+    st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]),
+)
+@example("\u0344\u0316" * 40, "NFC")
+@example("\uff9e\u0316" * 40, "NFKC")
+def test_normal_forms_are_unicode_s(text, form):
+    """Marks that are sorted before come out as if they had not been."""
+    for times in (1, 3):
+        expected = unicodedata.normalize(form, text * times)
+        assert documents.normal_form(form, text * times) == expected
 
 
 TEXTS = ["первый", "second\nline", "三", " \t 4 "]
@@ -575,6 +601,147 @@ def test_parquet(tmp_path):
     ] * 5
     (number,) = {b.reason for b in read(tmp_path / "a.parquet", text_field="x")}
     assert number == "text is not a string"
+
+
+def nested_rows():
+    return [
+        {"t": {"ru": f"строка {i}", "en": f"row {i}"}, "id": f"u{i}"} for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("field", ["t.ru", "t/ru"])
+@pytest.mark.parametrize("end", ["json", "parquet"])
+def test_nested_fields(tmp_path, field, end):
+    path = tmp_path / f"a.{end}"
+    if end == "json":
+        write_jsonl(
+            path, [*nested_rows(), {"t": {"en": "alone"}}, {"t": 7, "t.ru": "x"}]
+        )
+    else:
+        rows = [*nested_rows(), {"t": {"en": "alone"}}, {"t": None}]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = read(path, text_field=field)
+    assert [d.text for d in found[:3]] == ["строка 0", "строка 1", "строка 2"]
+    assert found[1].id == "u1"
+    assert found[3].reason == "no text"
+    # A key that has a dot in its own name comes before a path.
+    assert getattr(found[4], "text", None) == (
+        "x" if (field, end) == ("t.ru", "json") else None
+    )
+
+
+@pytest.mark.parametrize("end", ["json", "parquet"])
+def test_a_missing_field_lists_those_there_are(tmp_path, end):
+    path = tmp_path / f"a.{end}"
+    if end == "json":
+        write_jsonl(path, nested_rows())
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(nested_rows()), path)
+    with pytest.raises(
+        UserError, match=r"no field 'text'.*: t\.(en|ru), t\.(en|ru), id"
+    ):
+        build(one_source(path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("end", ["json.gz", "json.zst", "ndjson", "json"])
+def test_names_of_json_lines(tmp_path, end):
+    """c4-train.00000-of-01024.json.gz, Dolma's and others' names."""
+    path = write_jsonl(tmp_path / f"c4.00000-of-01024.{end}", TEXTS)
+    assert [d.text for d in read(path)] == TEXTS
+
+
+def invalid_utf8(texts, at):
+    """A string column of which row `at` is not UTF-8."""
+    raw = pyarrow.array([t.encode() for t in texts[:at]] + [b"caf\xe9"] + [
+        t.encode() for t in texts[at + 1 :]
+    ])  # fmt: skip
+    return pyarrow.StringArray.from_buffers(len(raw), *raw.buffers()[1:])
+
+
+def test_one_bad_row_of_parquet_costs_one_row(tmp_path):
+    texts = some_texts("en", 2000)
+    table = pyarrow.table({"text": invalid_utf8(texts, 300)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = build(one_source(tmp_path / "a.parquet"), tmp_path / "out")
+    row = found.manifest["sources"]["en/web"]
+    assert (row["documents_read"], row["documents"]) == (2000, 1999)
+    assert row["rejected"] == {"not UTF-8": 1}
+    assert row["damaged"] == []
+    (rejected,) = (tmp_path / "out/rejected/en.web.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["line"] == 301
+    # Inside of another column, and beside an id that Python has no value for.
+    inner = pyarrow.StructArray.from_arrays([invalid_utf8(TEXTS, 2)], ["ru"])
+    ids = pyarrow.array([1, 2**62, 3, 4], pyarrow.timestamp("us"))
+    table = pyarrow.table({"t": inner, "id": ids})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", store_schema=False)
+    reasons = [
+        getattr(d, "reason", "")
+        for d in read(tmp_path / "b.parquet", text_field="t.ru")
+    ]
+    assert reasons == ["", "", "not UTF-8", ""]
+
+
+def test_two_columns_of_one_name(tmp_path):
+    column = pyarrow.array(TEXTS)
+    table = pyarrow.Table.from_arrays([column, column], ["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match=r"en/web.*a\.parquet has 2 columns named 'text'"
+    ):
+        read(tmp_path / "a.parquet")
+    table = pyarrow.Table.from_arrays([column] * 3, ["text", "id", "id"])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    assert [d.text for d in read(tmp_path / "b.parquet")] == TEXTS
+
+
+def cut_gz(path, texts):
+    data = Path(write_jsonl(path.with_suffix(".jsonl.gz"), texts)).read_bytes()
+    path.with_suffix(".jsonl.gz").write_bytes(data[: len(data) // 2])
+    return path.with_suffix(".jsonl.gz"), None
+
+
+def damaged_group(path, texts):
+    """The second of four groups of rows has other bytes in it."""
+    path = path.with_suffix(".parquet")
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=500, use_dictionary=False)
+    chunk = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    begin = chunk.data_page_offset
+    data[begin : begin + 400] = bytes(400)
+    path.write_bytes(data)
+    return path, 500
+
+
+@pytest.mark.parametrize("damage", [cut_gz, damaged_group])
+def test_a_damaged_file_is_no_small_matter(tmp_path, damage, capsys):
+    """However little of it is bad documents: it stops the build, or is told."""
+    texts = some_texts("en", 2000)
+    path, unread = damage(tmp_path / "a", texts)
+    whole = write_jsonl(tmp_path / "b.jsonl", some_texts("en", 300, seed=1))
+    cfg = one_source(path)
+    cfg = make_config((c.SourceConfig("en/web", (str(path), whole)),))
+    out = tmp_path / "out"
+    says = rf"1 of its files damaged, first {path.name}: .* after document \d+, .*not"
+    with pytest.raises(UserError, match=f"{says} read .*on_damaged_file"):
+        build(cfg, out)
+    assert not (out / "manifest.json").exists()
+    fields = dataclasses.replace(cfg.corpus, on_damaged_file="keep_readable")
+    found = corpus_build.build(dataclasses.replace(cfg, corpus=fields), out, workers=1)
+    row = found.manifest["sources"]["en/web"]
+    (told,) = row["damaged"]
+    assert (told["file"], told["unread"]) == (path.name, unread)
+    kept = documents_of(found, "en/web")
+    assert len(kept) == row["documents_read"] == row["documents"]
+    first = told["after"]
+    assert kept[:first] == texts[:first]
+    if unread:  # the groups after the damaged one are there
+        assert kept[500:1500] == texts[1000:]
+        assert len(kept) == 1500 + 300
+    else:
+        assert 500 < len(kept) == first + 300
+    assert f"DAMAGED: en/web {path.name}" in capsys.readouterr().err
+    assert f"DAMAGED: en/web {path.name}" in corpus.inspect(out)
 
 
 def test_globs_are_sorted_and_files_come_once(tmp_path):
@@ -661,6 +828,7 @@ def test_truncated_and_corrupt_streams(tmp_path, end):
     for size in (0, 1, 5, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         *found, last = read(path)
+        assert isinstance(last, documents.Damage)
         assert last.reason in ("truncated file", "corrupt file")
         assert [d.text for d in found] == texts[: len(found)]
         assert last.line == len(found) + 1

@@ -132,6 +132,29 @@ def test_documents(body, kind, tmp_path):
             assert isinstance(d, documents.Document | documents.BadDocument)
 
 
+def run_adversarial(*words, seconds):
+    """No text takes longer than its size allows; what does is the last one printed."""
+    script = [sys.executable, "tests/faults/adversarial.py", *words]
+    try:
+        run = subprocess.run(script, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as e:
+        pytest.fail(f"not done in {seconds} s: {(e.stdout or b'').splitlines()[-1:]}")
+    assert run.returncode == 0, run.stdout[-200:] + run.stderr[-2000:]
+    assert run.stdout.endswith("done\n")
+
+
+def test_texts_that_took_for_ever():
+    """Each of these was quadratic: from a minute to days for a megabyte."""
+    pairs = ("clean:spaces", "clean:marks", "normalise:half-width marks")
+    more = ("normalised:full stops", "man:fonts of roff", "repeated_word:words")
+    run_adversarial(*pairs, *more, seconds=120)
+
+
+@pytest.mark.slow
+def test_texts_of_every_adversarial_kind():
+    run_adversarial(seconds=1800)
+
+
 BOMB = """
 import resource, sys
 from gamayun_jax import documents
