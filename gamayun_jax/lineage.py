@@ -207,7 +207,7 @@ def changed_fields(cfg: Config, meta: Mapping[str, Any], where: str) -> list[str
             if k or meta["origin"]:
                 part["transition"] = {"cursors": stage.transition.cursors}
             parts.append(part)
-        found |= differences(*parts, f"stages.{cfg.stages[k].name}")
+        found |= differences(parts[0], parts[1], f"stages.{cfg.stages[k].name}")
     return _told(found)
 
 

@@ -55,7 +55,7 @@ UNDOCUMENTED = {
     "corpus": {"check_shard", "token_dtype"},
     "documents": {"BadDocument", "Document", "first_line"},
     "figures": {"colours_of"},
-    "files": {"file_sha256", "read_json", "sync", "write_text"},
+    "files": {"file_sha256", "sync", "write_text"},
     "runs": {
         "esc", "fixed", "label_of", "languages_of", "seconds_of", "sets_of", "spans",
     },
