@@ -19,21 +19,24 @@ or uint32 if the vocabulary has more than 65,536 pieces.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
 from gamayun_jax.config import UserError
 from gamayun_jax.documents import first_line
 from gamayun_jax.files import (
     file_sha256,
+    open_files_limit,
     read_json,
     read_json_lines,
     unreadable,
@@ -59,16 +62,6 @@ class SourceInfo:
     shards: tuple[str, ...]  # paths
 
 
-@dataclass(frozen=True)
-class FilePart:
-    """A whole ArrayRecord file, so that opening a source needn't open its files."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
-
-
 class BadRecordError(UserError):
     """A record that cannot be used; names the shard, the record and the reason."""
 
@@ -78,6 +71,58 @@ class BadRecordError(UserError):
             "again, or set data.faults=set_aside to go on without such records"
         )
         self.shard, self.record, self.reason = shard, record, reason
+
+
+class OpenShards:
+    """The ArrayRecord files that this process keeps open: those used last, however
+    many a corpus has. Thread-safe."""
+
+    def __init__(self, limit: int = 0):
+        """`limit`: of open files; default: half of what the system allows."""
+        self._limit = limit
+        self._lock = threading.Lock()
+        # path -> [reader, whether it was used again since it was last looked at]
+        self._open: dict[str, list[Any]] = {}
+
+    def read(self, path: str, record: int) -> bytes:
+        """A record's bytes; raises what ArrayRecord does."""
+        # No lock and no change of order for a file that is open.
+        entry = self._open.get(path)
+        if entry is None:
+            entry = self._add(path)
+        else:
+            entry[1] = True
+        return entry[0].read([record])[0]
+
+    def _add(self, path: str) -> list[Any]:
+        reader = ArrayRecordReader(
+            path, options="readahead_buffer_size:0", file_reader_buffer_size=32_768
+        )
+        entry = [reader, False]
+        with self._lock:
+            self._limit = self._limit or open_files_limit() // 2
+            # The oldest goes, unless it was used: then it is the newest again. One
+            # that is being read is closed by the last thread that lets go of it.
+            while len(self._open) >= self._limit:
+                oldest = next(iter(self._open))
+                former = self._open.pop(oldest)
+                if former[1]:
+                    former[1] = False
+                    self._open[oldest] = former
+            self._open[path] = entry
+        return entry
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """Open these files anew when they are read again."""
+        with self._lock:
+            for path in paths:
+                self._open.pop(path, None)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+
+OPEN = OpenShards()
 
 
 class Records(Sequence):
@@ -90,29 +135,34 @@ class Records(Sequence):
 
     def __init__(
         self,
-        parts: Sequence[FilePart],
+        shards: Sequence[tuple[str, int]],
         dtype: str,
         vocab_size: int,
         length: int,
         retry_seconds: float = 0.0,
         damaged: Mapping[str, str] | None = None,
     ):
-        """`length`: tokens of each record; `damaged`: file -> reason never to read."""
-        self._parts = parts
-        self._source = ArrayRecordDataSource(parts)
-        self._files = [p.filename for p in parts]
-        self._ends = np.cumsum([p.take for p in parts])
+        """A source's records.
+
+        Args:
+          shards: (file, its number of records) of each.
+          length: tokens of each record.
+          damaged: file -> reason never to read it.
+        """
+        self._files = [file for file, _ in shards]
+        OPEN.forget(self._files)  # they may have changed
+        self._ends = list(itertools.accumulate(n for _, n in shards))
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._vocab_size, self._length = vocab_size, length
         self._retry_seconds = retry_seconds
         self._damaged = dict(damaged or {})
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._ends[-1]
 
     def __getitem__(self, i: Any) -> Any:
-        if not 0 <= i < len(self._source):
-            raise IndexError(f"record {i} is outside 0..{len(self._source) - 1}")
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} is outside 0..{len(self) - 1}")
         tokens = np.frombuffer(self._read(int(i)), self._dtype)
         if len(tokens) != self._length or tokens.max() >= self._vocab_size:
             reason = f"{len(tokens)} tokens, {self._length} expected"
@@ -126,10 +176,10 @@ class Records(Sequence):
         begin, pause = time.monotonic(), 0.1
         while shard not in self._damaged:
             try:
-                return self._source[i]
+                return OPEN.read(shard, record)
             except (RuntimeError, ValueError, OSError, IndexError) as e:
                 reason = first_line(e)
-            self._source = ArrayRecordDataSource(self._parts)  # nothing kept open
+            OPEN.forget([shard])
             try:
                 with open(shard, "rb") as f:
                     f.read(1)
@@ -142,15 +192,15 @@ class Records(Sequence):
                 reason = f"{e.strerror}, for {waited:.0f} s"
                 self._damaged[shard] = reason
             try:
-                return self._source[i]  # it came back between the two
+                return OPEN.read(shard, record)  # it came back between the two
             except (RuntimeError, ValueError, OSError, IndexError):
                 raise BadRecordError(shard, record, reason) from None
         raise BadRecordError(shard, record, self._damaged[shard])
 
     def locate(self, i: int) -> tuple[str, int]:
         """(file, number of the record in it) of record number `i`."""
-        k = int(np.searchsorted(self._ends, i, side="right"))
-        return self._files[k], i - (int(self._ends[k - 1]) if k else 0)
+        k = bisect.bisect_right(self._ends, i)
+        return self._files[k], i - (self._ends[k - 1] if k else 0)
 
 
 @dataclass(frozen=True)
@@ -240,13 +290,10 @@ class Corpus:
     def records(self, source: str, retry_seconds: float = 0.0) -> Records:
         """Random access to a source's records, int32[record_tokens + 1] each."""
         rows = self.manifest["sources"][self._source(source).name]["shards"]
-        parts = [
-            FilePart(str(self.folder / r["file"]), 0, r["records"], r["records"])
-            for r in rows
-        ]
+        shards = [(str(self.folder / r["file"]), r["records"]) for r in rows]
         m = self.manifest
         sizes = (m["tokenizer"]["vocab_size"], m["record_tokens"] + 1)
-        return Records(parts, m["dtype"], *sizes, retry_seconds, self.damaged)
+        return Records(shards, m["dtype"], *sizes, retry_seconds, self.damaged)
 
     def _source(self, name: str) -> SourceInfo:
         if name not in self.sources:

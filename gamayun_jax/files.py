@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def open_files_limit() -> int:
+    """How many files this process may have open, having raised that as far as the
+    system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard % 2**63, 2**16)  # unlimited is -1
+    if soft % 2**63 < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    return min(soft % 2**63, 2**16)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,10 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from gamayun_jax import corpus as corpus_module
 from gamayun_jax import train
 from gamayun_jax.config import UserError
 from gamayun_jax.corpus import BadRecordError, open_corpus
@@ -184,3 +188,81 @@ def test_a_run_counts_what_it_set_aside(copy, tmp_path):
     lineage = json.loads((run / "lineage.json").read_text())
     (event,) = [e for e in lineage["events"] if "set aside" in e["event"]]
     assert event["ru/help"] == len(rows) == len({r["record"] for r in rows}) > 0
+
+
+# What runs where few files may be open: 200 shards, read by 4 threads.
+FEW_FILES = """
+import os, random, resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from gamayun_jax.corpus import OPEN, Records
+
+folder, soft, hard = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+shards = [(f"{folder}/{k}", 3) for k in range(200)]
+records = Records(shards, "uint16", 1000, 2)
+order = [i for i in range(600) for _ in range(3)]
+random.Random(1).shuffle(order)
+with ThreadPoolExecutor(4) as pool:
+    rows = list(pool.map(lambda i: records[i].tolist(), order))
+assert rows == [[i, i] for i in order]
+opened = sum(
+    os.path.realpath(f"/proc/self/fd/{n}").startswith(folder)
+    for n in os.listdir("/proc/self/fd")
+)
+assert opened == len(OPEN), (opened, len(OPEN))
+more = [open(os.devnull) for _ in range(hard // 3)]  # what a checkpoint needs
+print(len(OPEN), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "kept"), [(64, 64, 32), (64, 96, 48), (64, 1000, 200)]
+)
+def test_more_shards_than_files_that_may_be_open(tmp_path, soft, hard, kept):
+    for k in range(200):
+        writer = ArrayRecordWriter(str(tmp_path / str(k)), "group_size:1")
+        for i in range(3 * k, 3 * k + 3):
+            writer.write(np.array([i, i], "<u2").tobytes())
+        writer.close()
+    command = [sys.executable, "-c", FEW_FILES, str(tmp_path), str(soft), str(hard)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.split() == [str(kept), str(hard)]
+
+
+def test_a_shard_that_is_used_stays_open(tmp_path, monkeypatch):
+    opened = []
+
+    class Reader:
+        def __init__(self, path, **options):
+            opened.append(path)
+
+        def read(self, numbers):
+            return [b"%d" % n for n in numbers]
+
+    monkeypatch.setattr(corpus_module, "ArrayRecordReader", Reader)
+    files = corpus_module.OpenShards(limit=3)
+    for name in "abcadaea":
+        assert files.read(name, 7) == b"7"
+    assert opened == [*"abcde"]
+    assert len(files) == 3
+    files.forget("a")
+    files.read("a", 0)
+    assert opened == [*"abcdea"]
+
+
+@pytest.mark.slow
+def test_a_run_on_more_shards_than_files_that_may_be_open(tmp_path):
+    command = [sys.executable, "-m", "gamayun_jax"]
+    config = "tests/faults/small_run.py"
+    folder = str(tmp_path / "corpus")
+    few = ["--set", "corpus.shard_bytes=10000", "--out", folder]
+    subprocess.run([*command, "corpus", "build", config, *few], check=True)
+    assert len(list(Path(folder).rglob("*.arrayrecord"))) > 300
+    where = ["--set", f"data.corpus={folder}", "--workdir", str(tmp_path / "run")]
+    subprocess.run(
+        [*command, "train", config, *where],
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)),
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
