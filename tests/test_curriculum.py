@@ -6,6 +6,7 @@ import pickle
 import time
 import tracemalloc
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gamayun_jax import curriculum as cu
-from gamayun_jax.config import UserError, language_domain
+from gamayun_jax.config import UserError, language_domain, load_config
 
 SETTINGS = settings(max_examples=60, deadline=None)
 
@@ -493,3 +494,12 @@ def test_language_domain():
     found = language_domain({"ru": 0.4, "en": 0.6}, {"web": 0.75, "wiki": 0.25})
     assert found["ru/web"] == pytest.approx(0.3)
     assert sum(found.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("path", sorted(Path("experiments").glob("*.py")), ids=str)
+def test_shipped_configs_name_every_source_of_a_language_they_name(path):
+    """So each language's total is what is written, in former releases as now."""
+    cfg = load_config(path)
+    sizes = {s.name: 1 for s in cfg.corpus.sources}
+    for stage in cfg.stages:
+        assert cu.unnamed_sources(sizes, stage.mixture.shares) == {}
