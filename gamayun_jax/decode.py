@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gamayun_jax import sharding
 from gamayun_jax.config import ComputeConfig, ModelConfig
 from gamayun_jax.model import Block, RMSNorm, compute_dtype, logits, rope_angles
 from gamayun_jax.quantize import dequantize, map_leaves
@@ -55,8 +56,17 @@ class Decoder:
 
         with jax.set_mesh(mesh):
             self.weights = jax.jit(lay_out)(params)
-        self.prefill = jax.jit(self._prefill_fn, static_argnums=5)
-        self.decode = jax.jit(self._decode_fn, static_argnums=5, donate_argnums=1)
+        # Whole on every device, or a process could not fetch what others hold.
+        whole = sharding.replicated(mesh)
+        self.prefill = jax.jit(
+            self._prefill_fn, static_argnums=5, out_shardings=(None, whole)
+        )
+        self.decode = jax.jit(
+            self._decode_fn,
+            static_argnums=5,
+            donate_argnums=1,
+            out_shardings=(None, whole, whole),
+        )
 
         def longer(caches: Any, segments_BS: jax.Array) -> Any:
             added = next_size(segments_BS.shape[1]) - segments_BS.shape[1]
@@ -117,7 +127,7 @@ class Decoder:
         return dict(token=token_B, seen=seen_BV, done=done_B, step=state["step"] + 1)
 
     def _prefill_fn(self, weights, tokens_BT, lengths_B, values, stops, program):
-        """The state after the prompts, with their first new token chosen."""
+        """The state after the prompts, and their first new tokens, int32 [B]."""
         self.compilations += 1
         B, T = tokens_BT.shape
         V, K, H = self.cfg.vocab_size, self.cfg.num_kv_heads, self.cfg.head_dim
@@ -148,10 +158,10 @@ class Decoder:
         )
         fresh = dict(seen=seen_BV, step=jnp.int32(0), done=lengths_B == 0)
         chosen = self._next(logits_BV, fresh, values, stops, program)
-        return {**filled, **chosen, "position": lengths_B}
+        return {**filled, **chosen, "position": lengths_B}, chosen["token"]
 
     def _decode_fn(self, weights, state, values, stops, count, program):
-        """Up to `count` <= CHUNK more tokens, int32 [B, CHUNK], and the state."""
+        """The state, up to `count` <= CHUNK more tokens, int32 [B, CHUNK], how many."""
         self.compilations += 1
         B = len(state["token"])
         ones_B1 = jnp.ones((B, 1), jnp.int32)

@@ -42,7 +42,8 @@ class Generator:
     Args:
       cfg: the architecture.
       params: parameters on `mesh`, of training or quantised.
-      mesh: rows are divided over data and fsdp, heads over tensor.
+      mesh: rows are divided over data and fsdp, also those of other processes, which
+        then all make the same calls; heads over tensor.
       tokenizer: its vocabulary is the model's.
       compute: its dtype is used.
     """
@@ -172,12 +173,15 @@ class Generator:
 
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             rows = sharding.batch_sharding(self.mesh)
-            placed = jax.device_put((tokens_BT, lengths_B), rows)
-            state = self.decoder.prefill(
+            placed = (
+                jax.make_array_from_callback(x.shape, rows, x.__getitem__)
+                for x in (tokens_BT, lengths_B)
+            )
+            state, first_B = self.decoder.prefill(
                 self.decoder.weights, *placed, values, stops, program
             )
             total, used = 1, T
-            take(np.asarray(state["token"])[:, None], max_tokens == 1)
+            take(np.asarray(first_B)[:, None], max_tokens == 1)
             while total < max_tokens and not all(ended):
                 S = state["segments"].shape[1]
                 if used == S:

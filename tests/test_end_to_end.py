@@ -99,10 +99,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start_group(experiment, run, count=2, devices=1):
+def start_group(experiment, run, count=2, devices=1, words=()):
     """`count` processes with `devices` each."""
     port = f"localhost:{free_port()}"
-    words = ("--coordinator", port, "--num-processes", str(count), "--process-id")
+    words = (*words, "--coordinator", port, "--num-processes", str(count))
+    words = (*words, "--process-id")
     return [start(experiment, run, devices, *words, str(i)) for i in range(count)]
 
 
@@ -149,6 +150,40 @@ def test_two_processes_from_start_to_end(experiment, config, straight, tmp_path)
     for p in start_group(experiment, run):
         finish(p)
     assert_same(outcome(run, config), straight)
+
+
+def test_every_kind_of_task_on_two_processes(experiment, tmp_path):
+    """Held-out sets and tasks give what one process gives; the next run begins from
+    this one's checkpoint."""
+    # Perplexity, multiple choice, cloze, generation.
+    words = [f"evaluation.tasks={json.dumps(TASKS)}", "evaluation.task_items=2"]
+    words = [w for word in words for w in ("--set", word)]
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    finish(start(experiment, alone, 2, *words))
+    for p in start_group(experiment, run, words=words):
+        finish(p)
+    found = [read_evaluations(r) for r in (alone, run)]
+    assert set(found[0]["0.json"]["tasks"]) == set(TASKS)
+    assert_close(*found)
+    words = [*words, "--init-from", str(run)]
+    for p in start_group(experiment, tmp_path / "next", words=words):
+        finish(p)
+    assert (tmp_path / "next" / "checkpoints" / "13").is_dir()
+
+
+TASKS = ("udhr", "cldr_facts", "last_word", "cldr_calendar")
+
+
+def read_evaluations(run):
+    """File -> its JSON, or the objects of its lines."""
+    folder, found = run / "eval", {}
+    for path in sorted(folder.rglob("*.json*")):
+        text = path.read_text()
+        lines = text.split("\n")[:-1] if path.suffix == ".jsonl" else [text]
+        values = [json.loads(line) for line in lines]
+        name = str(path.relative_to(folder))
+        found[name] = values if path.suffix == ".jsonl" else values[0]
+    return found
 
 
 def test_four_processes_then_two_then_one(experiment, config, tmp_path):

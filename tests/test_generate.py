@@ -140,6 +140,26 @@ def on_mesh(sizes):
     return made.generate_ids(prompts, 12, sampling, stop_ids=())
 
 
+def test_what_the_host_reads_is_whole_on_every_device(monkeypatch):
+    """Or a process could not read what another one's devices hold."""
+    read, asarray = [], np.asarray
+
+    def spy(x, *args, **kwargs):
+        if isinstance(x, jax.Array):
+            read.append(x.sharding.is_fully_replicated)
+        return asarray(x, *args, **kwargs)
+
+    mesh = mesh_of((2, 1, 1))
+    placed = jax.device_put(weights(MODEL), sharding.replicated(mesh))
+    made = Generator(MODEL, placed, mesh, Bytes(), FLOAT32)
+    monkeypatch.setattr(np, "asarray", spy)
+    got = made.generate_ids(PROMPTS, 3, stop_ids=())
+    monkeypatch.undo()
+    assert len(read) >= 2
+    assert all(read)
+    assert got == generator().generate_ids(PROMPTS, 3, stop_ids=())
+
+
 def test_stop_ids_end_a_row():
     free = generator().generate_ids(PROMPTS, 30, stop_ids=())
     stop = free[0][7]
@@ -169,8 +189,8 @@ def test_streamed_pieces_are_whole_characters():
         def __init__(self):
             real = made.decoder
             self.__dict__.update(real.__dict__)
-            token = np.zeros(2, np.int32)
-            self.prefill = lambda *args: {**real.prefill(*args), "token": token}
+            first_B = np.zeros(2, np.int32)
+            self.prefill = lambda *args: (real.prefill(*args)[0], first_B)
             self.decode, self._spelled = self.spell, 0
 
         def spell(self, weights, state, values, stops, count, program):
