@@ -16,6 +16,8 @@ import hashlib
 import json
 import math
 import os
+import time
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from gamayun_jax import hosts
 from gamayun_jax.config import CheckpointConfig, Config, UserError
 from gamayun_jax.optim import parameter_path
 
@@ -96,9 +99,11 @@ class Checkpoints:
             for item in ITEMS
         }
         handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._handlers = handlers
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers=handlers
         )
+        self._same_steps()
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -135,6 +140,9 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON item; UserError if another version of this project wrote it."""
+        return self._agreed(step, lambda: self._meta(step))
+
+    def _meta(self, step: int) -> dict[str, Any]:
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         if not isinstance(meta, dict) or (
             "sha256" in meta and meta.pop("sha256") != json_sha256(meta)
@@ -187,8 +195,29 @@ class Checkpoints:
     def _restore(
         self, step: int, items: dict[str, Any], partly: bool = False
     ) -> dict[str, Any]:
+        expected, restored = self._agreed(
+            step, lambda: self._read_arrays(step, items, partly)
+        )
+
+        def compare() -> None:
+            for item, values in checksums(restored).items():
+                for name, value in values.items():
+                    if value != expected[item][name]:
+                        raise self._damaged(
+                            step, f"{item} {name!r} has changed since it was written"
+                        )
+
+        if expected is not None:
+            # What every device has whole may be damaged on one process alone.
+            self._agreed(step, compare)
+        return restored
+
+    def _read_arrays(
+        self, step: int, items: dict[str, Any], partly: bool
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """The checksums that were written, and what this process reads."""
         where = self.folder / str(step)
-        expected = self.meta(step).get("checksums")
+        expected = self._meta(step).get("checksums")
         # A checkpoint of another model, or of another version, is not a damaged one.
         if expected is not None:
             for item, tree in items.items():
@@ -211,14 +240,33 @@ class Checkpoints:
         restored = {k: found[k] for k in items}
         for item, tree in items.items():
             verify(restored[item], tree, where)
-        if expected is not None:
-            for item, values in checksums(restored).items():
-                for name, value in values.items():
-                    if value != expected[item][name]:
-                        raise self._damaged(
-                            step, f"{item} {name!r} has changed since it was written"
-                        )
-        return restored
+        return expected, restored
+
+    def _agreed(self, step: int, read: Callable[[], Any]) -> Any:
+        """What `read` gives, if it does on every process; otherwise all raise.
+
+        Whatever several processes do together comes after all have read: one that
+        cannot would leave the others alone in it.
+        """
+        result, error = None, None
+        try:
+            result = read()
+        except UserError as e:
+            error = e
+        damaged = isinstance(error, DamagedCheckpointError)
+        kinds = hosts.gather(0 if error is None else 1 if damaged else 2)
+        kind = kinds.max()
+        if error is not None and kind == (1 if damaged else 2):
+            raise error
+        who = np.flatnonzero(kinds == kind).tolist()
+        if kind == 1:
+            raise self._damaged(step, f"processes {who} cannot read it")
+        if kind == 2:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} does not fit on processes "
+                f"{who}: they say why"
+            )
+        return result
 
     def newest(
         self,
@@ -241,36 +289,18 @@ class Checkpoints:
         """
         events: list[dict[str, Any]] = []
         while (step := self.latest()) is not None:
-            meta, damage = self._attempt(step, lambda: self.meta(step))
-            if damage is None:
+            try:
+                meta = self.meta(step)
                 check(meta, f"{self.folder}/{step}")
-                state, damage = self._attempt(
-                    step, lambda: self.restore(step, abstract)
-                )
-                if damage is None:
-                    return step, meta, state, events
-            if len(self.steps()) == 1:
-                raise damage
+                return step, meta, self.restore(step, abstract), events
+            except DamagedCheckpointError as damage:
+                if len(self.steps()) == 1:
+                    raise
+                reason = damage.reason
             place = self._set_aside(step, aside)
-            log(f"checkpoint {step} is damaged ({damage.reason}): moved to {place}")
-            events.append({"event": "damaged", "step": step, "reason": damage.reason})
+            log(f"checkpoint {step} is damaged ({reason}): moved to {place}")
+            events.append({"event": "damaged", "step": step, "reason": reason})
         return None
-
-    def _attempt(
-        self, step: int, read: Callable[[], Any]
-    ) -> tuple[Any, DamagedCheckpointError | None]:
-        """What `read` gives, and damage that this process or another has found."""
-        result, damage = None, None
-        try:
-            result = read()
-        except DamagedCheckpointError as e:
-            damage = e
-        if jax.process_count() > 1:
-            found = multihost_utils.process_allgather(np.array(damage is not None))
-            if found.any() and damage is None:
-                who = np.flatnonzero(found).tolist()
-                damage = self._damaged(step, f"processes {who} cannot read it")
-        return result, damage
 
     def _set_aside(self, step: int, aside: Path) -> Path:
         place, number = aside / str(step), 1
@@ -281,7 +311,26 @@ class Checkpoints:
             os.rename(self.folder / str(step), place)
         barrier(f"set aside {step}")
         self._manager.reload()
+        self._same_steps()
         return place
+
+    def _same_steps(self) -> None:
+        """Return when all processes see the same checkpoints.
+
+        Raises:
+          UserError: they do not within half a minute.
+        """
+        for _ in range(30):
+            lists = hosts.gather(np.uint32(zlib.crc32(str(self.steps()).encode())))
+            if (lists == lists[0]).all():
+                return
+            time.sleep(1)  # a shared folder may show what is new with a delay
+            self._manager.reload()
+        who = np.flatnonzero(lists != lists[0]).tolist()
+        raise UserError(
+            f"processes {who} do not see the checkpoints in {self.folder} that the "
+            "first process sees: give all of them a --workdir that they share"
+        )
 
     def _read(self, step: int, **items: Any) -> Any:
         where = self.folder / str(step)
@@ -291,10 +340,17 @@ class Checkpoints:
                 f"{', '.join(map(str, self.steps())) or 'none'}"
             )
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except jax.errors.JaxRuntimeError:  # another process is gone
+            # Not by the manager, which ends with a barrier: see `_agreed`.
+            folder = self._manager.directory / str(step)
+            return {
+                name: self._handlers[name].restore(folder / name, args=args)
+                for name, args in items.items()
+            }
+        except (jax.errors.JaxRuntimeError, MemoryError):  # nothing of the files
             raise
         except Exception as e:  # Orbax and TensorStore raise many kinds
+            if hosts.is_loss(e):
+                raise
             reason = shortened(e)
             raise self._damaged(step, f"{type(e).__name__}: {reason}") from e
 
@@ -312,9 +368,11 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # another process is gone
+        except (jax.errors.JaxRuntimeError, MemoryError):  # nothing of the files
             raise
         except Exception as e:  # Orbax and TensorStore raise many kinds
+            if hosts.is_loss(e):
+                raise
             there = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
             reason = shortened(e)
             raise UserError(

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +23,50 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gamayun_jax.config import UserError
+
 LOST = 4  # exit status of a process that another one has left alone
 FAILED, ALIVE = "gamayun/failed/", "gamayun/alive/"
+
+
+# How an absl::Status begins as text. JAX raises it as JaxRuntimeError, or, where a
+# compiled function finds it on its fast path, as ValueError.
+STATUS = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
+# What a lone process or bad input can cause too.
+OWN = {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED"}
+BROKEN = {
+    "ABORTED", "CANCELLED", "DATA_LOSS", "DEADLINE_EXCEEDED", "FAILED_PRECONDITION",
+    "INTERNAL", "UNAVAILABLE", "UNKNOWN",
+}  # fmt: skip
+# What carries collectives (CPU: Gloo; GPU: NCCL; TPU: Megascale between slices), and
+# the service by which processes know each other.
+CARRIERS = re.compile(
+    r"\b(?:gloo|nccl|megascale|coordination.?service|ici link|slice.failure)"
+    r"|connection .{0,20}\bpeer\b",
+    re.IGNORECASE,
+)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error, or what it came from, is a collective that broke."""
+    found: BaseException | None = error
+    while found is not None:
+        text = str(found)
+        status = STATUS.match(text)
+        code = status[1] if status else ""
+        own = isinstance(found, (UserError, OSError))  # may name a file so
+        if not own and CARRIERS.search(text):
+            return True
+        if isinstance(found, jax.errors.JaxRuntimeError) and code not in OWN:
+            return True
+        # TensorStore's errors, of files, are such ValueErrors too.
+        files = "tensorstore" in text.lower()
+        if isinstance(found, ValueError) and code in BROKEN and not files:
+            return True
+        found = found.__cause__ or (
+            None if found.__suppress_context__ else found.__context__
+        )
+    return False
 
 
 def client() -> Any:
@@ -55,8 +99,7 @@ def together(silence: float = 60.0, pause: float = 1.0) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        lost = isinstance(e, jax.errors.JaxRuntimeError)
-        if lost and "RESOURCE_EXHAUSTED" not in str(e):
+        if is_loss(e):
             # A collective that broke: another process is gone. Who, the watch says.
             thread.join(silence + 5 * pause)
             _end(" ".join(str(e).split()))
@@ -64,6 +107,8 @@ def together(silence: float = 60.0, pause: float = 1.0) -> Iterator[None]:
         done.set()
         thread.join(5 * pause)
         reason = " ".join(str(e).split()) or type(e).__name__
+        if not isinstance(e, (UserError, OSError)):
+            traceback.print_exc()
         print(f"gamayun: {reason}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
             service.key_value_set(f"{FAILED}{me}", f"process {me} failed: {reason}")
@@ -122,6 +167,13 @@ def _end(reason: str) -> None:
     os._exit(LOST)
 
 
+def gather(value: Any) -> np.ndarray:
+    """A number or array of each process, [processes, ...]. Called by all."""
+    if jax.process_count() == 1:
+        return np.asarray(value)[None]
+    return np.asarray(multihost_utils.process_allgather(np.asarray(value)))
+
+
 def compare(seconds: dict[str, float]) -> dict[str, Any]:
     """How the processes' seconds differ: name -> most, mean and which has most.
 
@@ -130,7 +182,7 @@ def compare(seconds: dict[str, float]) -> dict[str, Any]:
     if jax.process_count() == 1:
         return {}
     names = sorted(seconds)
-    all_PN = multihost_utils.process_allgather(np.array([seconds[n] for n in names]))
+    all_PN = gather([seconds[n] for n in names])
     return {
         name: {
             "max": float(all_PN[:, k].max()),

@@ -105,6 +105,51 @@ def test_a_damaged_newest_checkpoint_is_set_aside(small, straight, tmp_path, dam
     assert records(run) == records(straight)
 
 
+@pytest.mark.parametrize("what", ["meta", "read", "verified"])
+def test_what_another_process_cannot_read_is_set_aside_by_all(
+    tmp_path, monkeypatch, what
+):
+    """This process, which can, takes no part in anything before it knows that."""
+    store = Checkpoints(tmp_path / "checkpoints")
+    state = TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {})
+    for step in (1, 2):
+        store.save(state, step, {})
+    store.wait()
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    asked = {"meta": 0, "read": 1, "verified": 2}[what]
+    calls, summed = [], []
+
+    def gather(value):  # the other process fails the `asked`-th time, at step 2
+        calls.append(value)
+        if isinstance(value, np.uint32):  # the list of checkpoints
+            return np.array([value, value])
+        turn = sum(not isinstance(x, np.uint32) for x in calls) - 1
+        return np.array([value, int(turn == asked)])
+
+    real = checkpoint.checksums
+    monkeypatch.setattr(checkpoint.hosts, "gather", gather)
+    monkeypatch.setattr(
+        checkpoint, "checksums", lambda x: summed.append(len(calls)) or real(x)
+    )
+    said = []
+    found = store.newest(abstract, lambda *a: None, tmp_path / "damaged", said.append)
+    store.close()
+    assert found[0] == 1
+    assert "checkpoint 2 is damaged (processes [1] cannot read it)" in said[0]
+    assert (tmp_path / "damaged" / "2").is_dir()
+    # Together only after all have read: once for step 1, and for step 2 in its turn.
+    assert len(summed) == (2 if what == "verified" else 1)
+
+
+def test_processes_that_do_not_share_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.hosts, "gather", lambda x: np.array([x, x + 1]))
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=r"processes \[1\] do not see the checkpoints"):
+        Checkpoints(tmp_path / "checkpoints")
+
+
 def test_every_bit_counts(straight, config):
     """Any one flipped bit of the arrays' file is found when it is read, wherever it
     is; what is not found (padding of the file format) leaves every value as it was."""

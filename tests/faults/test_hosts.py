@@ -4,6 +4,7 @@ written: none waits for ever."""
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -61,7 +62,7 @@ def wait_for_step(run, step, process=None):
 
 
 def finish(processes):
-    return [(p.communicate(timeout=120)[0], p.returncode) for p in processes]
+    return [(p.communicate(timeout=300)[0], p.returncode) for p in processes]
 
 
 def test_a_process_that_dies_stops_the_others(experiment, tmp_path):
@@ -104,6 +105,91 @@ def test_an_error_on_one_process_alone(experiment, tmp_path):
     assert "in use by another process" in out
     assert other_status in (4, -signal.SIGABRT)
     assert "process 0 failed" in other or other_status != 4
+
+
+GONE = """
+import os, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from gamayun_jax import hosts
+with hosts.together(silence=4.0, pause=0.5):
+    hosts.gather(1)
+    if sys.argv[2] == "1":
+        os._exit(9)
+    hosts.gather(2)
+"""
+
+
+def test_a_collective_broken_on_the_fast_path_of_a_function():
+    """JAX raises it as ValueError, like bad input."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    (out, status), _ = finish([
+        subprocess.Popen(
+            [sys.executable, "-c", GONE, f"localhost:{port}", str(i)],
+            env=dict(os.environ, XLA_FLAGS="", JAX_NUM_CPU_DEVICES="1"),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(2)
+    ])  # fmt: skip
+    assert status == 4, out[-2000:]
+    assert "start them again" in out
+
+
+CANNOT_READ = """
+import sys
+import orbax.checkpoint as ocp
+from gamayun_jax import checkpoint, cli
+{}
+sys.exit(cli.main())
+"""
+READS_NOTHING = """
+restore = ocp.PyTreeCheckpointHandler.restore
+def failing(self, directory, args):
+    if str(directory).endswith("13/params"):
+        raise OSError(5, "Input/output error")
+    return restore(self, directory, args=args)
+ocp.PyTreeCheckpointHandler.restore = failing
+"""
+READS_OTHER = """
+import jax
+restore = ocp.PyTreeCheckpointHandler.restore
+def changing(self, directory, args):
+    found = restore(self, directory, args=args)
+    if str(directory).endswith("13/params"):
+        norm = found["final_norm"]["scale"]  # every process has all of it
+        parts = [2 * s.data for s in norm.addressable_shards]
+        found["final_norm"]["scale"] = (
+            jax.make_array_from_single_device_arrays(norm.shape, norm.sharding, parts))
+    return found
+ocp.PyTreeCheckpointHandler.restore = changing
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(experiment, tmp_path_factory):
+    run = tmp_path_factory.mktemp("trained") / "run"
+    ((out, status),) = finish([start(experiment, run, devices=2)])
+    assert status == 0, out[-2000:]
+    return run
+
+
+@pytest.mark.parametrize("fault", [READS_NOTHING, READS_OTHER])
+def test_a_checkpoint_that_one_process_cannot_read(
+    experiment, trained, tmp_path, fault
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    programs = [("-m", "gamayun_jax"), ("-c", CANNOT_READ.format(fault))]
+    ends = finish(start_all(experiment, run, 2, programs=programs))
+    for out, status in ends:
+        assert status == 0, out[-2000:]
+    told = ends[0][0]
+    assert "checkpoint 13 is damaged (processes [1] cannot read it)" in told
+    assert "going on from step 12" in told
+    assert (run / "damaged" / "13").is_dir()
+    assert (run / "checkpoints" / "13").is_dir()
 
 
 SLOW_READER = """
