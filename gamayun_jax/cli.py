@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 import threading
 import traceback
@@ -196,6 +197,11 @@ def join_cluster(args: argparse.Namespace) -> None:
 
     explicit = (args.coordinator, args.num_processes, args.process_id)
     if args.distributed:
+        if any(x is not None for x in explicit):
+            raise UserError(
+                "--distributed finds the processes by itself: leave out --coordinator, "
+                "--num-processes and --process-id, or --distributed"
+            )
         try:
             jax.distributed.initialize()
         except (RuntimeError, ValueError) as e:
@@ -209,7 +215,39 @@ def join_cluster(args: argparse.Namespace) -> None:
                 "--coordinator, --num-processes and --process-id belong together: give "
                 "all three, or --distributed where the cluster tells them (TPU, Slurm)"
             )
+        check_cluster(*explicit)
         jax.distributed.initialize(*explicit)
+
+
+def check_cluster(coordinator: str, processes: int, process: int) -> None:
+    """Raise UserError for an address or number by which JAX ends in its native code."""
+    if processes < 1:
+        raise UserError(f"--num-processes {processes}: there is at least 1")
+    if not 0 <= process < processes:
+        raise UserError(
+            f"--process-id {process}: the {processes} processes are numbered from 0 to "
+            f"{processes - 1}"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(
+            f"--coordinator {coordinator}: give HOST:PORT, such as 10.0.0.1:8476, of "
+            "the first process, with a port up to 65535"
+        )
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except OSError as e:
+        raise UserError(
+            f"--coordinator {coordinator}: host {host} is not known ({e.strerror})"
+        ) from e
+    if process == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as e:
+            raise UserError(
+                f"--coordinator {coordinator}: the first process cannot listen at port "
+                f"{port} ({e.strerror}): choose another"
+            ) from e
 
 
 def run_train(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """The command line: help, one-line errors with exit status 2, and a small run."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -86,6 +87,44 @@ def test_the_preview_refuses_what_training_does(experiment, override, message, c
     told = capsys.readouterr()
     assert message in told.err
     assert not told.out
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "processes", "process", "message"),
+    [
+        ("localhost:{free}", "2", "5", "--process-id 5: the 2 processes are numbered"),
+        ("localhost:{free}", "2", "-1", "--process-id -1: the 2 processes"),
+        ("localhost:{free}", "0", "0", "--num-processes 0: there is at least 1"),
+        ("localhost:{free}", "-1", "0", "--num-processes -1"),
+        ("localhost", "2", "0", "--coordinator localhost: give HOST:PORT"),
+        (":8476", "2", "0", "--coordinator :8476: give HOST:PORT"),
+        ("localhost:http", "2", "0", "--coordinator localhost:http: give HOST:PORT"),
+        ("localhost:70000", "2", "0", "with a port up to 65535"),
+        ("nowhere.invalid:8476", "2", "1", "host nowhere.invalid is not known"),
+        ("localhost:{used}", "2", "0", "cannot listen at port {used} (Address already"),
+    ],
+)
+def test_a_cluster_that_cannot_be(
+    tmp_path, capsys, coordinator, processes, process, message
+):
+    """JAX raises its own errors for some, and for others ends in its native code."""
+    with socket.create_server(("", 0)) as server, socket.create_server(("", 0)) as free:
+        ports = {"used": server.getsockname()[1], "free": free.getsockname()[1]}
+        free.close()
+        words = ["--coordinator", coordinator.format(**ports)]
+        words += ["--num-processes", processes, f"--process-id={process}"]
+        run = str(tmp_path / "run")
+        assert cli.main(["train", "small.py", "--workdir", run, *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message.format(**ports) in error
+    assert error.startswith("gamayun: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_distributed_and_a_coordinator_exclude_each_other(tmp_path, capsys):
+    words = ["--workdir", str(tmp_path), "--distributed", "--num-processes", "2"]
+    assert cli.main(["train", "small.py", *words]) == 2
+    assert "leave out --coordinator" in capsys.readouterr().err
 
 
 def test_curriculum_prints_the_table_and_draws_it(experiment, tmp_path, capsys):
