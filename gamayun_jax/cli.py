@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gamayun_jax import __version__
+from gamayun_jax import __version__, xla
 from gamayun_jax.config import Config, UserError, load_config
 
 TINY = Path(__file__).parent.parent / "experiments" / "tiny.py"
@@ -251,8 +251,6 @@ def check_cluster(coordinator: str, processes: int, process: int) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from gamayun_jax import xla
-
     xla.set_flags()
     from gamayun_jax import hosts, train
 
@@ -330,7 +328,8 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.out:
         run_tasks.write_results(args.out, result, rows)
         page = eval_page.write_page(result, args.out)
-        print(f"{args.out}/eval.json, items/ and {page.name} are written")
+        items = "items/ and " if rows else ""
+        print(f"{args.out}/eval.json, {items}{page.name} are written")
     return 0
 
 
@@ -434,9 +433,12 @@ def run_lm_eval(args: argparse.Namespace) -> int:
     try:
         from gamayun_jax import lm_eval_adapter
     except ImportError as e:
+        if {"-h", "--help"} & {*args.arguments}:  # ours, where the harness's is not
+            print(args.description)
+            return 0
         raise UserError(
-            f"lm-evaluation-harness is not whole here ({e}): "
-            'pip install "gamayun_jax[lm-eval]"'
+            f"lm-evaluation-harness is not whole here ({e}): in a checkout of the "
+            "project, pip install -e '.[lm-eval]'"
         ) from e
     begin = 1 if args.arguments[:1] == ["--"] else 0
     lm_eval_adapter.main(args.arguments[begin:])
@@ -832,8 +834,10 @@ def build_parser() -> argparse.ArgumentParser:
         "lm-eval",
         run_lm_eval,
         "lm-evaluation-harness with our models: all further arguments are its own, "
-        "e.g. --model gamayun --model_args path=RUN --tasks NAME.",
+        "e.g. --model gamayun --model_args path=RUN --tasks NAME. Needs the extra "
+        "`lm-eval`: in a checkout of the project, pip install -e '.[lm-eval]'.",
     )
+    harness.set_defaults(description=harness.format_help())
     harness.add_argument("arguments", nargs=argparse.REMAINDER)
 
     quantize = add(
@@ -893,6 +897,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["lm-eval"]:  # all else is the harness's own, options too
         argv = ["lm-eval", "--", *argv[1:]]
+    xla.skip_absent_tpu()
     args = build_parser().parse_args(argv)
     # Libraries' warnings are not for the user of the command line.
     logging.getLogger("absl").setLevel(logging.ERROR)

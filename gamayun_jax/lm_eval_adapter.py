@@ -3,8 +3,7 @@
 `lm_eval` finds models of its own package only, so its command is run from here, with
 `gamayun` registered beside them; everything else about it is as its manual says. Texts
 become tokens as with its Hugging Face backend (`--model hf`), so that the results are
-the same, but for two things: see `hf_parity`. Needs
-`pip install "gamayun_jax[lm-eval]"`.
+the same, but for two things: see `hf_parity`. Needs the extra `lm-eval`.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def topology_devices(topology: str, slices: int = 1) -> tuple[Any, ...]:
         import libtpu  # noqa: F401
     except ImportError as e:
         raise UserError(
-            "plan needs the TPU compiler: pip install 'gamayun_jax[tpu]' (Linux)"
+            "plan needs the TPU compiler, for Linux: in a checkout of the project, "
+            "pip install -e '.[tpu]'"
         ) from e
     from jax.experimental import topologies
 

@@ -7,9 +7,14 @@ planned is the one that runs.
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+
+PCI = Path("/sys/bus/pci/devices")
+GOOGLE, GOOGLE_NETWORK = "0x1ae0", "0x0042"  # PCI vendor; its device that is no TPU
+GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
 GPU_FLAGS = {
     "--xla_gpu_enable_latency_hiding_scheduler=true": "start collectives as early, and "
@@ -32,6 +37,30 @@ def set_flags(
     if driver.exists():
         former = environment.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = " ".join([*GPU_FLAGS, former]).strip()
+
+
+def skip_absent_tpu(
+    environment: MutableMapping[str, str] = os.environ,
+    pci: Path = PCI,
+    drivers: Sequence[Path] = GPU_DRIVERS,
+) -> None:
+    """Have JAX take the CPU where libtpu is installed, for `gamayun plan`, and nothing
+    but CPUs is at hand: looking for TPUs, libtpu would print lines of errors.
+
+    Must come before JAX is imported. What the user has put into JAX_PLATFORMS stays.
+    """
+    if "JAX_PLATFORMS" in environment or importlib.util.find_spec("libtpu") is None:
+        return
+
+    def read(path: Path) -> str:
+        return path.read_text().strip() if path.exists() else ""
+
+    tpu = any(
+        read(device / "vendor") == GOOGLE and read(device / "device") != GOOGLE_NETWORK
+        for device in pci.glob("*")
+    )
+    if not (tpu or any(driver.exists() for driver in drivers)):
+        environment["JAX_PLATFORMS"] = "cpu"
 
 
 def keep_compilations(folder: Path) -> None:

@@ -4,6 +4,8 @@ import json
 import socket
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -24,12 +26,26 @@ def commands(parser, names=()):
 
 @pytest.mark.parametrize("words", list(commands(cli.build_parser())))
 def test_every_command_says_what_it_reads_and_writes(words, capsys):
-    if words == ("lm-eval",):
-        pytest.importorskip("lm_eval")  # the help is that of lm_eval
     with pytest.raises(SystemExit) as e:
         cli.main([*words, "--help"])
     assert e.value.code == 0
     assert len(capsys.readouterr().out) > 200
+
+
+def test_lm_eval_without_its_extra(monkeypatch, capsys):
+    """Help, and a message that names a command which works from a checkout."""
+    monkeypatch.setitem(sys.modules, "gamayun_jax.lm_eval_adapter", None)
+    monkeypatch.delattr("gamayun_jax.lm_eval_adapter", raising=False)
+    extra = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "optional-dependencies" in extra["dynamic"]
+    install = "pip install -e '.[lm-eval]'"
+    assert "lm-eval" in extra["dynamic"]["optional-dependencies"]
+    assert cli.main(["lm-eval", "--help"]) == 0
+    assert install in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["lm-eval", "--model", "gamayun"]) == 2
+    said = capsys.readouterr().err
+    assert install in said
+    assert len(said.splitlines()) == 1
 
 
 def test_help_does_not_wait_for_jax():
@@ -155,6 +171,9 @@ def test_train_eval_report(experiment, tmp_path, capsys):
     same = at_the_end["sets"]["udhr"]["languages"]["ru"]
     assert found["ru"]["bits"] == pytest.approx(same["bits"], rel=1e-5)
     assert list(found) == ["ru"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        name for name in ("eval.json", "index.html", "items") if name in table
+    )
     both = ["compare", str(out), str(out), "--out", str(tmp_path / "compared")]
     assert cli.main(both) == 0  # held-out sets alone, as `eval` without tasks writes
     table = capsys.readouterr().out
