@@ -20,7 +20,10 @@ or uint32 if the vocabulary has more than 65,536 pieces.
 from __future__ import annotations
 
 import bisect
+import functools
+import hashlib
 import itertools
+import lzma
 import os
 import threading
 import time
@@ -41,7 +44,7 @@ from gamayun_jax.files import (
     read_json_lines,
     unreadable,
 )
-from gamayun_jax.tokenizer import Tokenizer
+from gamayun_jax.tokenizer import Tokenizer, read_tokenizer
 
 FORMAT = 1
 
@@ -241,7 +244,7 @@ class Corpus:
         }
 
     def tokenizer(self) -> Tokenizer:
-        tokenizer = Tokenizer(self.folder / "tokenizer.model")
+        tokenizer = read_tokenizer(self.folder / "tokenizer.model")
         if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
             raise UserError(
                 f"{self.folder}/tokenizer.model is not the one that the corpus was "
@@ -275,6 +278,11 @@ class Corpus:
             raise UserError(f"{path} has lost units: build the corpus again")
         return units
 
+    def packed(self, name: str, language: str) -> dict[str, int]:
+        """`xz_bytes` of texts of a set by their `text_key`; those of former versions
+        have none."""
+        return dict(self.manifest["heldout"][name]["languages"][language].get("xz", {}))
+
     def token_counts(self, source: str) -> np.ndarray:
         """int64[V]: how often each token occurs in a source, BOS and EOS included."""
         path = self.folder / "sources" / self._source(source).name / "token_counts.npy"
@@ -302,6 +310,27 @@ class Corpus:
                 f"{', '.join(self.sources)}"
             )
         return self.sources[name]
+
+
+def choose(units: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
+    """The first `limit` units by the hash of their id: the same in every language.
+
+    Empty units stay, at 0 bits: without one, a language's units were not the others'.
+    """
+    if not limit or limit >= len(units):
+        return units
+    return sorted(units, key=lambda u: hashlib.sha256(u[0].encode()).digest())[:limit]
+
+
+def text_key(text: bytes) -> str:
+    """What tells one text from others in a manifest."""
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=256)  # tasks are summed up at every evaluation
+def xz_bytes(text: bytes) -> int:
+    """Size of `xz -9e` of a text; about a second for each megabyte."""
+    return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
 def open_corpus(

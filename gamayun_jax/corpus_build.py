@@ -22,7 +22,16 @@ import numpy as np
 from tqdm import tqdm
 
 from gamayun_jax.config import Config, CorpusConfig, SourceConfig, UserError
-from gamayun_jax.corpus import FORMAT, Corpus, open_corpus, token_dtype, told_damage
+from gamayun_jax.corpus import (
+    FORMAT,
+    Corpus,
+    choose,
+    open_corpus,
+    text_key,
+    token_dtype,
+    told_damage,
+    xz_bytes,
+)
 from gamayun_jax.corpus_jobs import (
     Heldout,
     Part,
@@ -300,10 +309,14 @@ def make(
                     for i, t in units
                 ]
                 temporary.write_text("".join(lines_of), "utf-8")
+            # The texts that an evaluation scores: all, or as many as the config says.
+            scored = (choose(units, n) for n in (0, cfg.evaluation.max_units))
+            texts = ["\n".join(t for _, t in s).encode() for s in scored]
             rows[language] = {
                 "units": len(units),
                 "bytes": sum(len(t.encode()) for _, t in units),
                 "sha256": file_sha256(path),
+                "xz": {text_key(t): xz_bytes(t) for t in texts},
             }
         in_heldout[spec.name] = {"parallel": spec.parallel, "languages": rows}
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import json
 import math
@@ -114,35 +115,87 @@ def schedule(weights: np.ndarray, lengths: np.ndarray, final: np.ndarray) -> np.
     blocks, sources = weights.shape
     integral = np.cumsum(weights * lengths[:, None], axis=0)
     floor = integral >> 30
-    ceil = -((-integral) >> 30)
-    deadline = np.empty((blocks, sources), np.int64)
     total = np.cumsum(lengths)
+    # When the next example of each source is due: earliest first. Of a source that is
+    # at a whole number none may come yet.
+    due = np.empty((sources, blocks), np.int64)
     for s in range(sources):
-        need = (floor[:, s] + 1) << 30
-        block = np.searchsorted(integral[:, s], need, side="left")
+        column = np.ascontiguousarray(integral[:, s])
+        need = ((column >> 30) + 1) << 30
+        block = np.searchsorted(column, need, side="left")
         # The first example by which the integral reaches `need`. Blocks alone would
         # not do: a short last one would move the deadlines just beyond it, and ties
         # with them, when the phase is prolonged.
         late = block == blocks
         block[late] = blocks - 1
         rate = np.where(late, final[s], weights[block, s])
-        reached = np.where(late, integral[-1, s], 0)
-        begin = np.where(late, total[-1], 0)
-        inside = ~late & (block > 0)
-        reached[inside] = integral[block[inside] - 1, s]
-        begin[inside] = total[block[inside] - 1]
-        due = begin - (reached - need) // np.maximum(rate, 1)  # rounds up
-        deadline[:, s] = np.where(rate > 0, due, NEVER)
+        earlier = np.where(late, block, block - 1)  # block that ends before it
+        reached = np.where(earlier < 0, 0, column[earlier])
+        begin = np.where(earlier < 0, 0, total[earlier])
+        found = begin - (reached - need) // np.maximum(rate, 1)  # rounds up
+        found[rate == 0] = NEVER
+        found[column & (ONE - 1) == 0] = NEVER + 1
+        due[s] = found
+    due = np.ascontiguousarray(due.T)
+    # A count is the integral rounded down, or one ahead of that. First as if nothing
+    # came from the block before, in parts, since orders take much memory.
+    spare = total - floor.sum(axis=1)
+    ahead = np.zeros((blocks, sources), bool)
+    places = np.arange(sources)
+    for part in range(0, blocks, 1 << 14):
+        rows = slice(part, part + (1 << 14))
+        order = np.argsort(due[rows], axis=1, kind="stable")
+        first = places < spare[rows, None]
+        np.put_along_axis(ahead[rows], order, first, axis=1)
+    # A source that was ahead stays so until its integral passes a whole number, even
+    # if others are due before: these blocks, and what follows from them, one by one.
+    kept = floor[1:] == floor[:-1]
+    done = 0
+    for b in (
+        np.flatnonzero((ahead[:-1] & kept & ~ahead[1:]).any(axis=1)) + 1
+    ).tolist():
+        while done <= b < blocks:
+            done = b + 1
+            now = ahead[b - 1] & kept[b - 1]
+            order = np.argsort(np.where(now, NEVER + 1, due[b]), kind="stable")
+            now[order[: int(spare[b] - now.sum())]] = True
+            if (now == ahead[b]).all():
+                break
+            ahead[b] = now
+            b += 1
     counts = np.zeros((blocks + 1, sources), np.int64)
-    now = counts[0]
-    for b in range(blocks):
-        now = np.maximum(now, floor[b])
-        spare = int(total[b] - now.sum())
-        if spare:
-            due = np.where(ceil[b] > now, deadline[b], NEVER + 1)
-            now[np.argsort(due, kind="stable")[:spare]] += 1
-        counts[b + 1] = now
+    np.add(floor, ahead, out=counts[1:])
     return counts
+
+
+@functools.lru_cache(maxsize=8)  # a run makes the same plan several times
+def phase_counts(
+    phase: tuple[int, str, int], size: int, final: tuple[float, ...],
+    former: tuple[float, ...] | None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Ends int64 [b + 1] and counts int64 [b + 1, S] of a phase; see Blocks.
+
+    Args:
+      phase: its examples, its ramp and the examples of the ramp.
+      size: of a block, in examples.
+      final, former: shares of the sources in it and before it, each adding up to 1.
+    """
+    examples, ramp, ramp_examples = phase
+    ends = np.append(np.arange(0, examples, size, dtype=np.int64), examples)
+    lengths = np.diff(ends)
+    rates = quantise(np.array(final))
+    weights = np.broadcast_to(rates, (len(lengths), len(final)))
+    if ramp != "step" and ramp_examples and former is not None:
+        area = ramp_integral(ramp, ends / ramp_examples) * ramp_examples
+        # Rounding must not leave [0, 1]: it would make weights negative.
+        done = np.clip(np.diff(area) / lengths, 0.0, 1.0)[:, None]
+        ramped = ends[:-1] < ramp_examples
+        mixed = (1 - done[ramped]) * np.array(former) + done[ramped] * np.array(final)
+        weights = weights.copy()
+        weights[ramped] = quantise(mixed)
+    counts = schedule(weights, lengths, rates)
+    ends.flags.writeable = counts.flags.writeable = False  # many plans share them
+    return ends, counts
 
 
 @dataclass(frozen=True)
@@ -197,20 +250,14 @@ class Curriculum:
         for p in self.phases:
             final = np.array([p.weights.get(n, 0.0) for n in self.names], np.float64)
             final = final / final.sum()
-            size = self.block_examples
-            ends = np.append(np.arange(0, p.examples, size, dtype=np.int64), p.examples)
-            lengths = np.diff(ends)
-            rates = quantise(final)
-            weights = np.broadcast_to(rates, (len(lengths), len(final)))
-            if p.ramp != "step" and p.ramp_examples and former is not None:
-                area = ramp_integral(p.ramp, ends / p.ramp_examples) * p.ramp_examples
-                # Rounding must not leave [0, 1]: it would make weights negative.
-                done = np.clip(np.diff(area) / lengths, 0.0, 1.0)[:, None]
-                ramped = ends[:-1] < p.ramp_examples
-                mixed = (1 - done[ramped]) * former + done[ramped] * final
-                weights = weights.copy()
-                weights[ramped] = quantise(mixed)
-            found.append(Blocks(start, ends, schedule(weights, lengths, rates)))
+            rule = p.examples, p.ramp, p.ramp_examples
+            ends, counts = phase_counts(
+                rule,
+                self.block_examples,
+                tuple(final.tolist()),
+                None if former is None else tuple(former.tolist()),
+            )
+            found.append(Blocks(start, ends, counts))
             start += p.examples
             former = final
         return tuple(found)

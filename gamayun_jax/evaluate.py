@@ -13,11 +13,9 @@ Shape suffixes: B rows, T length, D model, V vocabulary, U units of all sets.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import lzma
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +28,7 @@ from jax.sharding import Mesh
 
 from gamayun_jax import checkpoint, hf, quantize, sharding
 from gamayun_jax.config import Config, MeshConfig, UserError, from_json
-from gamayun_jax.corpus import Corpus, open_corpus
+from gamayun_jax.corpus import Corpus, choose, open_corpus, text_key, xz_bytes
 from gamayun_jax.data import global_batch, host_rows
 from gamayun_jax.losses import nll_and_logsumexp
 from gamayun_jax.model import Transformer, abstract_params, unembedding
@@ -228,7 +226,11 @@ class HeldoutEvaluator:
                 self._ids[name, language] = ids
                 texts = [text for _, text in units]
                 self._baselines[name, language] = baselines(
-                    texts, ids_of, cfg.model.vocab_size, unigram.get(language)
+                    texts,
+                    ids_of,
+                    cfg.model.vocab_size,
+                    unigram.get(language),
+                    corpus.packed(name, language),
                 )
         self._bytes = np.array(sizes, np.int64)
         self._tokens = np.array(tokens, np.int64)
@@ -420,16 +422,6 @@ def pooled_ratio(
     return r, math.sqrt(variance) / total if known else None
 
 
-def choose(units: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
-    """The first `limit` units by the hash of their id: the same in every language.
-
-    Empty units stay, at 0 bits: without one, a language's units were not the others'.
-    """
-    if not limit or limit >= len(units):
-        return units
-    return sorted(units, key=lambda u: hashlib.sha256(u[0].encode()).digest())[:limit]
-
-
 def unigram_bits(corpus: Corpus) -> dict[str, np.ndarray]:
     """Language -> bits of each id by its add-one smoothed frequency, float64 [V]."""
     totals: dict[str, np.ndarray] = {}
@@ -451,22 +443,26 @@ def baselines(
     ids: Sequence[Sequence[int]],
     vocab_size: int,
     unigram: np.ndarray | None,
+    packed: Mapping[str, int],
 ) -> dict[str, float | None]:
     """Bits per byte of what needs no network: uniform tokens, the training corpus's
-    token frequencies, and `xz -9e` of the held-out units joined by newlines."""
+    token frequencies, and `xz -9e` of the held-out units joined by newlines.
+
+    Args:
+      packed: what `xz` makes of some texts, as a corpus's manifest has it.
+    """
     text = "\n".join(texts).encode()
     size = sum(len(t.encode()) for t in texts)
     if not size:
         return dict(uniform=None, unigram=None, xz=None)
     tokens = sum(map(len, ids))
-    packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
     bits = None
     if unigram is not None:
         bits = float(sum(unigram[np.array(i, np.int64)].sum() for i in ids)) / size
     return {
         "uniform": tokens * math.log2(vocab_size) / size,
         "unigram": bits,
-        "xz": 8 * len(packed) / len(text),
+        "xz": 8 * (packed.get(text_key(text)) or xz_bytes(text)) / len(text),
     }
 
 

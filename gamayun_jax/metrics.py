@@ -9,7 +9,6 @@ Shape suffixes: C choices of an item.
 
 from __future__ import annotations
 
-import lzma
 import math
 import unicodedata
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gamayun_jax.corpus import xz_bytes
 from gamayun_jax.documents import normal_form
 from gamayun_jax.evaluate import mean_error, ratio, ratio_residuals, root
 from gamayun_jax.tasks import METRICS, Item, Task, prompt_of, with_choice
@@ -132,8 +132,7 @@ def baseline(task: Task, items: Sequence[Item]) -> float | None:
         return None
     if task.baseline == "xz":
         text = "\n".join(i["text"] for i in items).encode()
-        packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
-        return 8 * len(packed) / max(len(text), 1)
+        return 8 * xz_bytes(text) / max(len(text), 1)
     if task.kind == "generation":  # copy: the item's field `name`
         key = task.metric
         return float(

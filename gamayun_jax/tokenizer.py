@@ -11,6 +11,7 @@ Hugging Face export writes it, gives the same tokens.)
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import io
 import math
@@ -244,6 +245,20 @@ class Tokenizer:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """`Tokenizer(path)`, made once of the same file in this process and shared."""
+    try:
+        model = path.read_bytes()
+    except OSError:
+        return Tokenizer(path)  # which tells what is wrong
+    return _made(path, model)
+
+
+@functools.lru_cache(maxsize=4)
+def _made(path: Path, model: bytes) -> Tokenizer:
+    return Tokenizer(path)
 
 
 def join_bytes(spelled: Sequence[bytes], ids: Iterable[int]) -> bytes:

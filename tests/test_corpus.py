@@ -1021,6 +1021,8 @@ def test_damaged_corpora(built, tmp_path):
     with pytest.raises(UserError, match="sha256|found"):
         corpus.verify(corpus.open_corpus(folder))
     folder, _ = copy("other-tokenizer")
+    opened = corpus.open_corpus(folder)
+    assert opened.tokenizer() is corpus.open_corpus(folder).tokenizer()  # made once
     tokenizer.train(
         {"en": ["a b c d"] * 9}, c.TokenizerConfig(267), folder / "tokenizer.model"
     )

@@ -314,6 +314,7 @@ def test_starts_in_a_second_at_full_scale():
     c = cu.Curriculum(phases, sizes, 0, 16_384)
     c.counts_at(c.total)
     assert time.perf_counter() - begin < 5
+    cu.phase_counts.cache_clear()
     tracemalloc.start()
     cu.Curriculum(phases, sizes, 0, 16_384).counts_at(10)
     peak = tracemalloc.get_traced_memory()[1]
@@ -325,6 +326,64 @@ def test_starts_in_a_second_at_full_scale():
     for _ in range(20):
         c.lookup(batch)
     assert time.perf_counter() - begin < 20 * 0.005  # far below 1 ms where idle
+
+
+def one_block_after_another(weights, lengths, final):
+    """Earliest deadline first as it is defined: deadlines in exact fractions, blocks in
+    turn. `schedule` must give the same counts."""
+    integral = np.cumsum(weights * lengths[:, None], axis=0)
+    now = np.zeros(weights.shape[1], np.int64)
+    counts = [now.tolist()]
+    for b, total in enumerate(np.cumsum(lengths).tolist()):
+        now = np.maximum(now, integral[b] >> 30)
+        late = []
+        for s in range(len(now)):
+            need = int((integral[b, s] >> 30) + 1) << 30
+            if -(-integral[b, s] >> 30) <= now[s]:
+                continue  # ahead already, or at a whole number
+            k = int(np.searchsorted(integral[:, s], need))
+            rate = int(weights[k, s] if k < len(weights) else final[s])
+            start = int(lengths[:k].sum())
+            done = int(integral[k - 1, s]) if k else 0
+            due = start + Fraction(need - done, rate) if rate else cu.NEVER
+            late.append((-(-due // 1), s))
+        for _, s in sorted(late)[: int(total - now.sum())]:
+            now[s] += 1
+        counts.append(now.tolist())
+    return np.array(counts)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 1000])
+def test_counts_are_those_of_one_block_after_another(length):
+    rng = np.random.default_rng(length)
+    for trial in range(12):
+        sources, blocks = int(rng.integers(1, 20)), int(rng.integers(2, 60))
+        lengths = np.full(blocks, length)
+        lengths[-1] = rng.integers(1, length + 1)
+        ends = rng.dirichlet(np.full(sources, 0.3), 2)
+        if trial % 3 == 0:
+            ends[:] = 1 / sources  # ties
+        ends[:, rng.random(sources) < 0.2] = 0
+        ends[:, 0] += ends.sum(1) == 0
+        ends /= ends.sum(1, keepdims=True)
+        done = np.clip(np.arange(blocks) / rng.integers(1, blocks), 0, 1)[:, None]
+        weights = cu.quantise((1 - done) * ends[0] + done * ends[1])
+        rule = weights, lengths, cu.quantise(ends[1])
+        assert (cu.schedule(*rule) == one_block_after_another(*rule)).all()
+
+
+def test_small_blocks_start_soon_too_and_are_planned_once(monkeypatch):
+    """500B tokens in blocks of the default size: 4 s of a processor once."""
+    names = [f"l{i}/web" for i in range(27)]
+    w = np.random.default_rng(0).dirichlet(np.full(27, 2.0)).tolist()
+    phases = (cu.Phase("align", 122_000_000, dict(zip(names, w, strict=True))),)
+    sizes = dict.fromkeys(names, 10**7)
+    begin = time.process_time()
+    first = cu.Curriculum(phases, sizes).counts_at(10**6)
+    assert time.process_time() - begin < 2
+    monkeypatch.setattr(cu, "schedule", None)
+    again = cu.Curriculum(phases, sizes, seed=0).counts_at(10**6)
+    assert (again == first).all()
 
 
 SIZES = {"en/web": 800, "en/hq": 200, "ru/web": 100, "tr/web": 10}

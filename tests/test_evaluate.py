@@ -1,5 +1,6 @@
 """Held-out scores against units run one at a time, and their standard errors."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -194,6 +195,38 @@ def test_baselines(config, corpus, result):
     assert rows["ru"]["baselines"]["unigram"] < rows["ru"]["baselines"]["uniform"]
     for bits in evaluate.unigram_bits(corpus).values():
         assert (2.0**-bits).sum() == pytest.approx(1)
+
+
+def test_what_xz_makes_of_the_texts_is_in_the_manifest(
+    config, corpus, result, monkeypatch
+):
+    """Packing is slow: no start and no host does it again."""
+    from gamayun_jax import corpus as corpora
+
+    corpora.xz_bytes.cache_clear()
+    mesh = sharding.make_mesh(MESH)
+
+    def evaluator(corpus):
+        model = Transformer(config.model, config.compute)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            return HeldoutEvaluator(config, corpus, mesh, model)
+
+    packed, compress = [], corpora.lzma.compress
+
+    def counted(*args, **kwargs):
+        packed.append(args)
+        return compress(*args, **kwargs)
+
+    monkeypatch.setattr(corpora.lzma, "compress", counted)
+    evaluator(corpus)
+    assert not packed
+    former = copy.deepcopy(corpus.manifest)  # as a former version wrote it
+    for row in former["heldout"]["udhr"]["languages"].values():
+        del row["xz"]
+    before = dataclasses.replace(corpus, manifest=former)
+    found = evaluator(before)._baselines["udhr", "ru"]["xz"]
+    assert len(packed) == len(config.languages)
+    assert found == result[1]["languages"]["ru"]["baselines"]["xz"]
 
 
 def test_a_model_that_knows_nothing_is_uniform(config, corpus, parameters):
