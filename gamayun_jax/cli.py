@@ -319,6 +319,7 @@ def run_eval(args: argparse.Namespace) -> int:
             heldout=bool(args.corpus) or not names,
             languages=args.languages,
             batch_size=args.batch_size,
+            window=args.window,
             watch=watch,
         )
     if "sets" in result:
@@ -752,6 +753,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--languages", nargs="+", help="default: all")
     evaluate.add_argument(
         "--batch-size", type=positive(int), help="rows per step, of held-out sets"
+    )
+    evaluate.add_argument(
+        "--window",
+        type=positive(int),
+        metavar="TOKENS",
+        help="most that the model sees of a text (default: its own window; for "
+        "held-out sets of a run, data.seq_len, as in training)",
     )
     evaluate.add_argument("--out", type=Path, help="folder to write")
 

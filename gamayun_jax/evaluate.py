@@ -3,9 +3,11 @@
 A unit (paragraph, clause) is scored as the tokens of its text after BOS; the end of
 the text is not scored, so that bits are the length of a code of exactly these bytes,
 whatever a model's convention for ends. Units are packed into rows, each its own
-segment; what is longer than a row is cut into windows that overlap by half, every
-token scored once. There is one compiled shape for all sets and languages, sums stay
-on the devices, and one transfer brings them back.
+segment; what is longer than a window is cut into windows that overlap by half, every
+token scored once. A window is a row as in training, with one compiled shape for all
+sets and languages; or of a given length, that of the model for one that was not trained
+here, with rows no longer than they need to be. Sums stay on the devices, and one
+transfer brings them back.
 
 Shape suffixes: B rows, T length, D model, V vocabulary, U units of all sets.
 """
@@ -154,12 +156,16 @@ class HeldoutEvaluator:
         model: Transformer,
         languages: Sequence[str] | None = None,
         tokenizer: TextCoder | None = None,
+        window: int | None = None,
     ):
         """Tokenise and pack everything once.
 
         Args:
           languages: evaluate these only.
           tokenizer: the model's; default: the corpus's.
+          window: most tokens that the model sees before a predicted one; default:
+            rows as in training, or the model's own window where it was not trained
+            here.
 
         Raises:
           UserError: a language that no held-out set has, a tokenizer with more ids
@@ -196,7 +202,14 @@ class HeldoutEvaluator:
         # The frequencies of a corpus are of its own tokens.
         same = tokenizer.fingerprint == own.fingerprint
         unigram = unigram_bits(corpus) if same else {}
-        length = cfg.data.seq_len
+        if window is None and not cfg.data.corpus:
+            window = cfg.model.max_seq_len
+        if not 0 < (window or 1) <= cfg.model.max_seq_len:
+            raise UserError(
+                f"a window of {window} tokens is beyond the model's: choose 1 to "
+                f"{cfg.model.max_seq_len}"
+            )
+        length = window or cfg.data.seq_len
         self._units: dict[tuple[str, str], range] = {}
         self._ids: dict[tuple[str, str], list[str]] = {}
         self._baselines: dict[tuple[str, str], dict[str, float | None]] = {}
@@ -236,13 +249,28 @@ class HeldoutEvaluator:
         self._tokens = np.array(tokens, np.int64)
         self._cut = np.array(cut, bool)
         self._mesh = mesh
-        self._rows = pack(parts, length) if parts else {}
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._batch = -(-cfg.evaluation.batch_size // ways) * ways
-        for key, values in self._rows.items():
-            lack = -len(values) % self._batch
-            pad = np.zeros((lack, values.shape[1]), values.dtype)
-            self._rows[key] = np.concatenate([values, pad])
+        # Row length -> what is packed into such rows.
+        groups: dict[int, list[Window]] = {}
+        for part in parts:
+            T = cfg.data.seq_len
+            while window and len(part.inputs) > T:
+                T *= 2
+            groups.setdefault(T, []).append(part)
+        self._batches: list[dict[str, np.ndarray]] = []
+        for T, group in sorted(groups.items()):
+            rows = pack(group, T)
+            B = max(cfg.evaluation.batch_size * cfg.data.seq_len // T, 1)
+            if window:
+                B = min(B, len(rows["inputs"]))
+            B = -(-B // ways) * ways
+            for key, values in rows.items():
+                pad = np.zeros((-len(values) % B, T), values.dtype)
+                rows[key] = np.concatenate([values, pad])
+            self._batches += [
+                {k: v[at : at + B] for k, v in rows.items()}
+                for at in range(0, len(rows["inputs"]), B)
+            ]
         count = len(sizes)
 
         def step(params, sums, batch):
@@ -266,17 +294,16 @@ class HeldoutEvaluator:
 
     def unit_sums(self, params: Any) -> np.ndarray:
         """float64 [U, 2]: nats and right tokens of each unit."""
-        rows = sharding.batch_sharding(self._mesh)
+        layout = sharding.batch_sharding(self._mesh)
         sums = jax.device_put(
             jnp.zeros((len(self._bytes), 2), jnp.float32),
             sharding.replicated(self._mesh),
         )
-        mine = host_rows(self._batch, rows)
-        for at in range(0, len(self._rows["inputs"]), self._batch):
-            local = {k: v[at + mine] for k, v in self._rows.items()}
-            sums = self._step(
-                params, sums, global_batch(local, mine, self._batch, rows)
-            )
+        for batch in self._batches:
+            B = len(batch["inputs"])
+            mine = host_rows(B, layout)
+            local = {k: v[mine] for k, v in batch.items()}
+            sums = self._step(params, sums, global_batch(local, mine, B, layout))
         return np.asarray(jax.device_get(sums), np.float64)
 
     def run(self, params: Any) -> dict[str, Any]:
@@ -522,6 +549,7 @@ def evaluate_heldout(
     languages: Sequence[str] | None = None,
     batch_size: int | None = None,
     loaded: Loaded | None = None,
+    window: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Evaluate a model on the held-out sets of a corpus, with the model's tokenizer.
 
@@ -532,6 +560,7 @@ def evaluate_heldout(
       path: as of `load_params`; without a corpus of its own if it was imported.
       corpus_folder: default: the run's own.
       loaded: what `load_params(path)` returned, if it was called before.
+      window: see `HeldoutEvaluator`.
 
     Raises:
       UserError: a model or corpus that cannot be read, no tokenizer of the model.
@@ -551,7 +580,9 @@ def evaluate_heldout(
         cfg = dataclasses.replace(cfg, evaluation=evaluation)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         model = Transformer(cfg.model, cfg.compute)
-        evaluator = HeldoutEvaluator(cfg, corpus, mesh, model, languages, tokenizer)
+        evaluator = HeldoutEvaluator(
+            cfg, corpus, mesh, model, languages, tokenizer, window
+        )
         sums = evaluator.unit_sums(params)
     result = evaluator.results(sums)
     items = {f"heldout-{name}": evaluator.items(name, sums) for name in result["sets"]}

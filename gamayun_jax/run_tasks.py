@@ -363,6 +363,7 @@ def evaluate_model(
     languages: Sequence[str] | None = None,
     batch_size: int | None = None,
     watch: Callable[[str, int], Progress | None] = lambda name, total: None,
+    window: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """A model on tasks and on a corpus's held-out sets: eval.json, and the rows of each
     task and set.
@@ -373,6 +374,8 @@ def evaluate_model(
       heldout: whether to run them.
       watch: called with the name of a task and its number of texts, before it runs;
         what it returns is called with numbers of texts that are done.
+      window: most tokens that the model sees before a predicted one; default: its
+        own, but rows as in training for held-out sets of a model trained here.
 
     Raises:
       UserError: a model that cannot be read, or without a tokenizer.
@@ -393,18 +396,19 @@ def evaluate_model(
         "label": plain_name(path),
         "step": meta["step"],
         "tokens": meta["tokens"],
+        "window": window,
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
     }
     rows: dict[str, list[dict[str, Any]]] = {}
     if heldout:
         found, rows = evaluate.evaluate_heldout(
-            path, corpus, languages, batch_size, loaded
+            path, corpus, languages, batch_size, loaded, window
         )
         result["sets"] = found["sets"]
     if tasks:
         tokenizer = hf.open_tokenizer(path, meta, corpus or cfg.data.corpus)
-        scorer = Scorer(cfg.model, params, mesh, cfg.compute)
+        scorer = Scorer(cfg.model, params, mesh, cfg.compute, window)
         generator = None
         if any(t.kind == "generation" for t in tasks):
             generator = Generator(cfg.model, params, mesh, tokenizer, cfg.compute)

@@ -156,7 +156,7 @@ def test_one_program_and_one_transfer(config, corpus, parameters, monkeypatch):
         evaluator = HeldoutEvaluator(config, corpus, mesh, model)
         placed = jax.device_put(parameters, sharding.replicated(mesh))
         evaluator.run(placed)
-    assert len(evaluator._rows["inputs"]) > evaluator._batch
+    assert len(evaluator._batches) > 1
     assert [x.shape for x in fetched] == [(30, 2)]
     assert fetched[0].sharding.is_fully_replicated
     assert evaluator._step._cache_size() == 1

@@ -1,6 +1,8 @@
 """Imported models from the command line: evaluation and generation on their own
 tokenizers, against `transformers` on the same folder."""
 
+import dataclasses
+import functools
 import json
 import math
 import warnings
@@ -13,12 +15,14 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch and transformers have their own
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
+import flax.linen as nn
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gamayun_jax import cli, evaluate, hf, run_tasks
+from gamayun_jax import cli, evaluate, hf, run_tasks, sharding
 from gamayun_jax.config import UserError
 from gamayun_jax.hf_tokenizer import HFTokenizer
+from gamayun_jax.model import Transformer
 from gamayun_jax.tokenizer import TextStream, Tokenizer
 
 torch.set_num_threads(1)
@@ -120,6 +124,69 @@ def test_evaluation_runs_on_the_model_s_own_tokenizer(
     # The corpus's frequencies are of other tokens: a gap, not a wrong number.
     assert row["baselines"]["unigram"] is None
     assert row["baselines"]["xz"] > 0
+
+
+def test_long_texts_are_scored_in_the_model_s_own_window(corpus, config, tmp_path):
+    """Of 512 tokens, in rows as long as a text needs; or in one that is asked for."""
+    texts = [t for _, t in corpus.heldout("udhr", "en")]
+    byte_level(tmp_path, texts, True)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(
+            vocab_size=416, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+            bos_token_id=1, eos_token_id=0, initializer_range=0.3,
+        )
+    ).float().eval()  # fmt: skip
+    model.save_pretrained(tmp_path)
+    cfg, params, _, mesh = evaluate.load_params(tmp_path)
+    # Rows of 64, so that there are longer ones and full ones.
+    data = dataclasses.replace(cfg.data, seq_len=64)
+    compute = dataclasses.replace(cfg.compute, loss_chunk=32, dtype="float32")
+    cfg = dataclasses.replace(cfg, data=data, compute=compute)
+    own = HFTokenizer(tmp_path)
+    joined = " ".join(texts)
+    long = own.decode(own.encode(joined)[:700]), own.decode(own.encode(joined)[:300])
+    units = [("a", long[0]), ("b", long[1]), ("c", texts[0][:60])]
+
+    class Texts:
+        def __init__(self):
+            self.manifest = {"heldout": {"x": {"parallel": False}}}
+
+        def heldout_sets(self):
+            return {"x": ["en"]}
+
+        def heldout(self, name, language):
+            return units
+
+        def tokenizer(self):
+            return corpus.tokenizer()
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        build = functools.partial(
+            evaluate.HeldoutEvaluator, cfg, Texts(), mesh,
+            Transformer(cfg.model, cfg.compute), None, own,
+        )  # fmt: skip
+        for window in (None, 128):
+            evaluator = build(window=window)
+            shapes = {b["inputs"].shape[1] for b in evaluator._batches}
+            assert shapes == ({64, 512} if window is None else {64, 128})
+            sums = evaluator.unit_sums(params)
+            n = window or 512
+            for (_, text), (found, _) in zip(units, sums, strict=True):
+                expected, ids, done = 0.0, own.encode(text), 0
+                while done < len(ids):
+                    at = 0 if not done else done - n // 2
+                    end = min(at + n, len(ids))
+                    part = [1, *ids][at : end + 1]
+                    with torch.inference_mode():
+                        out = model(torch.tensor([part])).logits[0, :-1].double()
+                    nll = -torch.log_softmax(out, -1)[range(len(part) - 1), part[1:]]
+                    expected += float(nll[done - at :].sum())
+                    done = end
+                assert found == pytest.approx(expected, rel=1e-4)
+        with pytest.raises(UserError, match="513 tokens is beyond"):
+            build(window=513)
 
 
 def test_generation_from_folder_run_and_quantised(imported, corpus, tmp_path, capfd):
