@@ -110,7 +110,8 @@ def config(
             ),
         ),
         data=DataConfig(seq_len=SEQ_LEN, batch_size=rows * chips),
-        compute=ComputeConfig(remat=remat, loss_chunk=chunk),
+        # Sums of gradients in bfloat16, as the figures of docs/plan.md.
+        compute=ComputeConfig(remat=remat, loss_chunk=chunk, reduce_dtype="bfloat16"),
         mesh=MeshConfig(data=-1, fsdp=fsdp, tensor=1),
     )
 

@@ -115,6 +115,9 @@ class ComputeConfig:
 
     # "auto": bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # In which gradients of parameters are summed over devices and over the chunks of
+    # the loss. They leave the sum in float32 in either case.
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     # What the backward pass makes again: none | minimal | attention | full, from
     # nothing to all of a layer; offload: as minimal, kept in the host's memory.
     remat: Literal["none", "minimal", "attention", "full", "offload"] = "none"

@@ -95,7 +95,7 @@ class Decoder:
         use = functools.partial(map_leaves, lambda _, x: dequantize(x, dtype))
         head = use({k: v for k, v in weights.items() if k != "layers"})
         x_BTD = jnp.take(head["embedding"], tokens_BT, axis=0)
-        cos_BT1H, sin_BT1H = rope_angles(cfg, positions_BT, dtype)
+        cos_BT1H, sin_BT1H = rope_angles(cfg, positions_BT)
         at = state["index"]
         kv_segments_BS = jax.lax.dynamic_update_slice(
             state["segments"], segments_BT, (0, at)

@@ -127,10 +127,11 @@ def nll_and_logsumexp(
     return lse_BT - target_BT, lse_BT, logits_BTV
 
 
-def _head_forward(x_BTD, w_VD, targets_BT, weights_BT, z_loss, with_grad):
+def _head_forward(x_BTD, w_VD, targets_BT, weights_BT, z_loss, dw_dtype):
+    """Loss, nll_BT, and (dx_BTD, dw_DV): None where no `dw_dtype` asks for them."""
     nll_BT, lse_BT, logits_BTV = nll_and_logsumexp(x_BTD, w_VD, targets_BT)
     loss = jnp.sum(weights_BT * (nll_BT + z_loss * jnp.square(lse_BT)))
-    if not with_grad:
+    if dw_dtype is None:
         return loss, nll_BT, None
     # d loss / d logits = weight * (softmax * (1 + 2 z lse) - onehot)
     ids_V = jnp.arange(w_VD.shape[0], dtype=targets_BT.dtype)
@@ -141,20 +142,19 @@ def _head_forward(x_BTD, w_VD, targets_BT, weights_BT, z_loss, with_grad):
     d_BTV = d_BTV.astype(x_BTD.dtype)
     dx_BTD = jnp.einsum("BTV,VD->BTD", d_BTV, w_VD)
     # x first: on CPU XLA transposes the first factor, and this one is the narrower.
-    dw_DV = jnp.einsum("BTD,BTV->DV", x_BTD, d_BTV, preferred_element_type=jnp.float32)
-    return loss, nll_BT, (dx_BTD, dw_DV)
+    return loss, nll_BT, (dx_BTD, sharding.weight_gradient(x_BTD, d_BTV, dw_dtype))
 
 
-def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, with_grad):
+def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, dw_dtype):
     B, T, _ = x_BTD.shape
-    cast_w_VD = sharding.gather(w_VD.astype(x_BTD.dtype), sharding.TABLE)
+    cast_w_VD = sharding.gather(w_VD, sharding.TABLE, x_BTD.dtype)
     if not chunk or chunk >= T:
         loss, nll_BT, grads = _head_forward(
-            x_BTD, cast_w_VD, targets_BT, weights_BT, z_loss, with_grad
+            x_BTD, cast_w_VD, targets_BT, weights_BT, z_loss, dw_dtype
         )
         if grads is not None:
             dw_VD = sharding.constrain_parameter(grads[1].T, sharding.TABLE)
-            grads = (grads[0], dw_VD)
+            grads = (grads[0], dw_VD.astype(jnp.float32))
         return loss, nll_BT, grads
     if T % chunk:
         raise UserError(
@@ -164,9 +164,8 @@ def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, with_grad):
 
     # Rows in groups P x Q, one for each part of the batch's division over devices, so
     # that a device sums its own part of dw over the chunks. Were dw one sum, it would
-    # be added up over all devices in every chunk. It is in the dtype of computation,
-    # as every other gradient when it is summed over devices: in float32 it is the
-    # largest array of all.
+    # be added up over all devices in every chunk. It is in the dtype in which devices
+    # sum it afterwards; in float32 it is the largest array of all.
     P, Q = sharding.batch_groups(B)
 
     def cut(a: jax.Array) -> jax.Array:  # [B, T, ...] -> [T / chunk, P, Q, B', chunk]
@@ -174,19 +173,22 @@ def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, with_grad):
         return jnp.moveaxis(sharding.divide_groups(a), 3, 0)
 
     def forward(*part):
-        return _head_forward(part[0], cast_w_VD, *part[1:], z_loss, with_grad)
+        # A chunk's own part in float32: only what adds up is rounded.
+        part_dtype = None if dw_dtype is None else jnp.float32
+        return _head_forward(part[0], cast_w_VD, *part[1:], z_loss, part_dtype)
 
     def step(carry, part):
         loss, dw = carry
         part_loss, nll, grads = jax.vmap(jax.vmap(forward))(*part)
-        dx = grads[0] if with_grad else None
-        if with_grad:
+        dx = None
+        if grads is not None:
+            dx = grads[0]
             dw = sharding.divide_groups((dw + grads[1]).astype(dw.dtype))
         return (loss + jnp.sum(part_loss), dw), (nll, dx)
 
     dw0 = None
-    if with_grad:
-        dw0 = sharding.divide_groups(jnp.zeros((P, Q, *w_VD.shape[::-1]), x_BTD.dtype))
+    if dw_dtype is not None:
+        dw0 = sharding.divide_groups(jnp.zeros((P, Q, *w_VD.shape[::-1]), dw_dtype))
     parts = (cut(x_BTD), cut(targets_BT), cut(weights_BT))
     (loss, dw_PQDV), (nll, dx) = jax.lax.scan(step, (jnp.zeros(()), dw0), parts)
 
@@ -199,27 +201,30 @@ def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, with_grad):
     return loss, paste(nll), (paste(dx), dw_VD.astype(jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def head_loss(x_BTD, w_VD, targets_BT, weights_BT, z_loss: float, chunk: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def head_loss(
+    x_BTD, w_VD, targets_BT, weights_BT, z_loss: float, chunk: int, reduce_dtype: str
+):
     """Sum of weight * (nll + z_loss * lse^2) over [B, T], and nll_BT for metrics.
 
     The output head and the loss in one, so that the [B, T, V] logits need not exist:
     with `chunk` > 0, only [B, chunk, V] of them do at a time, and the gradient is
     formed in the same pass instead of recomputing them. `nll_BT` carries no gradient.
+    The gradient of w adds up over chunks and devices in `reduce_dtype`.
     z-loss: PaLM, arXiv 2204.02311, section 5.
     """
-    loss, nll_BT, _ = _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, False)
+    loss, nll_BT, _ = _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, None)
     return loss, nll_BT
 
 
-def _head_fwd(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk):
+def _head_fwd(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, reduce_dtype):
     loss, nll_BT, grads = _head(
-        x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, True
+        x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, reduce_dtype
     )
     return (loss, nll_BT), grads
 
 
-def _head_bwd(z_loss, chunk, grads, cotangents):
+def _head_bwd(z_loss, chunk, reduce_dtype, grads, cotangents):
     dx_BTD, dw_VD = grads
     g = cotangents[0]
     return dx_BTD * g.astype(dx_BTD.dtype), dw_VD * g, None, None
@@ -233,12 +238,11 @@ def language_sums(
 ) -> dict[str, jax.Array]:
     """Sums per language, float32 [G]: nll (nats), targets (valid), tokens (all)."""
     ids_G = jnp.arange(num_languages, dtype=jnp.int32)
-    one_hot_BTG = (batch["language"][..., None] == ids_G[None, None]).astype(
-        jnp.float32
-    )
+    of_language_BTG = batch["language"][..., None] == ids_G[None, None]
 
     def total(values_BT: jax.Array) -> jax.Array:
-        return jnp.einsum("BT,BTG->G", values_BT, one_hot_BTG)
+        # No matrix product: a TPU rounds the factors of one in float32 to bfloat16.
+        return jnp.sum(jnp.where(of_language_BTG, values_BT[..., None], 0.0), (0, 1))
 
     return {
         "nll": total(nll_BT * batch["valid"]),
@@ -254,6 +258,7 @@ def weighted_loss(
     tables: TokenWeights,
     z_loss: float = 0.0,
     chunk: int = 0,
+    reduce_dtype: str = "float32",
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Numerator of the objective and the sums that go with it.
 
@@ -266,7 +271,7 @@ def weighted_loss(
     """
     weights_BT = token_weights(batch, tables)
     numerator, nll_BT = head_loss(
-        x_BTD, w_VD, batch["targets"], weights_BT, z_loss, chunk
+        x_BTD, w_VD, batch["targets"], weights_BT, z_loss, chunk, reduce_dtype
     )
     sums = {
         "numerator": numerator,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,24 +27,12 @@ from gamayun_jax.config import ComputeConfig, ModelConfig
 Cache = dict[str, jax.Array]
 
 
-def _all_but_weights(primitive: Any, *inputs: Any, **params: Any) -> bool:
-    """What `none` keeps: everything, but weights as they were gathered over fsdp.
-
-    Kept, they would undo their division. In a layer only `sharding.gather` is a
-    custom_vjp of one array; its name is not among what a policy is told.
-    """
-    gathered = primitive.name == "custom_vjp_call" and len(inputs) == 1
-    return not gathered and not (primitive.name == "name" and params["name"] == WEIGHT)
-
-
-WEIGHT = "weight"
 # What the backward pass keeps of a layer's forward pass besides the layer's input, by
 # name of the policy. `minimal` makes the products k, v and o again, the cheapest ones
 # for their size; `attention` also gate and up of the MLP, two thirds of its products.
 # `offload` is `minimal` in the memory of the host.
 KEPT = ("q", OUTPUT, "gate", "up")
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "none": _all_but_weights,
     "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT),
     "attention": jax.checkpoint_policies.save_only_these_names("q", "k", "v", OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -82,51 +70,75 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
 
 
 def rope_angles(
-    cfg: ModelConfig, positions_BT: jax.Array, dtype: jnp.dtype
+    cfg: ModelConfig, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of each position's angles, both [B, T, 1, H]."""
+    """Cosines and sines of each position's angles, both float32 [B, T, 1, H]."""
     angle_BTH = positions_BT[..., None].astype(jnp.float32) * _like(
         jnp.tile(rope_frequencies(cfg), 2), positions_BT[..., None]
     )
-    cos_BT1H = jnp.cos(angle_BTH)[:, :, None].astype(dtype)
-    sin_BT1H = jnp.sin(angle_BTH)[:, :, None].astype(dtype)
-    return cos_BT1H, sin_BT1H
+    return jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
 
 
 def rotate(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.Array:
-    """Rotate pairs (i, i + H/2) of each head: Hugging Face's order of dimensions."""
-    x1, x2 = jnp.split(x_BTNH, 2, axis=-1)
+    """Rotate pairs (i, i + H/2) of each head: Hugging Face's order of dimensions.
+
+    In float32, as the LLaMA reference, and rounded once to the dtype of x: a cosine
+    rounded to bfloat16 turns all heads' pairs of one position by a wrong angle.
+    """
+    x32_BTNH = x_BTNH.astype(jnp.float32)
+    x1, x2 = jnp.split(x32_BTNH, 2, axis=-1)
     rotated = jnp.concatenate([-x2, x1], axis=-1)
-    return (x_BTNH * cos_BT1H + rotated * sin_BT1H).astype(x_BTNH.dtype)
+    return (x32_BTNH * cos_BT1H + rotated * sin_BT1H).astype(x_BTNH.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
+class Weight(NamedTuple):
+    """A matrix's parameter, divided over devices, and how to compute with it."""
+
+    value: jax.Array  # float32 [*I, *O]
+    axes: tuple[str | None, ...]  # logical
+    reduce_dtype: str  # ComputeConfig.reduce_dtype
+
+
+def project(x: jax.Array, w: Weight, contracted: int) -> jax.Array:
     """x [B, T, *I] times w [*I, *O] over the `contracted` axes I: [B, T, *O].
 
-    Its own gradient for the order of one product's factors: in that of the weights,
-    automatic differentiation puts the output's gradient first, and on CPU XLA
-    transposes the first factor, with all that computes it. For SwiGLU that took a
-    quarter of a step. Here the narrower factor is the first.
+    In the dtype of x, with w gathered over fsdp.
     """
-    return jnp.tensordot(x, w, contracted)
+    return _project(x, w.value, contracted, w.axes, w.reduce_dtype)
 
 
-def _project_fwd(x, w, contracted):
-    return project(x, w, contracted), (x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _project(x, w, contracted, axes, reduce_dtype):
+    """Its own gradient, for three reasons.
+
+    The gathered weight is no residual, under any remat policy: kept, it would undo
+    its division. The gradient of w leaves the product in the dtype in which devices
+    sum it: automatic differentiation would round each device's part to that of x. And
+    the order of that product's factors: in that of the weights, automatic
+    differentiation puts the output's gradient first, and on CPU XLA transposes the
+    first factor, with all that computes it. For SwiGLU that took a quarter of a step.
+    Here the narrower factor is the first.
+    """
+    return jnp.tensordot(x, sharding.gather(w, axes, x.dtype), contracted)
 
 
-def _project_bwd(contracted, saved, g):
+def _project_fwd(x, w, contracted, axes, reduce_dtype):
+    return _project(x, w, contracted, axes, reduce_dtype), (x, w)
+
+
+def _project_bwd(contracted, axes, reduce_dtype, saved, g):
     x, w = saved
     over = (tuple(range(2, g.ndim)), tuple(range(contracted, w.ndim)))
-    dx = jnp.tensordot(g, w, over)
+    dx = jnp.tensordot(g, sharding.gather(w, axes, x.dtype), over)
     if x.size <= g.size:
-        return dx, jnp.tensordot(x, g, ((0, 1), (0, 1)))
-    dw = jnp.tensordot(g, x, ((0, 1), (0, 1)))
-    return dx, jnp.moveaxis(dw, range(g.ndim - 2), range(contracted, w.ndim))
+        dw = sharding.weight_gradient(x, g, reduce_dtype)
+    else:
+        dw = sharding.weight_gradient(g, x, reduce_dtype)
+        dw = jnp.moveaxis(dw, range(g.ndim - 2), range(contracted, w.ndim))
+    return dx, sharding.constrain_parameter(dw, axes).astype(w.dtype)
 
 
-project.defvjp(_project_fwd, _project_bwd)
+_project.defvjp(_project_fwd, _project_bwd)
 
 
 def _param(
@@ -146,10 +158,10 @@ def _weight(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     std: float,
-) -> jax.Array:
-    """A matrix to compute with: in the module's dtype, gathered over fsdp."""
-    w = _param(module, name, shape, axes, std).astype(module.dtype)
-    return checkpoint_name(sharding.gather(w, axes), WEIGHT)
+) -> Weight:
+    """A matrix to `project` with."""
+    w = _param(module, name, shape, axes, std)
+    return Weight(w, axes, module.reduce_dtype)
 
 
 class RMSNorm(nn.Module):
@@ -185,6 +197,7 @@ class Attention(nn.Module):
     cfg: ModelConfig
     dtype: jnp.dtype
     kind: str = "auto"  # ComputeConfig.attention
+    reduce_dtype: str = "float32"  # ComputeConfig.reduce_dtype
     lean: bool = False  # see Block
 
     @nn.compact
@@ -200,7 +213,9 @@ class Attention(nn.Module):
             if cfg.qkv_bias:
                 init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, None))
                 bias: Any = self.param(f"{name}_bias", init, (count, H), jnp.float32)
-                y_BTNH += _like(bias.astype(self.dtype), y_BTNH)
+                # In float32, as its gradient is then summed.
+                y32_BTNH = y_BTNH.astype(jnp.float32)
+                y_BTNH = (y32_BTNH + _like(bias, y32_BTNH)).astype(self.dtype)
             return checkpoint_name(y_BTNH, name)
 
         q_BTNH = heads("q", N, "heads")
@@ -244,6 +259,7 @@ class SwiGLU(nn.Module):
 
     cfg: ModelConfig
     dtype: jnp.dtype
+    reduce_dtype: str = "float32"  # ComputeConfig.reduce_dtype
     lean: bool = False  # see Block
 
     @nn.compact
@@ -257,14 +273,14 @@ class SwiGLU(nn.Module):
         gate_BTF = checkpoint_name(project(x_BTD, gate_DF, 1), "gate")
         up_BTF = checkpoint_name(project(x_BTD, up_DF, 1), "up")
 
-        def down(gate_BTF, up_BTF, down_FD):
+        def down(gate_BTF, up_BTF):
             h_BTF = nn.with_logical_constraint(
                 jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "act_mlp")
             )
             return project(h_BTF, down_FD, 1)
 
         # Lean, gate and up are kept for the gradient, not four more of their size.
-        return (jax.checkpoint(down) if self.lean else down)(gate_BTF, up_BTF, down_FD)
+        return (jax.checkpoint(down) if self.lean else down)(gate_BTF, up_BTF)
 
 
 class Block(nn.Module):
@@ -272,59 +288,66 @@ class Block(nn.Module):
 
     Attributes:
       lean: elementwise functions keep their arguments alone for the gradient, which on
-        CPU is faster too. Not under remat: its policy decides what is kept, and XLA
-        for TPUs estimates that the barriers within it cost 14 % of a step.
+        CPU is faster too. Not under remat, whose policy decides what is kept, nor with
+        weights divided over fsdp: XLA for TPUs estimates that the barriers within cost
+        14 % of a step.
     """
 
     cfg: ModelConfig
     dtype: jnp.dtype
     kind: str = "auto"
+    reduce_dtype: str = "float32"
     lean: bool = False
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, cos_BT1H, sin_BT1H, segments):
         eps = self.cfg.norm_eps
         h_BTD = RMSNorm(eps, lean=self.lean, name="attention_norm")(x_BTD)
-        h_BTD, layer_cache = Attention(
-            self.cfg, self.dtype, self.kind, self.lean, name="attention"
-        )(h_BTD, cos_BT1H, sin_BT1H, segments, layer_cache)
+        how = (self.reduce_dtype, self.lean)
+        attend = Attention(self.cfg, self.dtype, self.kind, *how, name="attention")
+        h_BTD, layer_cache = attend(h_BTD, cos_BT1H, sin_BT1H, segments, layer_cache)
         x_BTD = x_BTD + h_BTD
         h_BTD = RMSNorm(eps, lean=self.lean, name="mlp_norm")(x_BTD)
-        x_BTD = x_BTD + SwiGLU(self.cfg, self.dtype, self.lean, name="mlp")(h_BTD)
+        x_BTD = x_BTD + SwiGLU(self.cfg, self.dtype, *how, name="mlp")(h_BTD)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         # Kept only where the collection is asked for: see `hidden_states`.
         self.sow("intermediates", "hidden", x_BTD)
         return x_BTD, layer_cache
 
 
-@jax.custom_vjp
-def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def look_up(
+    table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, reduce_dtype: str
+) -> jax.Array:
     """Rows of the embedding, which is gathered over fsdp like any other weight.
 
     Left to itself, the partitioner looks up the whole global batch on every device,
     and sums the whole table's gradient over all of them.
     """
-    return jnp.take(sharding.gather(table_VD, sharding.TABLE), tokens_BT, axis=0)
+    table = sharding.gather(table_VD, sharding.TABLE, dtype)
+    return jnp.take(table, tokens_BT, axis=0)
 
 
-def _look_up_fwd(table_VD, tokens_BT):
-    return look_up(table_VD, tokens_BT), (tokens_BT, table_VD.shape[0])
+def _look_up_fwd(table_VD, tokens_BT, dtype, reduce_dtype):
+    return look_up(table_VD, tokens_BT, dtype, reduce_dtype), (tokens_BT, table_VD)
 
 
-def _look_up_bwd(kept, dx_BTD):
-    tokens_BT, V = kept
-    B, _, D = dx_BTD.shape
-    P, Q = sharding.batch_groups(B)
+def _look_up_bwd(dtype, reduce_dtype, kept, dx_BTD):
+    tokens_BT, table_VD = kept
+    P, Q = sharding.batch_groups(len(tokens_BT))
 
     def cut(a: jax.Array) -> jax.Array:  # each device's rows: [P, Q, B' x T, ...]
         a = a.reshape(P, Q, -1, *a.shape[2:])
         return sharding.divide_groups(a)
 
+    # In float32: a sum in bfloat16 stands still once it is 256 times what is added,
+    # and the token of a comma is added thousands of times.
     def add(dx, tokens):
-        return jnp.zeros((V, D), dx.dtype).at[tokens].add(dx)
+        zeros = jnp.zeros(table_VD.shape, jnp.float32)
+        return zeros.at[tokens].add(dx.astype(jnp.float32)).astype(reduce_dtype)
 
-    parts = jax.vmap(jax.vmap(add))(cut(dx_BTD), cut(tokens_BT))
-    return sharding.sum_groups(sharding.divide_groups(parts), sharding.TABLE), None
+    parts = sharding.divide_groups(jax.vmap(jax.vmap(add))(cut(dx_BTD), cut(tokens_BT)))
+    return sharding.sum_groups(parts, sharding.TABLE).astype(table_VD.dtype), None
 
 
 look_up.defvjp(_look_up_fwd, _look_up_bwd)
@@ -367,11 +390,12 @@ class Transformer(nn.Module):
         embedding_VD = _param(self, "embedding", shape, sharding.TABLE, cfg.init_std)
         if not cfg.tie_embeddings:
             _param(self, "unembedding", shape, sharding.TABLE, cfg.init_std)
-        x_BTD = look_up(embedding_VD.astype(dtype), tokens_BT)
+        reduce_dtype = self.compute.reduce_dtype
+        x_BTD = look_up(embedding_VD, tokens_BT, dtype, reduce_dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         self.sow("intermediates", "embedded", x_BTD)
 
-        cos_BT1H, sin_BT1H = rope_angles(cfg, positions_BT, dtype)
+        cos_BT1H, sin_BT1H = rope_angles(cfg, positions_BT)
 
         offset: jax.Array | int = 0
         kv_segments_BS = segment_ids_BT
@@ -386,7 +410,7 @@ class Transformer(nn.Module):
         context = (cos_BT1H, sin_BT1H, segments)
 
         block = Block
-        remat = self.compute.remat != "none" or sharding.divides_parameters()
+        remat = self.compute.remat != "none"
         if remat and cache is None:
             block = nn.remat(  # type: ignore[assignment]
                 Block,
@@ -404,7 +428,12 @@ class Transformer(nn.Module):
             unroll=1 if self.compute.scan_layers else cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(
-            cfg, dtype, self.compute.attention, lean=not remat, name="layers"
+            cfg,
+            dtype,
+            self.compute.attention,
+            reduce_dtype,
+            lean=not remat and not sharding.divides_parameters(),
+            name="layers",
         )(x_BTD, layer_caches, *context)
 
         x_BTD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BTD)

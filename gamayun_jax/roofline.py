@@ -14,7 +14,8 @@ from gamayun_jax.chips import Chip
 from gamayun_jax.config import Config, ModelConfig
 from gamayun_jax.model import flops_per_token
 
-COMPUTE_BYTES = 2  # bfloat16: weights gathered, gradients summed, activations kept
+COMPUTE_BYTES = 2  # bfloat16: weights gathered, activations kept
+REDUCE_BYTES = {"float32": 4, "bfloat16": 2}  # of a gradient that devices sum
 STATE_BYTES = 12  # a parameter and Adam's two moments in float32
 
 
@@ -114,17 +115,20 @@ def least_moved_bytes(cfg: Config, mesh: Mapping[str, int]) -> dict[str, float]:
     """Bytes that a device must send along each mesh axis, at the least.
 
     fsdp: the weights are gathered for the forward and for the backward pass and their
-    gradients scattered, in bfloat16, in every microbatch (ZeRO, arXiv 1910.02054,
-    stage 3); the embedding is gathered once, because its uses are neighbours. data:
-    the scattered gradients are summed. tensor: two sums of the activations in each
-    pass of a layer (Megatron, arXiv 1909.08053), and those of look-up and head.
+    gradients scattered, in `compute.reduce_dtype`, in every microbatch (ZeRO, arXiv
+    1910.02054, stage 3); the embedding is gathered once, because its uses are
+    neighbours. data: the scattered gradients are summed. tensor: two sums of the
+    activations in each pass of a layer (Megatron, arXiv 1909.08053), and those of
+    look-up and head.
     """
     model, m = cfg.model, cfg.compute.microbatches
     d, f, t = mesh["data"], mesh["fsdp"], mesh["tensor"]
-    layers = COMPUTE_BYTES * layer_parameters(model) / t
-    table = COMPUTE_BYTES * matrices(model)["embedding"] / t
-    fsdp = m * (3 * layers + 2 * table) * (f - 1) / f
-    data = m * 2 * (layers + table) / f * (d - 1) / d
+    reduced = REDUCE_BYTES[cfg.compute.reduce_dtype]
+    layers = layer_parameters(model) / t
+    table = matrices(model)["embedding"] / t
+    gathered = COMPUTE_BYTES * (2 * layers + table)
+    fsdp = m * (gathered + reduced * (layers + table)) * (f - 1) / f
+    data = m * 2 * reduced * (layers + table) / f * (d - 1) / d
     passes = 2 + (cfg.compute.remat != "none")
     activations = rows(cfg, mesh) * cfg.data.seq_len * model.d_model * COMPUTE_BYTES
     sums = 2 * passes * model.num_layers + 2

@@ -7,7 +7,6 @@ and optimiser state sharded, batch too) and `tensor` (heads, mlp, vocabulary).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -244,30 +243,38 @@ def sum_groups(parts: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     )(parts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A parameter with these logical axes, whole over fsdp: what a layer computes with.
+def gather(w: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> jax.Array:
+    """A parameter with these logical axes, in a dtype, whole over fsdp.
 
-    One gather for all its uses, and its gradient is scattered at once. Left to the
-    partitioner, a weight is gathered for each use; a plain constraint would also hold
-    for the gradient, which all devices would then have whole.
+    What a layer computes with. For use inside of custom gradients, which scatter the
+    parameter's gradient at once: the constraint's own gradient would be one that all
+    devices have whole. Left to the partitioner, a weight is gathered for each use.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    w = w.astype(dtype)
     if mesh.empty:
         return w
     whole = without_fsdp(parameter_spec(w.shape, axes, mesh))
     return jax.lax.with_sharding_constraint(w, whole)
 
 
-def _gather_fwd(w, axes):
-    return gather(w, axes), None
+def weight_gradient(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """Products of a [B, T, *I] and b [B, T, *O] summed over B and T: [*I, *O].
 
+    In `dtype` from the start: rounded after the sum, a device's part is rounded first.
+    """
 
-def _gather_bwd(axes, _, gradient):
-    return (constrain_parameter(gradient, axes),)
+    def on_cpu(a, b):
+        # XLA has no product of bfloat16 with a result in float32 for some layouts.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.tensordot(a, b, ((0, 1), (0, 1))).astype(dtype)
 
+    def product(a, b):
+        return jnp.tensordot(a, b, ((0, 1), (0, 1)), preferred_element_type=dtype)
 
-gather.defvjp(_gather_fwd, _gather_bwd)
+    if a.dtype == dtype:
+        return product(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=product)
 
 
 def constrain_parameter(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

@@ -76,6 +76,7 @@ def loss_sums(params, batch, cfg: Config, tables: TokenWeights):
         tables,
         cfg.optimizer.z_loss,
         cfg.compute.loss_chunk,
+        cfg.compute.reduce_dtype,
     )
 
 

@@ -1,5 +1,7 @@
 """Weights and loss against float64, and equal under any way to cut the batch."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,7 @@ def test_head_loss_and_gradients(chunk, z):
     want = reference(x, w, targets, weights, z)
 
     def loss(x, w):
-        return head_loss(x, w, targets, jnp.float32(weights), z, chunk)
+        return head_loss(x, w, targets, jnp.float32(weights), z, chunk, "float32")
 
     (value, nll), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(
         jnp.float32(x), jnp.float32(w)
@@ -68,7 +70,7 @@ def test_gradients_equal_those_of_a_naive_loss(chunk):
     weights, z = jnp.float32(weights), 0.01
 
     def ours(x, w):
-        loss, nll = head_loss(x, w, targets, weights, z, chunk)
+        loss, nll = head_loss(x, w, targets, weights, z, chunk, "float32")
         return 0.25 * loss + jnp.sum(nll)
 
     def naive(x, w):
@@ -92,7 +94,7 @@ def test_gradients_equal_those_of_a_naive_loss(chunk):
 def test_a_chunk_that_does_not_divide():
     x, w, targets, weights = case()
     with pytest.raises(UserError, match="does not divide"):
-        head_loss(x, w, targets, weights, 0.0, 5)
+        head_loss(x, w, targets, weights, 0.0, 5, "float32")
 
 
 positive = st.floats(0.01, 1.0)
@@ -233,3 +235,45 @@ def test_any_sharding_and_microbatching_gives_the_same(
     leaves = zip(jax.tree.leaves(alone[:2]), jax.tree.leaves(found[:2]), strict=True)
     for a, b in leaves:
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+
+
+@pytest.mark.parametrize(
+    ("reduce_dtype", "least", "most"),
+    [("float32", 0, 1e-3), ("bfloat16", 2e-3, 2e-2)],
+)
+def test_in_bfloat16_chunks_add_the_head_s_gradient_in_the_dtype_asked_for(
+    reduce_dtype, least, most
+):
+    """64 chunks against float64; the states have a mean, as a model's do."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(0.5, 1, (4, 512, D)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(V, D)), jnp.bfloat16).astype(jnp.float32)
+    targets = rng.integers(0, V, (4, 512)).astype(np.int32)
+    weights = rng.random((4, 512)).astype(np.float32)
+    want = reference(np.float64(x), np.float64(w), targets, weights, 0.0)[3]
+
+    def loss(w):
+        return head_loss(x, w, targets, jnp.asarray(weights), 0.0, 8, reduce_dtype)[0]
+
+    got = jax.jit(jax.grad(loss))(w)
+    assert got.dtype == jnp.float32
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert least <= error <= most
+
+
+def test_no_sum_is_a_product_whose_factors_a_tpu_rounds(random_batch):
+    """A TPU rounds float32 factors to bfloat16 where no precision is named. So the
+    program as lowered for one is read: products may have bfloat16 factors only."""
+    x, w, *_ = case()
+    tables = TokenWeights(np.float32([1, 2, 3]), np.ones(V, np.float32))
+    batch = {k: jnp.asarray(v) for k, v in random_batch(B, T, V).items()}
+
+    def loss(x, w):
+        return weighted_loss(x, w, batch, tables, chunk=4)
+
+    args = (jnp.asarray(x, jnp.bfloat16), jnp.float32(w))
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    text = gradient.trace(*args).lower(lowering_platforms=("tpu",))
+    products = re.findall(r"dot_general .*: \((.*)\) ->", text.as_text())
+    assert len(products) == 3
+    assert not [factors for factors in products if "f32>" in factors]

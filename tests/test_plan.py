@@ -82,9 +82,15 @@ def test_least_traffic_by_hand(stage1):
     layers, table = 1_226_833_920, 131_072 * 2048
     assert roofline.layer_parameters(stage1.model) == layers
     least = roofline.least_moved_bytes(stage1, {"data": 16, "fsdp": 16, "tensor": 1})
-    assert least["fsdp"] == 2 * (3 * layers + 2 * table) * 15 / 16
-    assert least["data"] == 2 * 2 * (layers + table) / 16 * 15 / 16
+    gathered = 2 * (2 * layers + table)
+    assert least["fsdp"] == (gathered + 4 * (layers + table)) * 15 / 16
+    assert least["data"] == 2 * 4 * (layers + table) / 16 * 15 / 16
     assert least["tensor"] == 0
+    compute = dataclasses.replace(stage1.compute, reduce_dtype="bfloat16")
+    half = dataclasses.replace(stage1, compute=compute)
+    least = roofline.least_moved_bytes(half, {"data": 16, "fsdp": 16, "tensor": 1})
+    assert least["fsdp"] == (gathered + 2 * (layers + table)) * 15 / 16
+    assert least["data"] == 2 * 2 * (layers + table) / 16 * 15 / 16
     alone = roofline.least_moved_bytes(stage1, {"data": 1, "fsdp": 1, "tensor": 1})
     assert set(alone.values()) == {0.0}
 

@@ -9,6 +9,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -17,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from gamayun_jax import optim, presets, sharding, step
 from gamayun_jax.config import MeshConfig, UserError
-from gamayun_jax.model import abstract_params
+from gamayun_jax.losses import TokenWeights
+from gamayun_jax.model import Weight, abstract_params, project
 
 # Last part of a parameter's path -> its sharding, without the axis of the layers.
 SPECS = {
@@ -224,6 +226,59 @@ def test_no_parameter_is_whole_over_the_layers(gradients_on, wide_config):
     assert not re.findall(rf"f32\[{L},48,56\]|f32\[{L},56,48\]", hlo_text)
     gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", hlo_text)
     assert not [dims for dims in gathered if dims.startswith(f"{L},")]
+
+
+def test_no_gathered_weight_waits_for_the_backward_pass(wide_config):
+    """Without remat too: the memory of the compiled step is beyond that of `full` by
+    less than the layers' weights. Kept, they would undo their division."""
+    model = dataclasses.replace(
+        wide_config.model, num_layers=8, d_model=64, num_heads=8, head_dim=8, d_ff=256
+    )
+    data = dataclasses.replace(wide_config.data, batch_size=8, seq_len=8)
+    tables = TokenWeights(np.ones(3, np.float32), np.ones(200, np.float32))
+    mesh = sharding.make_mesh(MeshConfig(1, 8, 1))
+    used = {}
+    for remat in ("none", "full"):
+        compute = dataclasses.replace(wide_config.compute, remat=remat)
+        cfg = dataclasses.replace(wide_config, model=model, data=data, compute=compute)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            abstract = step.abstract_state(cfg, mesh)
+            compiled = step.compile_step(cfg, mesh, abstract, 0, tables, 0)
+        used[remat] = compiled.memory_analysis().temp_size_in_bytes
+    layers = sum(x.size for x in jax.tree.leaves(abstract.params["layers"]))
+    assert 0 < used["none"] - used["full"] < 4 * layers
+
+
+@pytest.mark.parametrize(
+    ("reduce_dtype", "least", "most"),
+    [("float32", 0, 1e-6), ("bfloat16", 5e-4, 5e-3)],
+)
+@pytest.mark.parametrize("shape", [(48, 4, 10), (48, 16, 10)])
+def test_in_bfloat16_devices_add_a_weight_s_gradient_in_the_dtype_asked_for(
+    reduce_dtype, least, most, shape
+):
+    """Narrower and wider than the input, against float64; over data and fsdp."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(0.5, 1, (8, 23, 48)), jnp.bfloat16)
+    g = jnp.asarray(rng.normal(0.5, 1, (8, 23, *shape[1:])), jnp.bfloat16)
+    mesh = sharding.make_mesh(MeshConfig(2, 4, 1))
+    axes = ("embed", "heads", None)
+    layout = NamedSharding(mesh, P("fsdp"))
+    w = jax.device_put(jnp.zeros(shape), layout)
+    rows = jax.device_put((x, g), sharding.batch_sharding(mesh))
+
+    def gradient(w, x, g):
+        def product(w):
+            return project(x, Weight(w, axes, reduce_dtype), 1)
+
+        return jax.vjp(product, w)[1](g)[0]
+
+    with jax.set_mesh(mesh):
+        got = jax.jit(gradient, out_shardings=layout)(w, *rows)
+    want = np.einsum("btd,btnh->dnh", np.float64(x), np.float64(g))
+    assert got.dtype == np.float32
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert least <= error <= most
 
 
 class FakeDevice:
