@@ -166,17 +166,33 @@ def run_curriculum(args: argparse.Namespace) -> int:
     from gamayun_jax import corpus, data, figures, lineage, runs, train
 
     cfg = load(args)
-    found = corpus.open_corpus(Path(cfg.data.corpus))
+    folder = Path(cfg.data.corpus)
     origin, first = None, 0
-    if args.init_from:
-        store, _, _, origin = lineage.load_origin(args.init_from, cfg, found)
-        store.close()
-        first = origin["tokens"]
-    plan = data.make_plan(cfg, found, origin)
     # What training would refuse is refused here.
-    lineage.check_corpus(cfg, found)
-    train.check_stages(cfg, found, plan, first)
-    print(runs.curriculum_table(plan.table(), cfg.data.seq_len))
+    if (folder / "manifest.json").exists() or args.init_from or not cfg.corpus.sources:
+        found = corpus.open_corpus(folder)
+        if args.init_from:
+            store, _, _, origin = lineage.load_origin(args.init_from, cfg, found)
+            store.close()
+            first = origin["tokens"]
+        plan = data.make_plan(cfg, found, origin)
+        lineage.check_corpus(cfg, found)
+        train.check_stages(cfg, found, plan, first)
+        table = plan.table()
+    else:
+        found, plan, table = data.unbuilt_plan(cfg)
+        lineage.check_schedules(cfg)
+        lacking = [s.name for s in cfg.corpus.sources if not s.tokens]
+        note(
+            f"there is no corpus in {folder} yet: planned with "
+            + (
+                f"sources of equal size, since {lacking[0]} (and {len(lacking) - 1} "
+                "more) gives no `tokens` in corpus.sources; ~ depends on sizes"
+                if lacking
+                else "the `tokens` that corpus.sources gives"
+            )
+        )
+    print(runs.curriculum_table(table, cfg.data.seq_len))
     for text in data.mixture_notes(cfg, found, plan):
         note(text)
     if args.out:

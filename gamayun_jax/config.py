@@ -142,6 +142,7 @@ class SourceConfig:
     name: str
     files: tuple[str, ...]
     text_field: str = "text"
+    tokens: Whole = 0  # about; `gamayun curriculum` plans with it before a corpus is
 
     @property
     def language(self) -> str:

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from gamayun_jax.config import UserError
+from gamayun_jax.config import Config, UserError
 from gamayun_jax.documents import first_line
 from gamayun_jax.files import (
     file_sha256,
@@ -331,6 +331,21 @@ def text_key(text: bytes) -> str:
 def xz_bytes(text: bytes) -> int:
     """Size of `xz -9e` of a text; about a second for each megabyte."""
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+
+
+def expected_corpus(cfg: Config, tokens: Mapping[str, int]) -> Corpus:
+    """The corpus of `cfg` before it is built, to plan with: its sources alone.
+
+    Args:
+      tokens: source -> its expected size.
+    """
+    size = cfg.corpus.record_tokens
+    sources = {}
+    for name, n in tokens.items():
+        language, domain = name.split("/")
+        records = -(-n // size)
+        sources[name] = SourceInfo(name, language, domain, 0, 0, n, records, ())
+    return Corpus(Path(cfg.data.corpus), {"record_tokens": size}, sources)
 
 
 def open_corpus(

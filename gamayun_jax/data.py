@@ -17,6 +17,7 @@ A batch is a dict of arrays [B, T], B rows over all hosts:
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gamayun_jax.config import Config, StageConfig, UserError
-from gamayun_jax.corpus import BadRecordError, Corpus
+from gamayun_jax.corpus import BadRecordError, Corpus, expected_corpus
+from gamayun_jax.corpus_build import check_recipe
 from gamayun_jax.curriculum import (
     LONGEST,
     Curriculum,
@@ -227,6 +229,47 @@ def mixture_notes(cfg: Config, corpus: Corpus, plan: DataPlan) -> list[str]:
                 "the objective and are divided by that, to sum to 1"
             )
     return notes
+
+
+def unbuilt_plan(cfg: Config) -> tuple[Corpus, DataPlan, list[dict[str, Any]]]:
+    """A plan before there is a corpus, from `corpus.sources`; and its table.
+
+    Where a source does not say its `tokens`, all are taken to be equally large, and
+    large enough: epochs are None in the table, and what depends on sizes is
+    "estimated".
+
+    Raises:
+      UserError: as `make_plan`, or sources that no corpus could be built from.
+    """
+    check_recipe(cfg)
+    sources = cfg.corpus.sources
+    known = all(s.tokens for s in sources)
+    ample = 1000 * sum(s.tokens for s in cfg.stages)
+    if not known:
+        caps = dict.fromkeys(cfg.data.max_epochs_of, math.inf)
+        data = dataclasses.replace(cfg.data, max_epochs=math.inf, max_epochs_of=caps)
+        cfg = dataclasses.replace(cfg, data=data)
+    corpus = expected_corpus(
+        cfg, {s.name: s.tokens if known else ample for s in sources}
+    )
+    plan = make_plan(cfg, corpus)
+    table = plan.table()
+    if known:
+        return corpus, plan, table
+    # What is another share with other sizes.
+    others = {s.name: ample * (k + 1) for k, s in enumerate(sources)}
+    shares = {}
+    for stage in cfg.stages:
+        # What one size gives by chance, others need not: unimax has a limit.
+        rest = "natural" if stage.mixture.scheme == "unimax" else stage.mixture.scheme
+        mixture = dataclasses.replace(stage.mixture, scheme=rest)
+        stage = dataclasses.replace(stage, mixture=mixture)
+        shares[stage.name] = stage_shares(stage, others)
+    for row in table:
+        other = shares[row["phase"]][row["source"]]
+        estimated = not math.isclose(row["share"], other, abs_tol=1e-9)
+        row |= {"epochs": None, "epochs_total": None, "estimated": estimated}
+    return corpus, plan, table
 
 
 def make_plan(

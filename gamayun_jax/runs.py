@@ -236,7 +236,7 @@ def run_table(folder: Path) -> str:
 
 def curriculum_table(table: Sequence[Mapping[str, Any]], seq_len: int) -> str:
     """Plain-text table: share, tokens and epochs per stage and source, and the total
-    of each language that has more than one source."""
+    of each language that has more than one source. "~" is before what is estimated."""
     heads = f"{'share':>8}{'tokens':>12}{'epochs':>9}{'in all':>9}"
     lines = [f"{'stage':<12}{'source':<16}{heads}"]
     for phase, group in itertools.groupby(table, lambda r: r["phase"]):
@@ -244,16 +244,20 @@ def curriculum_table(table: Sequence[Mapping[str, Any]], seq_len: int) -> str:
         languages: dict[str, list[Mapping[str, Any]]] = {}
         for r in group:
             languages.setdefault(r["source"].split("/")[0], []).append(r)
+            about = "~" if r.get("estimated") else ""
+            epochs = (r["epochs"], r["epochs_total"])
+            passes = ["?" if x is None else f"{x:.2f}" for x in epochs]
             lines.append(
-                f"{phase:<12}{r['source']:<16}{r['share']:>8.2%}"
-                f"{short(r['examples'] * seq_len):>12}{r['epochs']:>9.2f}"
-                f"{r['epochs_total']:>9.2f}"
+                f"{phase:<12}{r['source']:<16}{about + format(r['share'], '.2%'):>8}"
+                f"{about + short(r['examples'] * seq_len):>12}"
+                f"{passes[0]:>9}{passes[1]:>9}"
             )
         for language, of_language in languages.items():
             if len(of_language) > 1:
                 share = sum(r["share"] for r in of_language)
                 tokens = sum(r["examples"] for r in of_language) * seq_len
-                total = f"{share:>8.2%}{short(tokens):>12}"
+                about = "~" if any(r.get("estimated") for r in of_language) else ""
+                total = f"{about + format(share, '.2%'):>8}{about + short(tokens):>12}"
                 lines.append(f"{phase:<12}{language + ', all':<16}{total}")
     return "\n".join(lines)
 

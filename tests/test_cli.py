@@ -153,6 +153,45 @@ def test_curriculum_prints_the_table_and_draws_it(experiment, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_curriculum_before_there_is_a_corpus(experiment, config, tmp_path, capsys):
+    """Shares and tokens by what the config says; epochs if it says the sizes, and then
+    all is as with a corpus of these sizes."""
+    manifest = json.loads((Path(config.data.corpus) / "manifest.json").read_text())
+    assert cli.main(["curriculum", str(experiment)]) == 0
+    built = capsys.readouterr().out
+    words = ["curriculum", str(experiment), "--set", f"data.corpus={tmp_path / 'no'}"]
+    assert cli.main([*words, "--out", str(tmp_path / "curriculum.png")]) == 0
+    table, said = capsys.readouterr()
+    assert "no corpus in" in said
+    assert len(said.splitlines()) == 1
+
+    def cells(text):
+        rows = [line.split() for line in text.splitlines() if "/help" in line]
+        return {(stage, source): rest for stage, source, *rest in rows}
+
+    alike, guessed = cells(built), cells(table)
+    assert guessed.keys() == alike.keys()
+    for place, (share, tokens, *epochs) in guessed.items():
+        assert epochs == ["?", "?"]
+        if place in {("enrich", "ru/help"), ("enrich", "tr/help")}:
+            assert share == "~20.00%"
+        else:
+            assert [share, tokens] == alike[place][:2]
+    for name, source in manifest["sources"].items():
+        words += ["--set", f"corpus.sources.{name}.tokens={source['tokens']}"]
+    assert cli.main(words) == 0
+    for place, (share, tokens, *epochs) in cells(capsys.readouterr().out).items():
+        assert [share, tokens] == alike[place][:2]
+        # Records are filled up, so that they hold a little more.
+        passes = [float(x) for x in alike[place][2:]]
+        assert [float(x) for x in epochs] == pytest.approx(passes, rel=0.05, abs=0.01)
+    assert cli.main([*words, "--set", "data.max_epochs=0.001"]) == 2
+    assert "over its cap of 0.001 epochs" in capsys.readouterr().err
+    nothing = ["--set", "corpus.sources=[]"]
+    assert cli.main([*words[:4], *nothing]) == 2
+    assert "gamayun corpus build" in capsys.readouterr().err
+
+
 def test_train_eval_report(experiment, tmp_path, capsys):
     run = tmp_path / "run"
     train = ["train", str(experiment), "--workdir", str(run)]
