@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gamayun_jax import hosts
-from gamayun_jax.config import CheckpointConfig, Config, UserError
+from gamayun_jax.config import CheckpointConfig, Config, UserError, check_local
 from gamayun_jax.optim import parameter_path
 
 FORMAT = 2
@@ -526,6 +526,7 @@ def find_checkpoint(path: Path) -> tuple[Path, int]:
     Raises:
       UserError: neither a run folder nor a checkpoint.
     """
+    check_local(path, "model ")
     path = Path(path)
     if path.name.isdigit() and (path / "meta").is_dir():
         return path.parent, int(path.name)

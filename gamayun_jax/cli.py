@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gamayun_jax import __version__, xla
-from gamayun_jax.config import Config, UserError, load_config
+from gamayun_jax.config import Config, UserError, check_local, load_config
 
 TINY = Path(__file__).parent.parent / "experiments" / "tiny.py"
 
@@ -926,6 +926,10 @@ def main(argv: list[str] | None = None) -> int:
     # Libraries' warnings are not for the user of the command line.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        for name, value in vars(args).items():
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path):
+                    check_local(path, f"{name.replace('_', '-')} ")
         return args.run(args)
     except UserError as e:
         print(f"gamayun: {' '.join(str(e).split())}", file=sys.stderr)

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import numbers
+import re
 import sys
 import traceback
 import types
@@ -42,6 +43,26 @@ class UserError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+LOCAL = (
+    "a path on this machine: addresses such as gs:// and s3:// are not read, mount the "
+    "bucket"
+)
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether a path is none of the kind scheme://host, which pathlib would take for
+    a folder named "scheme:"."""
+    if isinstance(path, Path):  # has lost one of the slashes
+        return not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path))
+    return "://" not in path
+
+
+def check_local(path: str | Path, where: str) -> None:
+    """Raise UserError, which begins with `where`, for a path that is not local."""
+    if not is_local(path):
+        raise UserError(f"{where}{path} must be {LOCAL}")
+
+
 # Types of fields: what a value must be, as an error says it, and the test of it.
 Count = Annotated[int, ("greater than 0", lambda x: x > 0)]
 Whole = Annotated[int, ("at least 0", lambda x: x >= 0)]
@@ -53,6 +74,7 @@ Positive = Annotated[float, ("greater than 0", lambda x: x > 0)]  # math.inf too
 Finite = Annotated[float, ("a finite number above 0", lambda x: 0 < x < math.inf)]
 Share = Annotated[float, ("a finite number of at least 0", lambda x: 0 <= x < math.inf)]
 Part = Annotated[float, ("in [0, 1]", lambda x: 0 <= x <= 1)]
+LocalPath = Annotated[str, (LOCAL, is_local)]
 Decay = Annotated[float, ("in [0, 1)", lambda x: 0 <= x < 1)]
 
 
@@ -140,7 +162,7 @@ class SourceConfig:
     """
 
     name: str
-    files: tuple[str, ...]
+    files: tuple[LocalPath, ...]
     text_field: str = "text"
     tokens: Whole = 0  # about; `gamayun curriculum` plans with it before a corpus is
 
@@ -154,7 +176,7 @@ class HeldoutConfig:
     """A held-out set: language -> file. If `parallel`, line i means the same in all."""
 
     name: str
-    files: Mapping[str, str]
+    files: Mapping[str, LocalPath]
     parallel: bool = True
 
 
@@ -165,7 +187,7 @@ class TokenizerConfig:
     vocab_size: Count
     shares: Mapping[str, Share] = field(default_factory=dict)  # empty: equal shares
     sample_bytes: Count = 200_000_000  # text given to the trainer, all languages
-    model: str = ""  # path of a ready model: nothing is trained
+    model: LocalPath = ""  # path of a ready model: nothing is trained
 
 
 @dataclass(frozen=True)
@@ -188,7 +210,7 @@ class CorpusConfig:
 class DataConfig:
     """What training reads: a corpus folder, cut into examples of `seq_len` tokens."""
 
-    corpus: str = ""
+    corpus: LocalPath = ""
     seq_len: Count = 4096
     batch_size: Count = 512  # examples per step, over all devices and microbatches
     block_examples: Count = 1024  # curriculum block: counts are exact at its ends
@@ -335,7 +357,9 @@ class EvalConfig:
     every_steps: Whole = 0  # on the held-out sets, every so many steps (0: no more)
     batch_size: Count = 32
     max_units: Whole = 0  # per language and set; 0: all
-    tasks: tuple[str, ...] = ()  # embedded tasks by name, or YAML files (tasks.py)
+    tasks: tuple[
+        LocalPath, ...
+    ] = ()  # embedded tasks by name, or YAML files (tasks.py)
     tasks_every_steps: Whole = 0  # on the tasks, every so many steps (0: no more)
     task_items: Whole = 0  # most items per language and task; 0: all
 
@@ -621,8 +645,9 @@ def decode(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             tip = ': did you forget a comma? Write ["..."] or ("...",)'
-            forgot = args[0] is str and isinstance(value, str)
-            raise expected(f"a list of {args[0].__name__}", tip if forgot else "")
+            item = _bare(args[0])
+            forgot = item is str and isinstance(value, str)
+            raise expected(f"a list of {item.__name__}", tip if forgot else "")
         return tuple(
             decode(x, args[0], f"{where}.{_name(x, i)}") for i, x in enumerate(value)
         )

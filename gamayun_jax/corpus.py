@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from gamayun_jax.config import Config, UserError
+from gamayun_jax.config import Config, UserError, check_local
 from gamayun_jax.documents import first_line
 from gamayun_jax.files import (
     file_sha256,
@@ -360,6 +360,7 @@ def open_corpus(
     Raises:
       UserError: no folder, an unfinished build, a broken manifest, a missing shard.
     """
+    check_local(path, "corpus ")
     folder = Path(path)
     file = folder / "manifest.json"
     try:

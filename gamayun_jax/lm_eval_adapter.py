@@ -27,7 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gamayun_jax import evaluate, hf
-from gamayun_jax.config import UserError
+from gamayun_jax.config import UserError, check_local
 from gamayun_jax.generate import Generator
 from gamayun_jax.hf_tokenizer import HFTokenizer, write_tokenizer
 from gamayun_jax.sampling import Sampling
@@ -67,6 +67,7 @@ class GamayunLM(TemplateLM):
         **_: Any,
     ):
         super().__init__()
+        check_local(path, "path=")
         folder = Path(path)
         cfg, params, meta, mesh = evaluate.load_params(folder)
         compute = dataclasses.replace(cfg.compute, dtype=dtype)

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from gamayun_jax.config import Config, UserError, to_dict, to_json
+from gamayun_jax.config import Config, UserError, check_local, to_dict, to_json
 from gamayun_jax.files import atomic, json_lines, write_json, write_text
 from gamayun_jax.tokenizer import TextCoder
 
@@ -39,6 +39,9 @@ RECORDS = (
     *("metrics.jsonl", "goodput.json", "events.*", "set_aside.*", "rollbacks.json"),
     *("divergence", "damaged", "profile", "report"),
 )
+# What may lie in a folder where no run has begun: logs, scripts, notes; and folders.
+BESIDE = (".err", ".log", ".md", ".out", ".py", ".sh", ".txt")
+NO_RUN = ("compiled", "former", "lost+found")
 # Of a run's time, what is no step.
 OVERHEADS = ("start", "compile", "input", "checkpoint", "evaluate")
 # What a run cannot change on its way: its state or its past would not fit any more.
@@ -84,14 +87,17 @@ class RunFolder:
         """`writer`: False on all hosts but the first, which then write nothing.
 
         Raises:
-          UserError: the folder cannot be made, or another run is using it.
+          UserError: the folder cannot be made, holds other files but no run, or
+            another run is using it.
         """
+        check_local(path, "run folder ")
         self.path = Path(path)
         self.writer = writer
         self._events: Any = None
         self._metrics: Any = None
         if not writer:
             return
+        check_folder(self.path)
         try:
             (self.path / "eval").mkdir(parents=True, exist_ok=True)
             # The kernel drops the lock with its owner, however that one dies.
@@ -257,6 +263,19 @@ class RunFolder:
             if value is not None:
                 self._events.add_scalar(name, value, tokens)
         self._events.flush()
+
+
+def check_folder(path: Path) -> None:
+    """Raise UserError for a folder that holds other files, and no run."""
+    if (path / "lineage.json").exists() or checkpoint_steps(path):
+        return
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        note = entry.suffix in BESIDE and entry.name != "parameters.txt"
+        empty = entry.is_dir() and not any(entry.iterdir())
+        if not (note or empty or entry.name in NO_RUN or entry.name.startswith(".")):
+            raise UserError(
+                f"{path} has {entry.name!r} in it, but no run: give another --workdir"
+            )
 
 
 def evaluations(run: Path) -> dict[int, Path]:

@@ -42,7 +42,7 @@ from typing import Any
 import yaml
 import zstandard
 
-from gamayun_jax.config import UserError
+from gamayun_jax.config import UserError, check_local
 from gamayun_jax.curriculum import near
 from gamayun_jax.documents import first_line
 from gamayun_jax.tokenizer import TextCoder
@@ -140,6 +140,7 @@ def load_task(
     Raises:
       UserError: no such task, or a description or data file that cannot be read.
     """
+    check_local(name, "task ")
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"

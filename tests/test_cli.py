@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from gamayun_jax import cli
-from gamayun_jax.config import to_dict
+from gamayun_jax.checkpoint import find_checkpoint
+from gamayun_jax.config import UserError, is_local, to_dict
+from gamayun_jax.corpus import open_corpus
+from gamayun_jax.records import RunFolder
+from gamayun_jax.tasks import load_task
 
 
 def commands(parser, names=()):
@@ -51,6 +55,73 @@ def test_lm_eval_without_its_extra(monkeypatch, capsys):
 def test_help_does_not_wait_for_jax():
     code = "import sys; from gamayun_jax import cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def path_arguments():
+    """(words of a command, one of its arguments that is a path at a bucket)."""
+    for words in commands(cli.build_parser()):
+        parser = cli.build_parser()
+        for word in words:
+            (group,) = [a for a in parser._actions if isinstance(a.choices, dict)]
+            parser = group.choices[word]
+        needed = [a for a in parser._actions if not a.option_strings or a.required]
+        for action in parser._actions:
+            if action.type not in (Path, cli.picture):
+                continue
+            given = list(words)
+            for a in dict.fromkeys([*needed, action]):
+                value = "gs://bucket/x.png" if a is action else "x"
+                given += [*a.option_strings[:1], value]
+            yield pytest.param(
+                given, action.dest, id=f"{' '.join(words)} {action.dest}"
+            )
+
+
+@pytest.mark.parametrize(("words", "name"), list(path_arguments()))
+def test_every_path_at_a_bucket_is_refused(words, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # planning needs one of a group, which is no path
+    more = ["--topology", "v5e:2x2"] if words[0] == "plan" else []
+    assert cli.main([*words, *more]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"gamayun: {name.replace('_', '-')} gs:/bucket/x.png must")
+    assert "mount the bucket" in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.corpus=gs://bucket/corpus",
+        "corpus.tokenizer.model=s3://bucket/tokenizer.model",
+        'corpus.sources.en/help.files=["tfds:gs://bucket/wiki:train"]',
+        "corpus.sources.0.files.0=https://example.org/a.jsonl",
+        "corpus.heldout.udhr.files.en=hf://datasets/x/en.jsonl",
+        'evaluation.tasks=["gs://bucket/a.yaml"]',
+    ],
+)
+def test_every_path_of_a_config_is_local(experiment, tmp_path, capsys, override):
+    out = str(tmp_path / "out")
+    words = ["corpus", "build", str(experiment), "--out", out, "--set", override]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"gamayun: --set {override}: ")
+    assert "mount the bucket" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_functions_take_no_path_at_a_bucket(config):
+    """`Path` makes a relative folder "gs:" of it."""
+    for path in ("gs://bucket/x.yaml", Path("gs://bucket/x.yaml")):
+        for function in (open_corpus, RunFolder, find_checkpoint, load_task):
+            with pytest.raises(
+                UserError, match=r"gs:/+bucket.* must be a path on this"
+            ):
+                function(path)
+    for path in ("a:b/c", "/data/wiki:train"):
+        assert is_local(Path(path))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from conftest import read_only
 from gamayun_jax import checkpoint, runs, train
 from gamayun_jax.checkpoint import Checkpoints, DamagedCheckpointError, TrainState
 from gamayun_jax.config import UserError
+from gamayun_jax.records import RunFolder
 
 
 def quiet(text):
@@ -331,6 +332,27 @@ def test_foreign_files_in_a_run_folder(small, straight, tmp_path):
     assert (run / "eval" / "notes.json").exists()
     assert (run / "checkpoints" / "13.txt").exists()
     assert [e["step"] for e in runs.read_run(run).evals] == [0, 7, 13]
+
+
+@pytest.mark.parametrize("name", ["config.json", "parameters.txt", "a.tex", "data"])
+def test_a_folder_of_other_files_is_no_run_folder(tmp_path, name):
+    run = tmp_path / "run"
+    for empty in ("eval", "checkpoints"):  # what a kill in the first second leaves
+        (run / empty).mkdir(parents=True)
+    for beside in ("notes.md", "slurm-7.out", ".hidden"):
+        (run / beside).write_text("mine")
+    RunFolder(run).close()
+    (run / name).mkdir() if name == "data" else (run / name).write_text("mine")
+    if name == "data":
+        (run / name / "a.jsonl").write_text("")
+    before = {p: p.read_bytes() for p in files(run)}
+    with pytest.raises(
+        UserError, match=f"has '{name}' in it, but no run: give another"
+    ):
+        RunFolder(run)
+    assert {p: p.read_bytes() for p in files(run)} == before
+    (run / "lineage.json").write_text("{}")
+    RunFolder(run).close()
 
 
 def test_a_finished_run_keeps_the_config_it_was_made_with(
