@@ -307,7 +307,9 @@ def run_plan(args: argparse.Namespace) -> int:
         plans = plan.search(cfg, args.topology, args.slices, log=note, **options)
         print(f"{plan_text.format_table(plans)}\n\n{plan_text.format_plan(plans[0])}")
     else:
-        plans = [plan.make_plan(cfg, args.topology, args.slices, **options)]
+        made = plan.make_plan(cfg, args.topology, args.slices, log=note, **options)
+        made["faster"] = plan.faster(cfg, made, assume, args.cache)
+        plans = [made]
         print(plan_text.format_plan(plans[0]))
     if args.json:
         args.json.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
@@ -710,7 +712,7 @@ def build_parser() -> argparse.ArgumentParser:
         "plan",
         run_plan,
         "Compile CONFIG's training step for TPUs that need not be there: memory, "
-        "traffic, time, cost. Needs the extra `tpu`; takes a minute or two each.",
+        "traffic, time, cost. Needs the extra `tpu`; takes one to five minutes each.",
     )
     add_config(planning)
     where = planning.add_mutually_exclusive_group(required=True)

@@ -28,6 +28,7 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 CALLED = re.compile(r"(?:to_apply|calls|called_computations=\{|branch_computations=\{)")
+CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
 NO_CYCLES = 2**40  # the compiler writes such numbers where it has no estimate
 
 
@@ -113,6 +114,7 @@ class Program:
     def __init__(self, text: str):
         self.lines: dict[str, list[str]] = {}
         self.entry = ""
+        self.unknown: set[str] = set()  # bodies of loops, as far as `executed` went
         name = None
         for line in text.splitlines():
             if m := COMPUTATION.match(line):
@@ -127,28 +129,60 @@ class Program:
         if not self.entry:
             raise ValueError("no ENTRY computation: this is not the text of an HLO")
 
-    def trips(self, line: str, condition: str) -> int:
-        """How often a while loop runs: as XLA notes it, or its condition's bound."""
+    def trips(self, line: str, condition: str, body: str) -> int | None:
+        """How often a while loop runs, as XLA notes it or as its counter tells.
+
+        The counter is compared with a constant, and the body adds a constant to it: a
+        product that the partitioner splits to run beside its own transfers (a
+        "windowed" one) may count in twos. It starts at 0, as all that XLA and JAX
+        make. None for any other loop.
+        """
         if m := re.search(r'known_trip_count"?:\{"n":"(\d+)"', line):
             return int(m[1])
-        bounds = [
-            int(n)
-            for text in self.lines[condition]
-            for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
-        ]
-        if len(bounds) != 1:
-            raise ValueError(f"the number of trips of {condition} is not constant")
-        return bounds[0]
+        test, update = self.values(condition), self.values(body)
+        m = re.search(r"compare\((\S+), (\S+)\), direction=LT", test["ROOT"])
+        if not m:
+            return None
+        counter = re.search(r"get-tuple-element\(.*index=(\d+)", test.get(m[1], ""))
+        end = CONSTANT.search(test.get(m[2], ""))
+        results = re.search(r" tuple\(([^)]*)\)", update["ROOT"])
+        if not (counter and end and results):
+            return None
+        new = results[1].split(", ")[int(counter[1])]
+        added = re.search(r" add\((\S+), (\S+)\)", update.get(new, ""))
+        terms = added.groups() if added else ()
+        found = [m for x in terms if (m := CONSTANT.search(update.get(x, "")))]
+        if len(found) != 1 or not int(found[0][1]):
+            return None
+        return math.ceil(int(end[1]) / int(found[0][1]))
+
+    def values(self, name: str) -> dict[str, str]:
+        """Name -> line of each value of a computation, and ROOT -> its result's."""
+        found = {"ROOT": ""}
+        for line in self.lines[name]:
+            line = re.sub(r"/\*index=\d+\*/", "", line)
+            words = line.split()
+            if words[0] == "ROOT":
+                found["ROOT"] = line
+                words = words[1:]
+            found[words[0]] = line
+        return found
 
     def executed(self) -> list[tuple[str, str, int]]:
-        """(computation, line, executions) of every line that a run executes."""
+        """(computation, line, executions) of every line that a run executes.
+
+        A loop whose trips cannot be read counts once, and is named in `unknown`.
+        """
         found: list[tuple[str, str, int]] = []
 
         def visit(name: str, times: int) -> None:
             for line in self.lines[name]:
                 found.append((name, line, times))
                 if m := LOOP.search(line):
-                    visit(m[2], times * self.trips(line, m[1]))
+                    trips = self.trips(line, m[1], m[2])
+                    if trips is None:
+                        self.unknown.add(m[2])
+                    visit(m[2], times * (1 if trips is None else trips))
                 elif m := CALLED.search(line):
                     rest = line[m.end() :].split("metadata=")[0]
                     callee = re.findall(r"%?([\w.\-]+)", rest.split(")")[0])
@@ -176,7 +210,9 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
         if not m:
             continue
         sizes = array_bytes(m[1])
-        if m[3] and m[2] != "all-reduce":  # a start returns its operands as well
+        if m[3] and m[2] == "collective-permute":  # operand, result, two flags
+            sizes = sizes[1:2]
+        elif m[3] and m[2] != "all-reduce":  # a start returns its operands as well
             sizes = sizes[len(sizes) // 2 :]
         kind = m[2]
         size = sum(sizes)
@@ -220,6 +256,16 @@ def estimated_cycles(text: str) -> int:
         if (m := re.search(r'"estimated_cycles":"(\d+)"', line))
         and int(m[1]) < NO_CYCLES
     )
+
+
+def unknown_loops(text: str) -> list[str]:
+    """Names of the loops of a program whose number of trips cannot be read.
+
+    `collectives` and `estimated_cycles` count what they hold once.
+    """
+    program = Program(text)
+    program.executed()
+    return sorted(program.unknown)
 
 
 def summarise(found: Sequence[Collective]) -> list[dict[str, object]]:

@@ -7,6 +7,7 @@ times are a roofline (roofline.py) with its assumptions named.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from jax.sharding import Mesh
 
 from gamayun_jax import hlo, roofline, sharding, step
 from gamayun_jax.chips import CHIPS, GIB
-from gamayun_jax.config import Config, UserError, to_json
+from gamayun_jax.config import Config, MeshConfig, UserError, to_json
 from gamayun_jax.losses import TokenWeights
 from gamayun_jax.model import flops_per_token, parameter_count
 from gamayun_jax.plan_text import mesh_name
@@ -144,6 +147,7 @@ def compile_for(cfg: Config, mesh: Mesh) -> tuple[Any, Any]:
             raise out_of_memory(cfg, dict(mesh.shape), str(e)) from e
 
 
+TICK_SECONDS = 30.0
 UNITS = {"": 1.0, "B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
@@ -208,6 +212,49 @@ def memory(abstract: Any, compiled: Any) -> dict[str, float]:
     }
 
 
+def read_program(text: str, mesh: Mapping[str, int]) -> dict[str, Any]:
+    """What the text of a compiled step says: `collectives`, `cycles`, and `unknown`.
+
+    The text is the compiler's own and differs between its versions: what cannot be
+    read is None and named in `unknown`, so that what is known is not lost with it.
+    """
+    found: dict[str, Any] = {"collectives": None, "cycles": None, "unknown": []}
+    try:
+        found["unknown"] = [
+            f"how often the loop {name} runs: its traffic and cycles count once"
+            for name in hlo.unknown_loops(text)
+        ]
+        found["cycles"] = hlo.estimated_cycles(text)
+        found["collectives"] = hlo.summarise(hlo.collectives(text, mesh))
+    except Exception as e:  # whatever a text that nobody foresaw gives rise to
+        names = {"cycles": "the compiler's estimates", "collectives": "the traffic"}
+        lost = " and ".join(names[k] for k in names if found[k] is None)
+        found["unknown"].append(f"{lost} ({type(e).__name__}: {e})")
+    return found
+
+
+@contextlib.contextmanager
+def progress(log: Callable[[str], None] | None, what: str) -> Iterator[None]:
+    """Say what is being compiled, and every half minute that it still is."""
+    if log is None:
+        yield
+        return
+    log(f"{what}: compiling, which takes minutes")
+    done, start = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        while not done.wait(TICK_SECONDS):
+            log(f"{what}: still compiling after {time.monotonic() - start:.0f} s")
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 # --- the plan ---------------------------------------------------------------------
 
 
@@ -218,12 +265,17 @@ def make_plan(
     price: float = 0.0,
     assume: Assumptions = Assumptions(),
     cache: Path | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Compile the step for a topology and say what it takes; plain JSON data.
+
+    What could not be read from the compiled program is None and named in `unknown`;
+    its time is then that of the least traffic.
 
     Args:
       price: of a chip-hour, in whatever currency; 0: no cost is given.
       cache: folder of former compilations' results.
+      log: takes lines about the progress.
 
     Raises:
       UserError: unknown topology, sizes that do not divide, a step that does not fit.
@@ -235,19 +287,24 @@ def make_plan(
     devices = topology_devices(topology, slices)
     mesh = sharding.make_mesh(cfg.mesh, devices)
     shape = {k: int(v) for k, v in mesh.shape.items()}
+    # Said in full, so that -1 and its size are one compilation.
+    cfg = dataclasses.replace(cfg, mesh=MeshConfig(**shape))
     sharding.check_divisible(cfg, mesh)
-    measured = _compiled(cfg, mesh, topology, slices, cache)
-    moved: dict[str, float] = dict.fromkeys(shape, 0.0)
-    for row in measured["collectives"]:
-        # Over several axes at once: the slowest one counts, which is the first.
-        moved[row["axes"][0]] += row["bytes"]
+    measured = _compiled(cfg, mesh, topology, slices, cache, log)
     least = roofline.least_moved_bytes(cfg, shape)
+    moved = least
+    if measured["collectives"] is not None:
+        moved = dict.fromkeys(shape, 0.0)
+        for row in measured["collectives"]:
+            # Over several axes at once: the slowest one counts, which is the first.
+            moved[row["axes"][0]] += row["bytes"]
     seconds = roofline.step_seconds(
         cfg, shape, CHIPS[chip], moved, TOPOLOGIES[chip][0], slices, assume
     )
     # The compiler's estimates of its operations, without kernels and without waiting
     # for collectives: less than this it cannot be either.
-    seconds["compiler"] = measured["cycles"] / CHIPS[chip].clock
+    if measured["cycles"] is not None:
+        seconds["compiler"] = measured["cycles"] / CHIPS[chip].clock
     seconds["step"] = max(seconds.values())
     chips = len(devices)
     tokens = sum(s.tokens for s in cfg.stages)
@@ -268,8 +325,12 @@ def make_plan(
         "hbm_bytes": CHIPS[chip].hbm_bytes,
         "flops_per_token": flops,
         "recomputed_flops_per_token": roofline.recomputed_flops_per_token(cfg),
+        "reduce_dtype": cfg.compute.reduce_dtype,
+        "unknown": measured["unknown"],
         "collectives": measured["collectives"],
-        "moved_bytes": sum(moved.values()),
+        "moved_bytes": (
+            None if measured["collectives"] is None else sum(moved.values())
+        ),
         "least_moved_bytes": least,
         "seconds": seconds,
         "assumptions": dataclasses.asdict(assume),
@@ -283,10 +344,8 @@ def make_plan(
     }
 
 
-def _compiled(
-    cfg: Config, mesh: Mesh, topology: str, slices: int, cache: Path | None
-) -> dict[str, Any]:
-    """What a compilation shows: memory, collectives, cycles; cached if it can be."""
+def cache_file(cfg: Config, topology: str, slices: int, cache: Path) -> Path:
+    """Where the result of a compilation is kept: by all that it depends on."""
     here = Path(__file__).parent
     sources = b"".join(
         (here / f"{name}.py").read_bytes()
@@ -294,20 +353,31 @@ def _compiled(
     )
     parts = (to_json(cfg), topology, str(slices), jax.__version__)
     key = hashlib.sha256("\n".join(parts).encode() + sources).hexdigest()[:24]
-    path = cache / f"{key}.json" if cache else None
+    return cache / f"{key}.json"
+
+
+def _compiled(
+    cfg: Config,
+    mesh: Mesh,
+    topology: str,
+    slices: int,
+    cache: Path | None,
+    log: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    """What a compilation shows: memory, and `read_program`; cached if it can be."""
+    path = cache_file(cfg, topology, slices, cache) if cache else None
     if path and path.exists():
         found = json.loads(path.read_text())
         if "refused" in found:
             raise OutOfMemoryError(*found["refused"])
         return found
     try:
-        abstract, compiled = compile_for(cfg, mesh)
-        text = compiled.as_text()
         shape = {k: int(v) for k, v in mesh.shape.items()}
+        with progress(log, f"{topology}, {label(cfg, shape)}"):
+            abstract, compiled = compile_for(cfg, mesh)
         result = {
             "memory": memory(abstract, compiled),
-            "collectives": hlo.summarise(hlo.collectives(text, shape)),
-            "cycles": hlo.estimated_cycles(text),
+            **read_program(compiled.as_text(), shape),
         }
     except OutOfMemoryError as e:
         if path:
@@ -318,6 +388,14 @@ def _compiled(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
     return result
+
+
+def label(cfg: Config, mesh: Mapping[str, int]) -> str:
+    """ "data 16 x fsdp 16, remat minimal, microbatches 1": what `search` chooses."""
+    return (
+        f"{mesh_name(mesh)}, remat {cfg.compute.remat}, "
+        f"microbatches {cfg.compute.microbatches}"
+    )
 
 
 # --- search -----------------------------------------------------------------------
@@ -364,6 +442,71 @@ def candidates(
     return found
 
 
+def least_seconds(
+    cfg: Config, topology: str, slices: int, assume: Assumptions
+) -> tuple[float, float]:
+    """Seconds of a step by the roofline with the least traffic, and of all resources.
+
+    By the second, of equal times, the one with less of everything else comes first.
+    """
+    name, shape = chip_name(topology), dataclasses.asdict(cfg.mesh)
+    times = roofline.step_seconds(
+        cfg,
+        shape,
+        CHIPS[name],
+        roofline.least_moved_bytes(cfg, shape),
+        TOPOLOGIES[name][0],
+        slices,
+        assume,
+    )
+    return times["step"], sum(times.values())
+
+
+def faster(
+    cfg: Config,
+    made: Mapping[str, Any],
+    assume: Assumptions = Assumptions(),
+    cache: Path | None = None,
+) -> dict[str, Any] | None:
+    """A faster remat policy or number of microbatches for the config of a plan.
+
+    Nothing is compiled: what was compiled before is in the cache, and of other settings
+    the roofline is known alone, which is not asked where the plan takes longer than
+    its own.
+
+    Returns:
+      `set` (as on the command line), `seconds`, and whether it was `compiled`; None
+      where nothing is known to be faster.
+    """
+    mesh = MeshConfig(**made["mesh"])
+    cfg = dataclasses.replace(for_tpu(cfg), mesh=mesh)
+    topology, slices = made["topology"], made["slices"]
+    step, own = made["seconds"]["step"], least_seconds(cfg, topology, slices, assume)[0]
+    found = []
+    for c in candidates(cfg, made["chips"], slices, made["hbm_bytes"], meshes=False):
+        seconds = least_seconds(c, topology, slices, assume)[0]
+        compiled = bool(cache and cache_file(c, topology, slices, cache).exists())
+        if compiled:
+            try:
+                p = make_plan(c, topology, slices, assume=assume, cache=cache)
+            except OutOfMemoryError:
+                continue
+            seconds = p["seconds"]["step"]
+        elif step > 1.01 * own:
+            continue
+        if seconds < 0.99 * step:
+            how = (c.compute.microbatches, c.compute.remat)
+            found.append((not compiled, seconds, *how))
+    if not found:
+        return None
+    estimated, seconds, microbatches, remat = min(found)  # first what is known
+    changed = {"remat": remat, "microbatches": microbatches}
+    text = " ".join(
+        f"compute.{k}={v}" for k, v in changed.items() if getattr(cfg.compute, k) != v
+    )
+    return {"set": text, "seconds": seconds, "compiled": not estimated}
+
+
 def search(
     cfg: Config,
     topology: str,
@@ -377,46 +520,59 @@ def search(
 ) -> list[dict[str, Any]]:
     """Rank meshes, microbatches and remat policies by time; compile the best ones.
 
-    All are ranked by the roofline with the least traffic; in that order they are
-    compiled until `compiled` of them fit (of at most twice as many and two).
+    All are ranked by the roofline with the least traffic. The config's own choice is
+    compiled first, then the others in that order until `compiled` of them fit and no
+    estimate is below the best plan's time: a plan may take longer than its estimate,
+    not less. At most twice as many and two are compiled; how many could be faster yet
+    and were not is the first plan's `not_compiled`.
 
     Raises:
       UserError: nothing fits.
     """
     cfg = for_tpu(cfg)
-    name = chip_name(topology)
-    chip, dimensions = CHIPS[name], TOPOLOGIES[name][0]
+    chip = CHIPS[chip_name(topology)]
     chips = len(topology_devices(topology, slices))
 
     def estimate(c: Config) -> tuple[float, float]:
-        shape = {"data": c.mesh.data, "fsdp": c.mesh.fsdp, "tensor": c.mesh.tensor}
-        least = roofline.least_moved_bytes(c, shape)
-        times = roofline.step_seconds(c, shape, chip, least, dimensions, slices, assume)
-        # Of equal times, the one with less of everything else beside it.
-        return times["step"], sum(times.values())
+        return least_seconds(c, topology, slices, assume)
 
     found = candidates(cfg, chips, slices, chip.hbm_bytes, meshes)
+    asked = dataclasses.asdict(cfg.mesh)
     ranked = sorted(found, key=estimate)
+    ranked.sort(  # a stable sort
+        key=lambda c: (
+            not (
+                c.compute == cfg.compute
+                and all(
+                    asked[k] in (-1, n) for k, n in dataclasses.asdict(c.mesh).items()
+                )
+            )
+        )
+    )
     plans: list[dict[str, Any]] = []
     refused = ""
-    for c in ranked[: 2 * compiled + 2]:
-        if len(plans) == compiled:
+    left = [(estimate(c)[0], c) for c in ranked]
+    while left and len(ranked) - len(left) < 2 * compiled + 2:
+        best = min((p["seconds"]["step"] for p in plans), default=math.inf)
+        if len(plans) >= compiled and min(seconds for seconds, _ in left) >= best:
             break
-        label = f"{mesh_name(dataclasses.asdict(c.mesh))} remat {c.compute.remat} "
-        label += f"microbatches {c.compute.microbatches}"
+        _, c = left.pop(0)
         try:
-            plans.append(make_plan(c, topology, slices, price, assume, cache))
+            plans.append(make_plan(c, topology, slices, price, assume, cache, log))
             text = f"{plans[-1]['seconds']['step']:.3f} s a step"
         except UserError as e:
             refused = text = str(e)
         if log:
-            log(f"{label}: {text}")
+            log(f"{topology}, {label(c, dataclasses.asdict(c.mesh))}: {text}")
     if not plans:
         raise UserError(
             f"nothing of {len(ranked)} candidates fits {slices} x {topology}"
             + (f": {refused}" if refused else f" with batch_size={cfg.data.batch_size}")
         )
-    return sorted(plans, key=lambda p: p["seconds"]["step"])
+    plans.sort(key=lambda p: p["seconds"]["step"])
+    best = plans[0]["seconds"]["step"]
+    plans[0]["not_compiled"] = sum(seconds < best for seconds, _ in left)
+    return plans
 
 
 def table(
@@ -425,7 +581,10 @@ def table(
     log: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """The best plan of the config's own mesh for each of "[SLICES*]TOPOLOGY"."""
+    """The best plan of the config's own mesh for each of "[SLICES*]TOPOLOGY".
+
+    The fastest of what `search` compiles, so never slower than the config's own.
+    """
     wanted = []
     for name in names:
         m = re.fullmatch(r"(?:([1-9]\d*)\*)?(.*)", name)
@@ -437,7 +596,7 @@ def table(
         try:
             plans += search(
                 cfg, topology, slices, log=log, compiled=1, meshes=False, **options
-            )
+            )[:1]
         except UserError as e:
             if log:
                 log(str(e))

@@ -33,19 +33,26 @@ def format_plan(p: Mapping[str, Any]) -> str:
         + (f", on the host {gib(m['host'])} GiB" if m["host"] else ""),
         f"FLOPs      {p['flops_per_token'] / 1e9:.2f}G a token, and "
         f"{p['recomputed_flops_per_token'] / 1e9:.2f}G made again",
-        "moved      GB a device and step, by kind and axis:",
-    ]
-    lines += [
-        f"           {row['bytes'] / 1e9:8.3f}  {row['kind']:<18} "
-        f"{'+'.join(row['axes']):<12} {row['dtype']:<5} {row['count']} times"
-        for row in p["collectives"]
-        if row["bytes"] > 1e6
+        f"moved      GB a device and step, by kind and axis; gradients are summed in "
+        f"{p['reduce_dtype']}:",
     ]
     least = sum(p["least_moved_bytes"].values())
-    ratio = f"{p['moved_bytes'] / least:.2f} of" if least else "without"
+    if p["moved_bytes"] is None:
+        lines.append(f"           unknown; the least is {least / 1e9:.3f}")
+    else:
+        lines += [
+            f"           {row['bytes'] / 1e9:8.3f}  {row['kind']:<18} "
+            f"{'+'.join(row['axes']):<12} {row['dtype']:<5} {row['count']} times"
+            for row in p["collectives"]
+            if row["bytes"] > 1e6
+        ]
+        ratio = f"{p['moved_bytes'] / least:.2f} of" if least else "without"
+        lines.append(
+            f"           {p['moved_bytes'] / 1e9:8.3f}  in all, {ratio} the least "
+            f"({least / 1e9:.3f})"
+        )
+    lines += [f"unknown    {text}" for text in p["unknown"]]
     lines += [
-        f"           {p['moved_bytes'] / 1e9:8.3f}  in all, {ratio} the least "
-        f"({least / 1e9:.3f})",
         f"step       {s['step']:.3f} s, bound by {bound}: "
         + ", ".join(f"{k} {s[k]:.3f}" for k in s if k != "step"),
         "           assumed: of the data sheet's peaks "
@@ -58,6 +65,17 @@ def format_plan(p: Mapping[str, Any]) -> str:
         f"{p['chip_hours']:,.0f} chip-hours"
         + (f", cost {p['cost']:,.0f}" if p["cost"] is not None else ""),
     ]
+    if better := p.get("faster"):
+        free = gib(p["hbm_bytes"] - m["peak"])
+        verb, how = (
+            ("takes", "compiled too")
+            if better["compiled"]
+            else ("would take", "by this roofline alone, not compiled: it may not fit")
+        )
+        lines.append(
+            f"faster     {free} GiB are free: {better['set']} {verb} "
+            f"{better['seconds']:.3f} s instead of {s['step']:.3f} ({how})"
+        )
     return "\n".join(lines)
 
 
@@ -71,6 +89,7 @@ def format_table(plans: Sequence[Mapping[str, Any]]) -> str:
     rows = [head, tuple("---" for _ in head)]
     for p in plans:
         s, least = p["seconds"], sum(p["least_moved_bytes"].values())
+        moved = p["moved_bytes"]
         rows.append(
             (
                 f"{p['slices']} x {p['topology']}",
@@ -80,8 +99,8 @@ def format_table(plans: Sequence[Mapping[str, Any]]) -> str:
                 p["remat"],
                 f"{p['memory']['peak'] / GIB:.2f}",
                 f"{p['hbm_bytes'] / GIB:.0f}",
-                f"{p['moved_bytes'] / 1e9:.2f}",
-                f"{p['moved_bytes'] / least:.2f}" if least else "",
+                "unknown" if moved is None else f"{moved / 1e9:.2f}",
+                f"{moved / least:.2f}" if moved is not None and least else "",
                 f"{s['step']:.3f}",
                 max((k for k in s if k != "step"), key=lambda k: s[k]),
                 f"{p['tokens_per_s_per_chip'] / 1e3:.1f}k",
@@ -90,4 +109,13 @@ def format_table(plans: Sequence[Mapping[str, Any]]) -> str:
                 f"{p['chip_hours'] / 1e3:,.0f}k",
             )
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    for p in plans:
+        where = f"{p['slices']} x {p['topology']}"
+        if p.get("not_compiled"):
+            lines.append(
+                f"\n{where}: {p['not_compiled']} more choices might be faster and were "
+                "not compiled"
+            )
+        lines += [f"\n{where}, unknown: {text}" for text in p["unknown"]]
+    return "\n".join(lines)

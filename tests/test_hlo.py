@@ -140,6 +140,7 @@ def test_steps_of_one_asynchronous_gather_count_once():
 %condition.4 (c: (s32[], bf16[8,16])) -> pred[] {
   %c = (s32[], bf16[8,16]{1,0}) parameter(0)
   %n = s32[]{:T(128)} constant(26)
+  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 %body.5 (b: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
@@ -147,6 +148,10 @@ def test_steps_of_one_asynchronous_gather_count_once():
   %start = (bf16[8,16], bf16[32,16]) fusion(%b), kind=kCustom, calls=%fused_computation.1, backend_config={"estimated_cycles":"100"}
   %done = bf16[32,16] fusion(%start), kind=kCustom, calls=%async_collective_fusion.2, backend_config={"estimated_cycles":"50"}
   %rs = f32[8,16] fusion(%done), kind=kCustom, calls=%all-reduce-scatter.3
+  %j = s32[]{:T(128)} get-tuple-element(%b), index=0
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%j, %one)
+  ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%next, /*index=1*/%done)
 }
 ENTRY %main.6 (x: bf16[8,16]) -> bf16[8,16] {
   %x = bf16[8,16]{1,0} parameter(0)
@@ -160,6 +165,62 @@ ENTRY %main.6 (x: bf16[8,16]) -> bf16[8,16] {
     assert (scatter.kind, scatter.count) == ("reduce-scatter", 26)
     assert scatter.moved_bytes == 26 * 32 * 16 * 4 * 3 / 4
     assert hlo.estimated_cycles(text) == 26 * 150
+
+
+WINDOWED = """HloModule m
+%windowed_dot_general_cond_rs.1 (c: (bf16[128,64], u32[], u32[])) -> pred[] {
+  %n = u32[]{:T(128)} constant(8), metadata={op_name="jit(step)/dot_general"}
+  %c = (bf16[128,64]{1,0}, u32[]{:T(128)}, u32[]{:T(128)}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%c), index=1
+  ROOT %compare.1 = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={op_name="x"}
+}
+%windowed_dot_general_body_rs.1 (b: (bf16[128,64], u32[], u32[])) -> (bf16[128,64], u32[], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %b = (bf16[128,64]{1,0}, u32[]{:T(128)}, u32[]{:T(128)}) parameter(0)
+  %j = u32[]{:T(128)} get-tuple-element(%b), index=1
+  %k = u32[]{:T(128)} get-tuple-element(%b), index=2
+  %part = bf16[128,64]{1,0} get-tuple-element(%b), index=0
+  %start = (bf16[128,64]{1,0}, bf16[128,64]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%part), channel_id=58, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %done = bf16[128,64]{1,0} collective-permute-done(%start), backend_config={"estimated_cycles":"10"}
+  %add.1 = u32[]{:T(128)} add(%j, %two)
+  ROOT %tuple.1 = (bf16[128,64]{1,0}, u32[], /*index=2*/u32[]) tuple(%done, %add.1, /*index=2*/%k)
+}
+ENTRY %main.6 (x: bf16[128,64]) -> bf16[128,64] {
+  %x = bf16[128,64]{1,0} parameter(0)
+  %w = (bf16[128,64]{1,0}, u32[], u32[]) while(%t), condition=%windowed_dot_general_cond_rs.1, body=%windowed_dot_general_body_rs.1
+}
+"""
+
+
+def test_a_product_that_is_windowed_counts_in_twos():
+    """As the TPU compiler writes what it splits to overlap with its own transfers."""
+    shape = {"data": 1, "fsdp": 4, "tensor": 1}
+    (found,) = hlo.collectives(WINDOWED, shape)
+    assert (found.kind, found.count, found.axes) == ("collective-permute", 4, ("fsdp",))
+    # Of what a start returns, the result alone is moved.
+    assert found.moved_bytes == 4 * 128 * 64 * 2
+    assert hlo.estimated_cycles(WINDOWED) == 40
+    assert hlo.unknown_loops(WINDOWED) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", ["%j, %k", "%two, %two", "%j, %j"], ids=["variable", "both", "none"]
+)
+def test_a_loop_that_cannot_be_read_is_named_and_counts_once(wrong):
+    text = WINDOWED.replace("add(%j, %two)", f"add({wrong})")
+    assert hlo.unknown_loops(text) == ["windowed_dot_general_body_rs.1"]
+    (found,) = hlo.collectives(text, {"data": 1, "fsdp": 4, "tensor": 1})
+    assert found.count == 1
+
+
+def test_a_loop_that_ends_by_what_it_computes_is_unknown():
+    """Read from a program that XLA made, on this machine."""
+
+    def run(x):
+        return jax.lax.while_loop(lambda x: x[0] < 10.0, lambda x: x * 2, x)
+
+    text = jax.jit(run).lower(jnp.ones(3)).compile().as_text()
+    assert len(hlo.unknown_loops(text)) == 1
 
 
 def test_what_is_no_program():

@@ -154,7 +154,8 @@ def test_candidates_divide_and_cross_slices_by_data(stage1):
 )
 def test_out_of_memory_says_by_how_much_and_what_helps(stage1, message):
     mesh = {"data": 16, "fsdp": 16, "tensor": 1}
-    error = plan.out_of_memory(stage1, mesh, message)
+    full = dataclasses.replace(stage1, compute=ComputeConfig(remat="full"))
+    error = plan.out_of_memory(full, mesh, message)
     assert "needs 19.34 GiB of a chip's 15.75 GiB, 3.59 GiB too much" in str(error)
     assert "compute.microbatches=2" in str(error)
     assert "mesh.fsdp=32" in str(error)
@@ -167,6 +168,128 @@ def test_out_of_memory_says_by_how_much_and_what_helps(stage1, message):
     assert "mesh.fsdp" not in knobs
 
 
+# --- what a compilation shows, with CPUs for chips ---------------------------------
+
+
+@pytest.fixture
+def on_cpus(wide_config, monkeypatch):
+    """A config for 8 CPUs, which stand in for the chips of v5e:2x4."""
+    monkeypatch.setattr(plan, "topology_devices", lambda *_: tuple(jax.devices()))
+    compute = ComputeConfig("float32", attention="xla", remat="full")
+    return dataclasses.replace(wide_config, compute=compute, mesh=MeshConfig(-1, 4, 1))
+
+
+def test_what_cannot_be_read_is_unknown_and_the_rest_is_kept(
+    on_cpus, monkeypatch, tmp_path
+):
+    def broken(*_):
+        raise KeyError("no such computation")
+
+    whole = plan.make_plan(on_cpus, "v5e:2x4")
+    assert whole["unknown"] == []
+    assert whole["moved_bytes"] > 0
+    monkeypatch.setattr(plan.hlo, "collectives", broken)
+    for _ in range(2):  # compiled, and from the cache
+        p = plan.make_plan(on_cpus, "v5e:2x4", cache=tmp_path)
+        assert p["memory"] == whole["memory"]
+        assert p["collectives"] is p["moved_bytes"] is None
+        assert p["seconds"]["step"] > 0
+        assert p["unknown"] == ["the traffic (KeyError: 'no such computation')"]
+        text = plan_text.format_plan(p)
+        assert "unknown    the traffic (KeyError" in text
+        assert "unknown; the least is" in text
+        assert "| unknown |" in plan_text.format_table([p])
+
+
+def test_progress_is_told_while_it_compiles(on_cpus, monkeypatch):
+    lines = []
+    monkeypatch.setattr(plan, "TICK_SECONDS", 0.01)
+    plan.make_plan(on_cpus, "v5e:2x4", log=lines.append)
+    assert lines[0].startswith(
+        "v5e:2x4, data 2 x fsdp 4, remat full, microbatches 1: c"
+    )
+    assert "still compiling after 0 s" in lines[1]
+
+
+# --- choices ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Compilation replaced by a table: (remat, microbatches) -> seconds, None: refused.
+
+    Gives the choices in the order in which they are made.
+    """
+    tried = []
+
+    def use(seconds):
+        def make_plan(cfg, topology, slices=1, *_, **__):
+            choice = (cfg.compute.remat, cfg.compute.microbatches)
+            tried.append(choice)
+            if seconds.get(choice) is None:
+                raise plan.OutOfMemoryError("too much", 20 * GIB, 16 * GIB)
+            mesh = dataclasses.asdict(cfg.mesh)
+            step = {"compute": 0.1, "compiler": seconds[choice]}
+            return {
+                "topology": topology, "slices": slices, "chips": 64, "mesh": mesh,
+                "hbm_bytes": 32 * GIB, "choice": choice,
+                "seconds": {**step, "step": max(step.values())},
+            }  # fmt: skip
+
+        monkeypatch.setattr(plan, "make_plan", make_plan)
+        monkeypatch.setattr(plan, "topology_devices", lambda *_: (None,) * 64)
+        return tried
+
+    return use
+
+
+def test_a_table_is_never_slower_than_the_config_s_own_choice(stage1, times):
+    """The roofline ranks `full` last; the compiled programs may not."""
+    compute = dataclasses.replace(stage1.compute, remat="full", microbatches=1)
+    cfg = dataclasses.replace(stage1, compute=compute)
+    tried = times({("full", 1): 1.142, ("minimal", 2): 1.229, ("minimal", 4): 1.3})
+    (best,) = plan.table(cfg, ["v6e:8x8"])
+    assert tried[0] == ("full", 1)
+    assert len(tried) == len(set(tried)) == 4
+    assert best["choice"] == ("full", 1)
+    assert best["not_compiled"] > 0
+
+
+def test_nothing_more_is_compiled_once_nothing_can_be_faster(stage1, times):
+    compute = dataclasses.replace(stage1.compute, remat="full", microbatches=1)
+    cfg = dataclasses.replace(stage1, compute=compute)
+    tried = times({("full", 1): 0.01})
+    (best,) = plan.table(cfg, ["v6e:8x8"])
+    assert tried == [("full", 1)]
+    assert best["not_compiled"] == 0
+
+
+def test_a_plan_names_a_faster_choice_and_how_it_knows(stage1, times, tmp_path):
+    compute = dataclasses.replace(stage1.compute, remat="full", microbatches=1)
+    cfg = dataclasses.replace(stage1, compute=compute, mesh=MeshConfig(16, 16, 1))
+    made = {
+        "topology": "v5e:16x16", "slices": 1, "chips": 256, "hbm_bytes": 16 * GIB,
+        "mesh": dataclasses.asdict(cfg.mesh), "seconds": {"step": 0.886},
+    }  # fmt: skip
+    better = plan.faster(cfg, made, cache=tmp_path)
+    assert better["set"] == "compute.remat=minimal"
+    assert not better["compiled"]
+    assert better["seconds"] == pytest.approx(0.758, abs=5e-4)
+    # Compiled before, it is known; refused then, it is not named again.
+    minimal = dataclasses.replace(compute, remat="minimal")
+    known = plan.for_tpu(dataclasses.replace(cfg, compute=minimal))
+    plan.cache_file(known, "v5e:16x16", 1, tmp_path).write_text("{}")
+    times({("minimal", 1): 0.76})
+    better = plan.faster(cfg, made, cache=tmp_path)
+    assert better == {"set": "compute.remat=minimal", "seconds": 0.76, "compiled": True}
+    times({})
+    better = plan.faster(cfg, made, cache=tmp_path)
+    assert better["set"] == "compute.remat=minimal compute.microbatches=2"
+    # Where the compiler's own estimates bind, the roofline says nothing of others.
+    made["seconds"]["step"] = 1.142
+    assert plan.faster(cfg, made) is None
+
+
 # --- compiled for real ------------------------------------------------------------
 
 
@@ -177,7 +300,7 @@ def small(stage1):
         presets.gamayun_1p5b(), num_layers=2, vocab_size=8192, d_model=1024, d_ff=1536
     )
     data = dataclasses.replace(stage1.data, batch_size=16, seq_len=2048)
-    compute = dataclasses.replace(stage1.compute, loss_chunk=256)
+    compute = dataclasses.replace(stage1.compute, loss_chunk=256, remat="full")
     return dataclasses.replace(
         stage1, model=model, data=data, compute=compute, mesh=MeshConfig(-1, 4, 1)
     )
