@@ -133,11 +133,14 @@ def test_one_process_then_two_then_one(experiment, config, straight, tmp_path):
     assert_same(outcome(run, config), straight)
 
 
-def test_a_signal_to_one_process_stops_both(experiment, config, straight, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_both(
+    experiment, config, straight, tmp_path, number
+):
     run = tmp_path / "run"
     pair = start_group(experiment, run)
     wait_for_step(run, 3)
-    pair[1].send_signal(signal.SIGTERM)
+    pair[1].send_signal(number)
     for p in pair:
         finish(p, 3)
     for p in start_group(experiment, run):

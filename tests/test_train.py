@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -75,6 +78,71 @@ def stop_at(step):
             os.kill(os.getpid(), signal.SIGTERM)
 
     return log
+
+
+def busy(*numbers, log=quiet):
+    """Get signals during a long call of C, for which Python's handlers wait, as for the
+    compiler; whether a stop is agreed on, and when the call ended."""
+
+    def send():
+        for number in numbers:
+            time.sleep(0.1)
+            os.kill(os.getpid(), number)
+
+    def work(rounds):
+        begin = time.monotonic()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+        return time.monotonic() - begin
+
+    rounds = int(1.2 / work(50_000) * 50_000)  # seconds of work
+    with train.StopSignal(log) as stop:
+        threading.Thread(target=send).start()
+        work(rounds)
+        return stop.agreed(1), time.monotonic()
+
+
+def test_a_stop_is_answered_while_the_compiler_runs():
+    said = []
+    stops, end = busy(signal.SIGINT, log=lambda x: said.append((x, time.monotonic())))
+    ((text, when),) = said
+    assert stops
+    assert text == "stopping: saving after this step; again to quit now"
+    assert when < end - 0.2
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_quits_while_the_compiler_runs(monkeypatch, second):
+    left = []
+    monkeypatch.setattr(train.StopSignal, "PATIENCE", 0.1)
+    monkeypatch.setattr(
+        train.os, "_exit", lambda status: left.append((status, time.monotonic()))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        busy(signal.SIGINT, second)
+    end = time.monotonic()
+    ((status, when),) = left
+    assert status == 130
+    assert when < end - 0.1
+
+
+def test_signals_are_as_before_after_a_run():
+    former = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with train.StopSignal(quiet):
+        pass
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == former
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    """A notebook or a server may train in a thread of its own."""
+    former = signal.getsignal(signal.SIGTERM)
+
+    def run():
+        with train.StopSignal(quiet) as stop:
+            return stop.agreed(1), signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result() == (False, former)
 
 
 def test_a_run_records_itself(straight, config):
