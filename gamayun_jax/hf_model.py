@@ -101,7 +101,8 @@ USED = {
 # parallelism, classification, and how texts are drawn.
 HARMLESS = {
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash",
-    "_name_or_path", "attention_dropout", "attn_implementation", "bad_words_ids",
+    "_model_name_or_path", "_name_or_path", "attention_dropout",
+    "attn_implementation", "bad_words_ids",
     "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size",
     "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
     "embd_pdrop", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
@@ -115,8 +116,8 @@ HARMLESS = {
     "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
     "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
     "top_k", "top_p", "torchscript", "transformers.js_config",
-    "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
-    "use_bfloat16", "use_cache",
+    "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
 
 
