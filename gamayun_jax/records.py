@@ -214,8 +214,8 @@ class RunFolder:
         for file in (self._events, self._metrics):
             if file:
                 file.close()
-        for at, evaluation in evaluations(self.path).items():
-            if not step or at > step:
+        for made, evaluation in evaluations(self.path).items():
+            if not step or made > step:
                 evaluation.unlink()
                 shutil.rmtree(evaluation.with_suffix(".items"), ignore_errors=True)
         path = self.path / "metrics.jsonl"
