@@ -12,7 +12,7 @@ Shape suffixes: B rows, T length, P predictions of a row, D model, V vocabulary.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from gamayun_jax.evaluate import token_scores
 from gamayun_jax.model import Transformer, unembedding
 
 SHORTEST = 128  # length of a row that several items share
-LEAST = 32  # length of a row, where there is no more to fill it
+LEAST = 32  # length of the only row
 LOGITS = 1 << 24  # most logits that exist at a time on a device, about
 
 
@@ -87,18 +87,14 @@ def row_length(tokens: int, least: int = SHORTEST) -> int:
     return power * 3 // 4 if tokens <= power * 3 // 4 >= SHORTEST else power
 
 
-def batch_sizes(rows: int, most: int) -> Iterator[int]:
-    """Sizes of batches for so many rows: `most`, and its 4th, 16th, ... part.
+def batch_size(rows: int, most: int) -> int:
+    """Rows of each batch for so many in all: a power of two that holds them, or `most`.
 
-    A batch is filled up with padding only where more than half of it is not.
+    One size for all batches of a length, so that scoring many texts costs one program
+    for each length, and the last batch is filled up with padding: less than half of
+    all is.
     """
-    sizes = [most]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 4))
-    while rows > 0:
-        size = max(n for n in sizes if n < 2 * rows)
-        yield size
-        rows -= size
+    return min(most, 1 << (rows - 1).bit_length())
 
 
 class Scorer:
@@ -276,17 +272,18 @@ class Scorer:
     def _batches(self, parts: Sequence[Part]) -> Any:
         """Batches of rows, and the continuation that each prediction is of (or -1)."""
         by_length: dict[int, list[list[Part]]] = {}
-        for row in fill_rows(parts):
-            length = row_length(sum(p.size for p in row), LEAST)
+        filled = fill_rows(parts)
+        least = LEAST if len(filled) == 1 else SHORTEST
+        for row in filled:
+            length = row_length(sum(p.size for p in row), least)
             by_length.setdefault(length, []).append(row)
         for T, rows in sorted(by_length.items(), reverse=True):
             most = max(sum(p.predictions for p in row) for row in rows)
             P = next(P for P in (T // 8, T // 4, T // 2, T) if most <= P)
-            at, most = 0, max(self._batch_tokens // T, 1)
-            for size in batch_sizes(-(-len(rows) // self._ways), most):
-                B = self._ways * size
+            each = -(-len(rows) // self._ways)
+            B = self._ways * batch_size(each, max(self._batch_tokens // T, 1))
+            for at in range(0, len(rows), B):
                 yield lay_out(rows[at : at + B], B, T, P)
-                at += B
 
 
 def fill_rows(parts: Sequence[Part]) -> list[list[Part]]:
