@@ -282,6 +282,7 @@ def test_records_are_lines_and_damaged_ones_stay(tmp_path, torn):
     lines = [good[0], *bad, good[1], good[2], *bad, good[3], *bad, good[4]]
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\n".join([*lines, torn]))
+    (tmp_path / "lineage.json").write_text("{}")
     with contextlib.closing(RunFolder(tmp_path)) as run:
         assert run.start_metrics(8, 0, False) == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13]
         run.add(rows[3])
