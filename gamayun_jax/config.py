@@ -173,11 +173,15 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class HeldoutConfig:
-    """A held-out set: language -> file. If `parallel`, line i means the same in all."""
+    """A held-out set: language -> file. If `parallel`, line i means the same in all.
+
+    None: it is, if the units of all files have ids, the same in the same order. True
+    also where they have none.
+    """
 
     name: str
     files: Mapping[str, LocalPath]
-    parallel: bool = True
+    parallel: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,9 @@ class CorpusConfig:
     shard_bytes: Count = 256_000_000  # text per input chunk, so per shard
     min_chars: Whole = 1
     max_bad_share: Part = 0.01  # a larger share of unreadable documents is an error
+    # Documents that hold a held-out text (heldout.Contamination): remove, or report.
+    # A document that equals one is always removed.
+    held_out_copies: Literal["remove", "report"] = "remove"
     # Files that end early or are damaged within: stop, or keep_readable (what was not
     # read is told by the build, `corpus inspect` and the manifest).
     on_damaged_file: Literal["stop", "keep_readable"] = "stop"

@@ -512,6 +512,32 @@ def told_damage(damage: Mapping[str, Any]) -> str:
     )
 
 
+def told_copies(manifest: Mapping[str, Any], name: str) -> list[str]:
+    """What a manifest says of a held-out set's texts in the training documents."""
+    held = manifest["heldout"][name]
+    told = [
+        f"WARNING: units of {k} and of the first language are unlike in length "
+        f"(correlation {r}): are they translations, in the same order?"
+        for k, r in held.get("unlike_lengths", {}).items()
+    ]
+    if "copies" not in held:  # of a former version
+        return [*told, "only documents equal to one of its texts were looked for"]
+    sources = manifest["sources"].items()
+    found = {k: s["held_out"][name] for k, s in sources if name in s["held_out"]}
+    listed = ", ".join(f"{n:,} of {k}" for k, n in found.items())
+    done = "removed" if held["copies"] == "remove" else "reported, not removed"
+    short = sum(row["short"] for row in held["languages"].values())
+    units = sum(row["units"] for row in held["languages"].values())
+    line = f"{sum(found.values()):,} documents with its texts {done}"
+    told.append(f"{line}: {listed}" if found else "no document has any of its texts")
+    if short:
+        told.append(
+            f"{short:,} of {units:,} texts are too short to be looked for inside of "
+            "documents"
+        )
+    return told
+
+
 def inspect(path: str | Path) -> str:
     """A table of what a corpus holds, and the beginning of a record of each source."""
     corpus = open_corpus(path)
@@ -544,6 +570,7 @@ def inspect(path: str | Path) -> str:
         units = sorted({rows[k]["units"] for k in languages})
         count = f"{units[0]}" if len(units) == 1 else f"{units[0]} to {units[-1]}"
         text.append(f"held out {name} ({kind}): {count} units in {' '.join(languages)}")
+        text += [f"  {line}" for line in told_copies(m, name)]
     for name in corpus.sources:
         begin = tokenizer.decode(corpus.records(name)[0].tolist())
         text.append(f"{name}: {' / '.join(begin.split(chr(10))[:3])[:100]}")

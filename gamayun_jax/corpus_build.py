@@ -53,6 +53,7 @@ from gamayun_jax.documents import (
     read_documents,
 )
 from gamayun_jax.files import atomic, file_sha256, lock, read_json, write_json
+from gamayun_jax.heldout import Contamination
 from gamayun_jax.tokenizer import Tokenizer
 
 
@@ -94,49 +95,100 @@ def check_recipe(cfg: Config) -> None:
         )
 
 
-def read_heldout(cfg: CorpusConfig) -> Heldout:
-    """Set -> language -> (id, cleaned text) in the order given.
+def read_heldout(cfg: CorpusConfig) -> tuple[Heldout, dict[str, bool]]:
+    """Set -> language -> (id, cleaned text) in the order given; set -> is it parallel?
 
     Raises:
-      UserError: any unit that cannot be read, or parallel files that do not match.
+      UserError: any unit that cannot be read, an id that comes twice, or parallel files
+        that do not match.
     """
     sets: Heldout = {}
+    parallel: dict[str, bool] = {}
     for spec in cfg.heldout:
         found: dict[str, list[tuple[str, str]]] = {}
+        named = True  # has every unit an id of its own?
         for language, file in spec.files.items():
-            at = f"held-out set {spec.name!r}, language {language}: {file}"
+            at = f"corpus.heldout[{spec.name!r}].files[{language!r}]"
             units = found.setdefault(language, [])
-            for unit in read_documents(SourceConfig(f"{language}/heldout", (file,))):
+            places: dict[str, int] = {}
+            for unit in read_documents(SourceConfig(at, (file,))):
                 if isinstance(unit, BadDocument):
-                    raise UserError(
-                        f"{at}:{unit.line}: {unit.reason} {unit.detail}".rstrip()
-                    )
+                    why = f"{unit.reason} {unit.detail}".rstrip()
+                    raise UserError(f"{at}: {file}:{unit.line}: {why}")
                 text = clean(unit.text)
                 if not text:
-                    raise UserError(f"{at}:{unit.line} has no text: take the unit out")
-                units.append((str(len(units)) if unit.id is None else unit.id, text))
+                    raise UserError(
+                        f"{at}: {file}:{unit.line} has no text: take the unit out"
+                    )
+                named = named and unit.id is not None
+                id = str(len(units)) if unit.id is None else unit.id
+                id = id.encode("utf-8", "backslashreplace").decode()
+                if id in places:
+                    raise UserError(
+                        f"{at}: {file}:{unit.line} has id {id!r}, as line {places[id]} "
+                        "has: give each unit an id of its own"
+                    )
+                places[id] = unit.line
+                units.append((id, text))
             if not units:
-                raise UserError(f"{at} is empty: take it out of corpus.heldout")
+                raise UserError(f"{at}: {file} is empty: take it out of corpus.heldout")
         if not found:
             raise UserError(f"held-out set {spec.name!r} has no files: give some")
         sets[spec.name] = found
-        (first, units), *others = found.items()
-        for language, those in others if spec.parallel else ():
-            ids, their_ids = [i for i, _ in units], [i for i, _ in those]
-            if ids == their_ids:
-                continue
-            at = f"held-out set {spec.name!r} is parallel, but {language}"
-            if len(ids) != len(their_ids):
-                raise UserError(
-                    f"{at} has {len(their_ids)} units and {first} {len(ids)}: give the "
-                    "same units in the same order, or set parallel=False"
-                )
-            k = next(k for k in range(len(ids)) if ids[k] != their_ids[k])
+        why = unlike_ids(found)
+        parallel[spec.name] = spec.parallel or (
+            spec.parallel is None and named and not why
+        )
+        if spec.parallel and why:
             raise UserError(
-                f"{at} has id {their_ids[k]!r} at unit {k + 1}, where {first} has "
-                f"{ids[k]!r}: order them alike, or set parallel=False"
+                f"held-out set {spec.name!r} is parallel, but {why}: give the same "
+                "units in the same order, or leave parallel out"
             )
-    return sets
+    return sets, parallel
+
+
+def unlike_ids(found: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """Where the ids of a set's languages first differ; "" if they do not."""
+    (first, units), *others = found.items()
+    ids = [i for i, _ in units]
+    for language, those in others:
+        their_ids = [i for i, _ in those]
+        if len(ids) != len(their_ids):
+            return f"{language} has {len(their_ids)} units and {first} {len(ids)}"
+        for k, (mine, theirs) in enumerate(zip(ids, their_ids, strict=True), start=1):
+            if mine != theirs:
+                return (
+                    f"{language} has id {theirs!r} at unit {k}, where {first} has "
+                    f"{mine!r}"
+                )
+    return ""
+
+
+def unlike_lengths(found: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, float]:
+    """Language -> correlation of its units' log lengths with the first language's,
+    where it is too low for translations (which have 0.8 and more)."""
+    logs = {k: np.log([len(t) for _, t in units]) for k, units in found.items()}
+    first, *others = logs
+    low = {}
+    for k in others:
+        # Few units, or all of one length, tell nothing.
+        if len(logs[k]) >= 20 and min(logs[first].std(), logs[k].std()) > 0.1:
+            r = float(np.corrcoef(logs[first], logs[k])[0, 1])
+            if r < 0.5:
+                low[k] = round(r, 3)
+    return low
+
+
+def write_heldout(sets: Heldout, folder: Path) -> None:
+    """<set>.<language>.jsonl of every set, as the corpus has them."""
+    for name, found in sets.items():
+        for language, units in found.items():
+            with atomic(folder / f"{name}.{language}.jsonl") as temporary:
+                lines_of = [
+                    json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n"
+                    for i, t in units
+                ]
+                temporary.write_text("".join(lines_of), "utf-8")
 
 
 def check_model(cfg: CorpusConfig) -> None:
@@ -167,7 +219,7 @@ def describe_inputs(files: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def recipe_of(
-    cfg: Config, inputs: Sequence[Input]
+    cfg: Config, inputs: Sequence[Input], parallel: Mapping[str, bool]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """All that decides the bytes of the corpus, and the description of its inputs.
 
@@ -199,7 +251,8 @@ def recipe_of(
             [i.source, i.text_field, i.kind, i.split, i.name, len(i.files)]
             for i in inputs
         ],
-        "heldout": [[h.name, h.parallel, list(h.files)] for h in corpus.heldout],
+        "heldout": [[h.name, parallel[h.name], list(h.files)] for h in corpus.heldout],
+        "held_out_copies": corpus.held_out_copies,
         "tokenizer": [
             corpus.tokenizer.vocab_size,
             None if model else sorted(corpus.tokenizer.shares.items()),
@@ -228,9 +281,9 @@ def build(
     out = Path(out)
     check_recipe(cfg)
     inputs = [item for source in cfg.corpus.sources for item in expand(source)]
-    heldout = read_heldout(cfg.corpus)
+    heldout, parallel = read_heldout(cfg.corpus)
     check_model(cfg.corpus)
-    recipe, described = recipe_of(cfg, inputs)
+    recipe, described = recipe_of(cfg, inputs, parallel)
     text = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     if workers is None:
@@ -240,7 +293,7 @@ def build(
         with lock(out):
             if not find_former(out, fingerprint):
                 with Pool(workers) as pool:
-                    manifest = make(cfg, out, inputs, heldout, pool, progress)
+                    manifest = make(cfg, out, inputs, heldout, parallel, pool, progress)
                 manifest |= {"recipe": fingerprint, "inputs": described}
                 write_json(out / "manifest.json", manifest)
             shutil.rmtree(out / ".work", ignore_errors=True)
@@ -293,45 +346,47 @@ def make(
     out: Path,
     inputs: Sequence[Input],
     heldout: Heldout,
+    parallel: Mapping[str, bool],
     pool: Pool,
     progress: bool,
 ) -> dict[str, Any]:
     """Everything of a build but the manifest, which it returns."""
     corpus = cfg.corpus
+    write_heldout(heldout, out / "heldout")
     in_heldout = {}
-    for spec in corpus.heldout:
+    for name, languages in heldout.items():
         rows: dict[str, Any] = {}
-        for language, units in heldout[spec.name].items():
-            path = out / "heldout" / f"{spec.name}.{language}.jsonl"
-            with atomic(path) as temporary:
-                lines_of = [
-                    json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n"
-                    for i, t in units
-                ]
-                temporary.write_text("".join(lines_of), "utf-8")
+        for language, units in languages.items():
             # The texts that an evaluation scores: all, or as many as the config says.
             scored = (choose(units, n) for n in (0, cfg.evaluation.max_units))
             texts = ["\n".join(t for _, t in s).encode() for s in scored]
             rows[language] = {
                 "units": len(units),
                 "bytes": sum(len(t.encode()) for _, t in units),
-                "sha256": file_sha256(path),
+                "sha256": file_sha256(out / "heldout" / f"{name}.{language}.jsonl"),
+                "short": Contamination(name, units).short,
                 "xz": {text_key(t): xz_bytes(t) for t in texts},
             }
-        in_heldout[spec.name] = {"parallel": spec.parallel, "languages": rows}
+        low = unlike_lengths(languages) if parallel[name] else {}
+        in_heldout[name] = {
+            "parallel": parallel[name],
+            "languages": rows,
+            "unlike_lengths": low,
+            "copies": corpus.held_out_copies,
+        }
 
-    counts, scanned = scan_all(corpus, inputs, out / ".work" / "scan", pool, progress)
+    held_folder = out / "heldout" if heldout else None
+    work = out / ".work" / "scan"
+    counts, scanned = scan_all(corpus, inputs, work, held_folder, pool, progress)
     merge_rejected(inputs, out)
     check_bad(corpus, counts, out / "rejected")
-    files = select(scanned, heldout)
+    files = select(scanned)
 
     sources: dict[str, dict[str, Any]] = {}
     for name, row in counts.items():
         of_source = [f for f in files if f.source == name]
         language, domain = name.split("/")
-        held = sum(f.held_out for f in of_source)
         kept = sum(int(f.keep.sum()) for f in of_source)
-        row["rejected"] |= {"held out": held} if held else {}
         duplicates = sum(f.duplicates for f in of_source)
         assert row["read"] == kept + duplicates + sum(row["rejected"].values()), name
         if not kept:
@@ -351,6 +406,7 @@ def make(
             "shards": [],
             "rejected": row["rejected"],
             "duplicates": duplicates,
+            "held_out": row["held_out"],
             "damaged": row["damaged"],
         }
     model = out / "tokenizer.model"
@@ -379,13 +435,19 @@ def make(
 
 
 def scan_all(
-    cfg: CorpusConfig, inputs: Sequence[Input], work: Path, pool: Pool, progress: bool
+    cfg: CorpusConfig,
+    inputs: Sequence[Input],
+    work: Path,
+    heldout: Path | None,
+    pool: Pool,
+    progress: bool,
 ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, Path]]]:
     """Counts by source, and (source, folder of the scan) of each input."""
     folders = [work / str(i) for i in range(len(inputs))]
     sizes = [sum(os.path.getsize(p) for p in item.files) for item in inputs]
+    remove = cfg.held_out_copies == "remove"
     jobs = [
-        (item, folder, cfg.min_chars, cfg.shard_bytes)
+        (item, folder, cfg.min_chars, cfg.shard_bytes, heldout, remove)
         for item, folder in zip(inputs, folders, strict=True)
     ]
     results: list[dict[str, Any]] = [{}] * len(jobs)
@@ -398,13 +460,13 @@ def scan_all(
             bar.update(sizes[i])
     counts: dict[str, dict[str, Any]] = {}
     for item, done in zip(inputs, results, strict=True):
-        empty = {"read": 0, "rejected": {}, "bad": "", "damaged": []}
+        empty = {"read": 0, "rejected": {}, "held_out": {}, "bad": "", "damaged": []}
         row = counts.setdefault(item.source, empty)
         row["read"] += done["read"]
         row["damaged"] += done["damaged"]
-        row["rejected"] = dict(
-            sorted((Counter(row["rejected"]) + Counter(done["rejected"])).items())
-        )
+        for key in ("rejected", "held_out"):
+            both = Counter(row[key]) + Counter(done[key])
+            row[key] = dict(sorted(both.items()))
         row["bad"] = row["bad"] or done["bad"]
         if done["bad"] and progress:
             print(
@@ -521,13 +583,16 @@ def train_tokenizer(
     inputs = [item for source in cfg.sources for item in expand(source)]
     if not inputs:
         raise UserError("corpus.sources is empty: the tokenizer needs text")
-    heldout = read_heldout(cfg)
+    heldout, _ = read_heldout(cfg)
     if workers is None:
         workers = len(os.sched_getaffinity(0))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=out.parent) as work:
         with Pool(workers) as pool:
-            counts, scanned = scan_all(cfg, inputs, Path(work), pool, progress)
+            held_folder = Path(work, "heldout") if heldout else None
+            write_heldout(heldout, Path(work, "heldout"))
+            scans = Path(work, "scan")
+            counts, scanned = scan_all(cfg, inputs, scans, held_folder, pool, progress)
             check_bad(cfg, counts, Path(work))
-            list(pool.run(fit_tokenizer, [(cfg, select(scanned, heldout), out)]))
+            list(pool.run(fit_tokenizer, [(cfg, select(scanned), out)]))
     return out

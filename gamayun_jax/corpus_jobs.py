@@ -9,6 +9,7 @@ workers nor on interruptions.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
@@ -44,10 +45,12 @@ from gamayun_jax.documents import (
     read_input,
 )
 from gamayun_jax.files import atomic, file_sha256, sync, write_json
+from gamayun_jax.heldout import Contamination
 from gamayun_jax.tokenizer import Tokenizer
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 BATCH_BYTES = 1_000_000  # text given to the tokenizer at a time
+COMPARED = 100_000  # characters compared with the held-out texts at a time
 Heldout = dict[str, dict[str, list[tuple[str, str]]]]  # set -> language -> (id, text)
 
 
@@ -118,11 +121,34 @@ class Pool:
             ) from e
 
 
-def scan(item: Input, out: Path, min_chars: int, shard_bytes: int) -> dict[str, Any]:
+@functools.lru_cache(maxsize=1)
+def contamination(folder: Path) -> Contamination:
+    """What finds the texts of a corpus's folder of held-out files in others."""
+    found = Contamination()
+    for path in sorted(folder.glob("*.jsonl")):
+        with open(path, encoding="utf-8") as f:
+            units = [(u["id"], u["text"]) for u in map(json.loads, f)]
+        found.add(path.name.split(".")[0], units)
+    return found
+
+
+def scan(
+    item: Input,
+    out: Path,
+    min_chars: int,
+    shard_bytes: int,
+    heldout: Path | None = None,
+    remove: bool = True,
+) -> dict[str, Any]:
     """Read and clean one input file into the folder `out`; returns its counts.
 
-    docs.npz: digest S16[N], bytes, characters, chunk int64[N] of the clean documents;
-    <chunk>.zst: their UTF-8 texts, one after the other; rejected.jsonl; done.json.
+    docs.npz: digest S16[N], bytes, characters, chunk int64[N] of the clean documents,
+    held bool[N] (not to be trained on); <chunk>.zst: their UTF-8 texts, one after the
+    other; rejected.jsonl; done.json.
+
+    Args:
+      heldout: folder of the held-out files; documents that hold one of their texts are
+        counted, and `held` if they equal it or if `remove`.
     """
     if (out / "done.json").exists():
         return json.loads((out / "done.json").read_text("utf-8"))
@@ -132,6 +158,9 @@ def scan(item: Input, out: Path, min_chars: int, shard_bytes: int) -> dict[str, 
     sizes: list[tuple[int, int, int]] = []
     reasons: Counter[str] = Counter()
     damaged: list[dict[str, Any]] = []
+    held: list[bool] = []
+    of_set: Counter[str] = Counter()
+    waiting: list[Document] = []  # clean documents not yet compared with the held-out
     first_bad = ""
     read, chunk, filled = 0, -1, 0
     with contextlib.ExitStack() as stack:
@@ -139,6 +168,28 @@ def scan(item: Input, out: Path, min_chars: int, shard_bytes: int) -> dict[str, 
             open(work / "rejected.jsonl", "w", encoding="utf-8")
         )
         chunk_file: Any = None
+
+        def reject(file: str, line: int, reason: str, detail: str, text: str) -> None:
+            row = {"file": file, "line": line, "reason": reason, "detail": detail}
+            # A rejected text may hold lone surrogates: escape what isn't ASCII.
+            rejected.write(json.dumps({**row, "text": text[:EXCERPT]}) + "\n")
+
+        def compare() -> None:
+            finder = contamination(heldout) if heldout else None
+            texts = [d.text for d in waiting]
+            verdicts = finder.judge(texts) if finder else [()] * len(texts)
+            for found, units in zip(waiting, verdicts, strict=True):
+                gone = any(u.equal for u in units) or (bool(units) and remove)
+                held.append(gone)
+                of_set.update({u.set for u in units})
+                if units:
+                    reason = "held out" if gone else "held out, kept"
+                    detail = f"{units[0].set}: {units[0].id}"
+                    reasons.update(["held out"] if gone else [])
+                    reject(found.file, found.line, reason, detail, found.text)
+            waiting.clear()
+
+        size = 0  # of the texts in `waiting`
         for found in read_input(item):
             if isinstance(found, Damage):
                 told = {"file": found.file, "reason": found.reason}
@@ -158,15 +209,9 @@ def scan(item: Input, out: Path, min_chars: int, shard_bytes: int) -> dict[str, 
                 if not first_bad and found.reason not in HARMLESS:
                     detail = f" ({found.detail})" if found.detail else ""
                     first_bad = f"{found.file}:{found.line}: {found.reason}{detail}"
-                row = {
-                    "file": found.file,
-                    "line": found.line,
-                    "reason": found.reason,
-                    "detail": found.detail,
-                    "text": found.excerpt[:EXCERPT],
-                }
-                # A rejected text may hold lone surrogates: escape what isn't ASCII.
-                rejected.write(json.dumps(row) + "\n")
+                reject(
+                    found.file, found.line, found.reason, found.detail, found.excerpt
+                )
                 continue
             encoded = text.encode()
             if chunk < 0 or (filled and filled + len(encoded) > shard_bytes):
@@ -180,6 +225,12 @@ def scan(item: Input, out: Path, min_chars: int, shard_bytes: int) -> dict[str, 
             filled += len(encoded)
             digests.append(digest(encoded))
             sizes.append((len(encoded), len(text), chunk))
+            waiting.append(Document(text, found.file, found.line))
+            size += len(text)
+            if size >= COMPARED:
+                compare()
+                size = 0
+        compare()
         if chunk_file:
             chunk_file.close()
     table = np.array(sizes, np.int64).reshape(-1, 3)
@@ -189,9 +240,11 @@ def scan(item: Input, out: Path, min_chars: int, shard_bytes: int) -> dict[str, 
         bytes=table[:, 0],
         characters=table[:, 1],
         chunk=table[:, 2],
+        held=np.array(held, bool),
     )
+    done: dict[str, Any]
     done = {"read": read, "rejected": dict(sorted(reasons.items())), "bad": first_bad}
-    done["damaged"] = damaged
+    done |= {"held_out": dict(of_set), "damaged": damaged}
     for file in work.iterdir():
         sync(file)
     write_json(work / "done.json", done)
@@ -228,30 +281,26 @@ class Scanned:
     chunk: np.ndarray  # int64[N]
     keep: np.ndarray  # bool[N]
     duplicates: int = 0
-    held_out: int = 0
 
 
-def select(scanned: Sequence[tuple[str, Path]], heldout: Heldout) -> list[Scanned]:
+def select(scanned: Sequence[tuple[str, Path]]) -> list[Scanned]:
     """Keep the first of equal documents over the whole corpus, and none held out."""
     files = []
     for source, folder in scanned:
         with np.load(folder / "docs.npz") as docs:
             columns = {k: docs[k] for k in ("digest", "bytes", "characters", "chunk")}
-        keep = np.ones(len(columns["bytes"]), bool)
+            keep = ~docs["held"]
         files.append(Scanned(source, folder, **columns, keep=keep))
-    units = [u for languages in heldout.values() for u in languages.values()]
-    held = np.array([digest(t.encode()) for unit in units for _, t in unit], "S16")
-    digests = np.concatenate([held, *(f.digest for f in files)])
+    digests = np.concatenate([np.zeros(0, "S16"), *(f.digest for f in files)])
     # The index of the first document that is equal to each one.
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     first = first[inverse]
-    begin = len(held)
+    begin = 0
     for file in files:
         end = begin + len(file.keep)
-        of_file = first[begin:end]
-        file.keep = of_file == np.arange(begin, end)
-        file.held_out = int(np.sum(of_file < len(held)))
-        file.duplicates = int(len(file.keep) - file.keep.sum()) - file.held_out
+        repeated = file.keep & (first[begin:end] != np.arange(begin, end))
+        file.keep &= ~repeated
+        file.duplicates = int(repeated.sum())
         begin = end
     return files
 

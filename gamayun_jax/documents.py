@@ -83,7 +83,7 @@ def read_documents(source: SourceConfig) -> Iterator[Document | BadDocument]:
 
 def expand(source: SourceConfig) -> list[Input]:
     """The input files of a source, globs in sorted order, each file once."""
-    at = f"source {source.name}"
+    at = label(source.name)
     found: dict[str, str] = {}  # path -> kind
     inputs: list[Input] = []
     for pattern in source.files:
@@ -95,8 +95,12 @@ def expand(source: SourceConfig) -> list[Input]:
             paths = [pattern]
         if not paths:
             raise UserError(
-                f"{at}: no file matches {pattern!r}: correct corpus.sources"
-                f"[{source.name!r}].files"
+                f"{at}: no file matches {pattern!r}: correct "
+                + (
+                    at
+                    if at == source.name
+                    else f"corpus.sources[{source.name!r}].files"
+                )
             )
         for path in paths:
             match = re.search(r"\.(jsonl|json|ndjson|txt|parquet)(\.gz|\.zst)?$", path)
@@ -129,11 +133,16 @@ def expand(source: SourceConfig) -> list[Input]:
     return inputs
 
 
+def label(source: str) -> str:
+    """How an error names a source; held-out files go by their field's own name."""
+    return source if source.startswith("corpus.") else f"source {source}"
+
+
 def expand_tfds(source: SourceConfig, pattern: str) -> Input:
     match = re.fullmatch(r"tfds:(.+):(\w+(?:\[[^\[\]]*\])?)", pattern)
     if not match:
         raise UserError(
-            f"source {source.name}: {pattern!r} is not tfds:FOLDER:SPLIT "
+            f"{label(source.name)}: {pattern!r} is not tfds:FOLDER:SPLIT "
             "(FOLDER is the one with dataset_info.json)"
         )
     folder, split = match.groups()
@@ -142,7 +151,7 @@ def expand_tfds(source: SourceConfig, pattern: str) -> Input:
         shards = [str(p) for p in info.splits[split].filepaths]
         if info.file_format.value != "array_record":
             raise UserError(
-                f"source {source.name}: {folder} is a data set in "
+                f"{label(source.name)}: {folder} is a data set in "
                 f"{info.file_format.value} format: convert it to array_record "
                 "(tfds convert_format)"
             )
@@ -150,7 +159,7 @@ def expand_tfds(source: SourceConfig, pattern: str) -> Input:
         if isinstance(e, UserError):
             raise
         raise UserError(
-            f"source {source.name}: {pattern} cannot be opened: {first_line(e)}"
+            f"{label(source.name)}: {pattern} cannot be opened: {first_line(e)}"
         ) from e
     described = [str(Path(folder, n)) for n in ("dataset_info.json", "features.json")]
     return Input(
@@ -268,7 +277,7 @@ def read_lines(item: Input) -> Iterator[Document | BadDocument]:
 
 def no_access(item: Input, error: OSError) -> UserError:
     return UserError(
-        f"source {item.source}: {item.path} cannot be read: {error.strerror or error}"
+        f"{label(item.source)}: {item.path} cannot be read: {error.strerror or error}"
     )
 
 
@@ -371,7 +380,7 @@ def read_parquet(item: Input) -> Iterator[Document | BadDocument]:
             path = (item.text_field,)
         if names.count(path[0]) > 1:
             raise UserError(
-                f"source {item.source}: {item.path} has {names.count(path[0])} columns "
+                f"{label(item.source)}: {item.path} has {names.count(path[0])} columns "
                 f"named {path[0]!r}: rename one of them"
             )
         if not has_path(schema, path):

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from gamayun_jax import config as c
 from gamayun_jax import corpus, corpus_build, corpus_jobs, documents, files, tokenizer
 from gamayun_jax.config import UserError
+from gamayun_jax.heldout import Contamination
 
 ROOT = Path(__file__).parent.parent
 ALPHABETS = {
@@ -299,6 +300,169 @@ def test_duplicates_and_held_out(tmp_path):
     assert found.heldout("h", "en") == [("0", "HELD out")]
 
 
+PROSE = {
+    "en": "Nobody knows why the lighthouse keeper painted his boat in {} colours.",
+    "ru": "Никто не знает, зачем смотритель маяка покрасил лодку в {} цветов.",
+    "zh": "没有人知道灯塔看守人为什么把他的小船漆成了{}种不同的颜色。",
+}
+
+
+@pytest.mark.parametrize("mode", ["remove", "report"])
+@pytest.mark.parametrize("language", ["en", "ru", "zh"])
+def test_held_out_sentences_inside_of_documents(tmp_path, language, mode):
+    """In another case, over a line's end, with other signs, or nearly the same."""
+    unit = PROSE[language].format(7)
+    short = {"en": "Good night!", "ru": "Добрый вечер!", "zh": "晚上好！"}[language]
+    other = some_texts(language, 80)
+    around = [" ".join(other[i : i + 9]) for i in range(0, 45, 9)]
+    gap = "" if language == "zh" else " "
+    half = len(unit) // 2
+    near = unit.replace("lighthouse", "light-house").replace("小船", "小艇")
+    holding = [
+        f"{around[0]}{gap}{unit}{gap}{around[1]}",
+        f"{around[1]}\n{unit.upper()}",
+        f"{around[2]} «{unit[:half]}\n{unit[half:].rstrip('.。')}»! {around[0]}",
+        f"{around[3]} {near.replace('лодку', 'барку')} {around[4]}",
+        short.upper().replace("!", "").replace("！", ""),
+    ]
+    innocent = [
+        unit[: len(unit) // 3] + around[0],
+        f"{around[1]} {short} {around[2]}",
+        *other[50:],
+    ]
+    held = [{"id": "a", "text": unit}, {"id": "b", "text": short}]
+    source = f"{language}/web"
+    cfg = make_config(
+        (
+            c.SourceConfig(
+                source, (write_jsonl(tmp_path / "a.jsonl", [*innocent, *holding]),)
+            ),
+        ),
+        (
+            c.HeldoutConfig("h", {language: write_jsonl(tmp_path / "h.jsonl", held)}),
+            c.HeldoutConfig(
+                "other", {language: write_jsonl(tmp_path / "o.jsonl", other[:1])}
+            ),
+        ),
+        held_out_copies=mode,
+        tokenizer=c.TokenizerConfig(320),
+    )
+    found = build(cfg, tmp_path / "out")
+    row = found.manifest["sources"][source]
+    assert row["held_out"] == {"h": 5, "other": 3}
+    removed = mode == "remove"
+    also = [i for i in innocent if other[0] in i]
+    assert len(also) == 1
+    expected = (
+        [i for i in innocent if i not in also] if removed else [*innocent, *holding]
+    )
+    assert documents_of(found, source) == expected
+    assert row["rejected"] == ({"held out": 6} if removed else {})
+    lines = (tmp_path / f"out/rejected/{language}.web.jsonl").read_text().split("\n")
+    rejected = [json.loads(line) for line in lines if line]
+    assert {r["reason"] for r in rejected} == {
+        "held out" if removed else "held out, kept"
+    }
+    assert [r["detail"] for r in rejected].count("h: a") == 4
+    told = corpus.inspect(tmp_path / "out")
+    done = "removed" if removed else "reported, not removed"
+    assert f"5 documents with its texts {done}: 5 of {source}" in told
+    assert "1 of 2 texts are too short" in told
+
+
+def test_any_held_out_text_is_found_inside_of_any():
+    """Whatever the place, the language and what is compared at a time."""
+    rng = random.Random(0)
+    held = {k: [t.split("\n")[0] for t in some_texts(k, 30, seed=5)] for k in ALPHABETS}
+    units = [(f"{k}{i}", t) for k, v in held.items() for i, t in enumerate(v)]
+    finder = Contamination("h", units)
+    texts = []
+    for _, unit in units:
+        a, b = (
+            some_texts(rng.choice(sorted(ALPHABETS)), 1, rng.random())[0] for _ in "ab"
+        )
+        texts.append(f"{a} {unit.swapcase()} {b}")
+    alone = [finder.judge([t])[0] for t in texts]
+    assert finder.judge(texts) == alone
+    long = [k for k, (_, t) in enumerate(units) if len(t.replace(" ", "")) > 32]
+    assert len(long) > 60
+    # A table of numbers holds no other table's text.
+    digits = Contamination("d", [("1", "12 34 56 78 90 " * 5)])
+    assert digits.judge(["98 76 54 32 10 " * 9]) == [[]]
+    for k in long:
+        assert units[k][0] in [u.id for u in alone[k]]
+
+
+def parallel_units(count=40, change=lambda rows: rows):
+    rng = random.Random(1)
+    lengths = [rng.randint(3, 60) for _ in range(count)]
+    return {
+        k: change(
+            [
+                {"id": str(i), "text": f"{k} {i} " + "ab " * n}
+                for i, n in enumerate(lengths)
+            ]
+        )
+        if k == "ru"
+        else [
+            {"id": str(i), "text": f"{k} {i} " + "xyz " * n}
+            for i, n in enumerate(lengths)
+        ]
+        for k in ("en", "ru")
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "parallel", "warns"),
+    [
+        (lambda rows: rows, None, True, False),
+        (lambda rows: rows[::-1], None, False, False),
+        (lambda rows: [r["text"] for r in rows], None, False, False),
+        (lambda rows: [r["text"] for r in rows][::-1], None, False, False),
+        (lambda rows: rows, False, False, False),
+        # The right ids on the wrong texts: only lengths tell.
+        (
+            lambda rows: [
+                {**r, "text": s["text"]} for r, s in zip(rows, rows[::-1], strict=True)
+            ],
+            None,
+            True,
+            True,
+        ),
+    ],
+)
+def test_parallel_is_what_has_the_same_ids(tmp_path, change, given, parallel, warns):
+    held = {
+        k: write_jsonl(tmp_path / f"{k}.jsonl", rows)
+        for k, rows in parallel_units(change=change).items()
+    }
+    sources = (
+        c.SourceConfig(
+            "en/web", (write_jsonl(tmp_path / "a.jsonl", some_texts("en", 60)),)
+        ),
+    )
+    cfg = make_config(
+        sources,
+        (c.HeldoutConfig("h", held, given),),
+        tokenizer=c.TokenizerConfig(300),
+    )
+    found = build(cfg, tmp_path / "out")
+    assert found.manifest["heldout"]["h"]["parallel"] is parallel
+    told = corpus.inspect(tmp_path / "out")
+    assert ("WARNING: units of ru and of the first language" in told) == warns
+    assert ("(not parallel)" in told) != parallel
+
+
+def test_parallel_on_purpose_needs_no_ids(tmp_path):
+    held = {
+        k: write_jsonl(tmp_path / f"{k}.jsonl", [r["text"] for r in rows])
+        for k, rows in parallel_units().items()
+    }
+    for told, parallel in ((True, True), (None, False)):
+        cfg = make_config((), (c.HeldoutConfig("h", held, told),))
+        assert corpus_build.read_heldout(cfg.corpus)[1] == {"h": parallel}
+
+
 def test_vocabulary_beyond_16_bits_uses_32(tmp_path):
     assert corpus.token_dtype(65_536) == "<u2"
     assert corpus.token_dtype(65_537) == "<u4"
@@ -324,7 +488,7 @@ def test_sample_is_spread_over_the_source(built, tmp_path):
     cfg, _ = built
     item = documents.expand(cfg.corpus.sources[1])[0]
     corpus_jobs.scan(item, tmp_path / "0", 1, 5000)
-    files = corpus_jobs.select([("ru/web", tmp_path / "0")], {})
+    files = corpus_jobs.select([("ru/web", tmp_path / "0")])
     total = int(files[0].bytes.sum())
     sample = list(corpus_jobs.sample_texts(files, total // 4))
     assert 0.15 < sum(len(t.encode()) for t in sample) / total < 0.35
@@ -927,14 +1091,16 @@ def test_bad_recipes(tmp_path):
     def source(name):
         return c.SourceConfig(name, (path,))
 
-    def held(**files):
-        return (c.HeldoutConfig("h", files),)
+    def held(parallel=None, **files):
+        return (c.HeldoutConfig("h", files, parallel),)
 
     two = write_jsonl(tmp_path / "two.jsonl", ["a", "b"])
     three = write_jsonl(tmp_path / "three.jsonl", ["a", "b", "c"])
     named = write_jsonl(
         tmp_path / "n.jsonl", [{"id": "x", "text": "a"}, {"id": "y", "text": "b"}]
     )
+    rows = [{"id": i, "text": f"text {k}"} for k, i in enumerate("xyx")]
+    twice = write_jsonl(tmp_path / "twice.jsonl", rows)
     broken = write_jsonl(tmp_path / "broken.jsonl", ["a", {"no": 1}])
     blank = write_jsonl(tmp_path / "blank.jsonl", ["a", " "])
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
@@ -948,12 +1114,17 @@ def test_bad_recipes(tmp_path):
         (make_config((source("xx/web"),)), "not in languages"),
         (make_config(en, held(xx=two)), "not in languages"),
         (make_config(en, held()), "no files"),
-        (make_config(en, held(en=two, ru=three)), "3 units and en 2"),
-        (make_config(en, held(en=two, ru=named)), "id 'x' at unit 1"),
+        (make_config(en, held(True, en=two, ru=three)), "3 units and en 2"),
+        (make_config(en, held(True, en=two, ru=named)), "id 'x' at unit 1"),
+        (make_config(en, held(en=twice)), "twice.jsonl:3 has id 'x', as line 1 has"),
         (make_config(en, held(en=broken)), "broken.jsonl:2"),
         (make_config(en, held(en=blank)), "blank.jsonl:2"),
         (make_config(en, held(en=empty)), "empty"),
-        (make_config(en, held(en=str(tmp_path / "none.jsonl"))), "no file matches"),
+        (
+            make_config(en, held(ru=str(tmp_path / "none.jsonl"))),
+            r"^corpus.heldout\['h'\].files\['ru'\]: no file matches .*none.jsonl': "
+            r"correct corpus.heldout\['h'\].files\['ru'\]$",
+        ),
         (make_config(en, (c.HeldoutConfig("../h", {"en": two}),)), "letters"),
         (make_config(en, (*held(en=two), *held(en=two))), "same name"),
         (make_config(en, record_tokens=24), "multiple of data.seq_len"),
