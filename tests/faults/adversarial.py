@@ -66,6 +66,10 @@ def main(names):
         "normalise": lambda t: [heldout.normalise(t, dense) for dense in (False, True)],
         "rejection": lambda t: heldout.rejection(t, "de", set()),
         "judge": lambda t: held.judge([t]),
+        "contamination": lambda t: [
+            heldout.Contamination("a", units).judge([t])
+            for units in ([("1", t)], [(str(k), t[: 50 + k]) for k in range(500)])
+        ],
         "normalised": metrics.normalised,
         "f1": lambda t: [metrics.f1(t, t[:999], k) for k in ("en", "zh")],
         "grams": metrics.grams,
