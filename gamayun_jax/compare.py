@@ -29,7 +29,7 @@ from gamayun_jax.paired import (
     interval_text,
     verdicts,
 )
-from gamayun_jax.runs import INK, PAPER, cell, esc, plain
+from gamayun_jax.runs import INK, PAPER, cell, error_text, esc, plain
 from gamayun_jax.tasks import Task
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -128,6 +128,8 @@ def compare_rows(
 ) -> dict[str, Cell]:
     """Language (and macro) -> how b differs from a on a task's headline metric.
 
+    No macro where one has languages that the other lacks: the means are of others.
+
     Raises:
       UserError: texts of the same ids that are not of the same bytes.
     """
@@ -140,7 +142,10 @@ def compare_rows(
                 f"{name}: the {k} text {min(lost)!r} was not the same for all models: "
                 "evaluate them again with the same corpus"
             )
-    return cells(pairs, task["parallel"])
+    found = cells(pairs, task["parallel"])
+    if found.keys() - {MACRO} != old.keys() | new.keys():
+        found.pop(MACRO, None)
+    return found
 
 
 def by_language(rows: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -263,6 +268,7 @@ def difference_figure(
 ) -> Any:
     """A panel per model after the first: differences with 95 % intervals."""
     gaps = task["differences"][1:]
+    colours = colours_of(k for k in languages if k != MACRO)
     height = 0.24 * len(languages) + 0.8
     shape = {"sharey": True, "sharex": True}
     figure, grid = axes(9.5, height, 1, len(gaps), **shape)
@@ -271,7 +277,7 @@ def difference_figure(
         for i, language in enumerate(languages):
             if (d := by.get(language)) is None:
                 continue
-            colour = colours_of(languages).get(language, INK)
+            colour = colours.get(language, INK)
             if d["low"] is not None:
                 ax.plot([d["low"], d["high"]], [i, i], color=colour)
             face = PAPER if d["verdict"] == "same" else colour
@@ -280,7 +286,7 @@ def difference_figure(
         ax.set_yticks(range(len(languages)), [plain(k, 14) for k in languages])
         ax.set_ylim(len(languages) - 0.4, -0.6)
         ax.set_title(f"{plain(label, 24)} − {plain(labels[0], 24)}")
-        horizontal(ax, 5)
+        horizontal(ax, 5, percent=task["kind"] != "perplexity")
     return figure
 
 
@@ -295,8 +301,8 @@ def task_section(name: str, task: Mapping[str, Any], labels: Sequence[str]) -> s
         row_html = td(esc(language, 20), i)
         for values, gaps in zip(task["values"], task["differences"], strict=True):
             row = values.get(language, {})
-            value, error = row.get(task["metric"]), row.get(f"{task['metric']}_se")
-            small = "" if error is None else f"<small> ±{cell(task, error)}</small>"
+            value = row.get(task["metric"])
+            small = f"<small> {error_text(task, row)}</small>"
             row_html += td((cell(task, value) or "–") + small, value)
             if gaps is task["differences"][0]:
                 continue

@@ -21,6 +21,7 @@ from gamayun_jax.runs import (
     Span,
     entries,
     esc,
+    fixed,
     get,
     label_of,
     languages_of,
@@ -353,12 +354,14 @@ def quantised_figure(evals: Sequence[Any], name: str, languages: Sequence[str]) 
     return figure
 
 
-def horizontal(ax: Any, ticks: int) -> None:
-    """Lines of the grid across, for values that lie along x."""
+def horizontal(ax: Any, ticks: int, percent: bool = False) -> None:
+    """Lines of the grid across, for values that lie along x, shares in percent."""
     ax.grid(axis="y", visible=False)
     ax.grid(axis="x", visible=True)
     ax.locator_params(axis="x", nbins=ticks)
     ax.tick_params(axis="y", length=0)
+    if percent:
+        ax.xaxis.set_major_formatter(lambda x, _: fixed(100 * x, "g") + " %")
 
 
 @styled

@@ -25,7 +25,7 @@ from gamayun_jax.config import Config, UserError
 from gamayun_jax.files import read_json_lines, write_json, write_text
 from gamayun_jax.generate import Generator
 from gamayun_jax.model import compute_dtype, parameter_count
-from gamayun_jax.runs import cell
+from gamayun_jax.runs import cell, error_text
 from gamayun_jax.score import Request, Scorer
 from gamayun_jax.tasks import (
     Item,
@@ -475,9 +475,9 @@ def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
         for language, row in [*rows, ("macro", task["macro"])]:
             if metric not in row:
                 continue
-            error = cell(task, row.get(f"{metric}_se")).removesuffix(" %")
+            error = error_text(task, row).removesuffix(" %")
             line = f"  {language:<7}{cell(task, row[metric]):>8}"
-            line += f"{' ±' + error if error else '':<9}"
+            line += f"{' ' + error:<9}"
             line += "".join(
                 f"{cell(task, row.get(k)):>9}" for k in ("chance", "baseline")
             )

@@ -267,3 +267,12 @@ def cell(task: Mapping[str, Any], value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if task["kind"] == "perplexity" else f"{100 * value:.1f} %"
+
+
+def error_text(task: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """ "±1.2 %", the standard error of a row's headline metric; "" where none is known.
+
+    Items that are all right, or all wrong, have a spread of 0, which tells no error.
+    """
+    error = row.get(f"{task['metric']}_se")
+    return f"±{cell(task, error)}" if error else ""

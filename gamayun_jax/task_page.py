@@ -16,13 +16,23 @@ from gamayun_jax.figures import (
 )
 from gamayun_jax.page import html_table, section, td
 from gamayun_jax.paired import unpaired, verdicts
-from gamayun_jax.runs import INK, Points, Run, cell, entries, esc, num, plain
+from gamayun_jax.runs import (
+    INK,
+    Points,
+    Run,
+    cell,
+    entries,
+    error_text,
+    esc,
+    num,
+    plain,
+)
 
 MARKS = (
-    "The headline metric ± standard error (none for one item), and below it the "
-    "baseline that needs no model; green: better than that, significant at 5 % over "
-    "all languages and tasks (Holm). In the figure: 95 %; dashed: chance; crosses: the "
-    "baseline."
+    "The headline metric ± standard error (none where all items are alike), and below "
+    "it the baseline that needs no model; green: better than that, significant at 5 % "
+    "over all languages and tasks (Holm). In the figure: 95 %; dashed: chance; "
+    "crosses: the baseline."
 )
 
 
@@ -51,15 +61,17 @@ def task_figure(
                 continue
             colour = colours_of(languages)[language]
             ends = unpaired(row[metric], row.get(f"{metric}_se"))
-            if ends.low is not None:
-                ax.plot([ends.low, ends.high], [i, i], color=colour)
+            if ends.low is not None and ends.high is not None:
+                most = math.inf if task["kind"] == "perplexity" else 1.0
+                ends_x = max(ends.low, 0.0), min(ends.high, most)
+                ax.plot(ends_x, [i, i], color=colour)
             ax.plot(row[metric], i, "o", color=colour, markersize=5)
             if row.get("baseline") is not None:
                 ax.plot(row["baseline"], i, "x", color=INK, markersize=4.5, alpha=0.75)
         ax.set_yticks(range(len(languages)), [plain(k, 14) for k in languages])
         ax.set_ylim(len(languages) - 0.4, -0.6)
         ax.set_title(f"{plain(name, 18)}, {metric}")
-        horizontal(ax, 4)
+        horizontal(ax, 4, percent=task["kind"] != "perplexity")
     return figure
 
 
@@ -100,9 +112,8 @@ def tasks_table(
             row = task["languages"].get(language, {})
             row = task.get("macro", {}) if language == "macro" else row
             value, base = row.get(task["metric"]), row.get("baseline")
-            error = row.get(f"{task['metric']}_se")
             text = cell(task, value) or "–"
-            text += "" if error is None else f"<small> ±{cell(task, error)}</small>"
+            text += f"<small> {error_text(task, row)}</small>"
             text += "" if base is None else f"<br><small>{cell(task, base)}</small>"
             cells += td(text, value, "better" if (name, language) in better else "")
         lines.append(f"<tr>{cells}</tr>")

@@ -53,6 +53,16 @@ def test_items_are_paired_by_language_and_id():
     assert found["tr"].items == 3
 
 
+def test_means_of_other_languages_do_not_compare(tmp_path):
+    few = result("few", choice_rows([1, 0, 1, 1]))
+    del few[0]["tasks"]["t"]["languages"]["tr"]
+    few[1]["t"][:] = [r for r in few[1]["t"] if r["language"] != "tr"]
+    found = compare.compare([few, result("all", choice_rows([0, 0, 0, 0]))])
+    assert found["tasks"]["t"]["differences"][1].keys() == {"en", "ru"}
+    assert "macro" in compare.comparison_text(found)
+    compare.write_comparison(found, tmp_path)
+
+
 def test_tables_and_page(tmp_path):
     rng = np.random.default_rng(3)
     good, bad = np.ones(60), rng.integers(0, 2, 60)

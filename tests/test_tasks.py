@@ -371,6 +371,30 @@ def test_one_item_has_no_standard_error():
     assert metrics.summarise(texts, rows)["bits_per_byte_se"] is None
 
 
+def test_items_that_are_all_alike_show_no_error():
+    """Right answers only have a spread of 0, which is no error of 0; intervals of
+    shares stay between 0 and 100 %."""
+    task = tasks.Task("t", "cloze", "t.jsonl", metric="exact")
+    rows = [
+        {"id": i, "language": k, "correct": {"exact": float(k == "en" or i == 0)}}
+        for k in ("en", "ru")
+        for i in range(6)
+    ]
+    found = run_tasks.summary(
+        dataclasses.replace(task, items={k: [] for k in ("en", "ru")}), rows, {}
+    )
+    text = run_tasks.task_table({"t": found})
+    html = task_page.tasks_section({"t": found}, ["en", "ru"], "T")
+    assert "100.0 %" in text
+    assert "16.7 % ±16.7" in text
+    assert "±0.0" not in text + html
+    figure = task_page.task_figure({"t": found}, ["en", "ru"])
+    ax = figure.axes[0]
+    spans = [x.get_xdata() for x in ax.lines if len(x.get_xdata()) == 2]
+    assert [min(x) for x in spans if max(x) > min(x)] == [0.0]
+    assert ax.xaxis.get_major_formatter()(0.25, 0) == "25 %"
+
+
 def test_bits_per_byte_of_parallel_texts_err_together():
     rng = np.random.default_rng(1)
     task = tasks.Task("t", "perplexity", "t.jsonl", metric="bits_per_byte")
