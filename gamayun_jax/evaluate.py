@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gamayun_jax import checkpoint, hf, quantize, sharding
-from gamayun_jax.config import Config, MeshConfig, UserError, from_json
+from gamayun_jax.config import Config, MeshConfig, ModelConfig, UserError, from_json
 from gamayun_jax.corpus import Corpus, choose, open_corpus, text_key, xz_bytes
 from gamayun_jax.data import global_batch, host_rows
 from gamayun_jax.losses import nll_and_logsumexp
@@ -142,6 +142,15 @@ def token_scores(
     )
 
 
+def check_window(window: int | None, cfg: ModelConfig) -> None:
+    """UserError if a window is not None, nor one that the model has."""
+    if window is not None and not 0 < window <= cfg.max_seq_len:
+        raise UserError(
+            f"a window of {window} tokens is beyond the model's: choose 1 to "
+            f"{cfg.max_seq_len}"
+        )
+
+
 class HeldoutEvaluator:
     """Evaluates parameters on all held-out sets of a corpus.
 
@@ -204,11 +213,7 @@ class HeldoutEvaluator:
         unigram = unigram_bits(corpus) if same else {}
         if window is None and not cfg.data.corpus:
             window = cfg.model.max_seq_len
-        if not 0 < (window or 1) <= cfg.model.max_seq_len:
-            raise UserError(
-                f"a window of {window} tokens is beyond the model's: choose 1 to "
-                f"{cfg.model.max_seq_len}"
-            )
+        check_window(window, cfg.model)
         length = window or cfg.data.seq_len
         self._units: dict[tuple[str, str], range] = {}
         self._ids: dict[tuple[str, str], list[str]] = {}

@@ -7,6 +7,7 @@ which `gamayun compare` and the stage report pair by language and id.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -411,7 +412,8 @@ def evaluate_model(
         scorer = Scorer(cfg.model, params, mesh, cfg.compute, window)
         generator = None
         if any(t.kind == "generation" for t in tasks):
-            generator = Generator(cfg.model, params, mesh, tokenizer, cfg.compute)
+            seen = dataclasses.replace(cfg.model, max_seq_len=scorer.window)
+            generator = Generator(seen, params, mesh, tokenizer, cfg.compute)
         result["tasks"] = {}
         for task in tasks:
             progress = watch(task.name, texts_of(task))

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from gamayun_jax import sharding
 from gamayun_jax.config import ComputeConfig, ModelConfig, UserError
 from gamayun_jax.data import global_batch, host_rows
-from gamayun_jax.evaluate import token_scores
+from gamayun_jax.evaluate import check_window, token_scores
 from gamayun_jax.model import Transformer, unembedding
 
 SHORTEST = 128  # length of a row that several items share
@@ -108,6 +108,9 @@ class Scorer:
       window: most tokens that the model sees before a predicted one; default:
         cfg.max_seq_len.
       batch_tokens: tokens of a batch on each device, about.
+
+    Raises:
+      UserError: a window that the model does not have.
     """
 
     def __init__(
@@ -120,7 +123,8 @@ class Scorer:
         batch_tokens: int = 4096,
     ):
         self.cfg, self.mesh, self.params = cfg, mesh, params
-        self.window = min(window or cfg.max_seq_len, cfg.max_seq_len)
+        check_window(window, cfg)
+        self.window = window or cfg.max_seq_len
         self.compilations = 0
         self._batch_tokens = batch_tokens
         self._ways = mesh.shape["data"] * mesh.shape["fsdp"]

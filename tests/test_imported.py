@@ -19,7 +19,7 @@ import flax.linen as nn
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gamayun_jax import cli, evaluate, hf, run_tasks, sharding
+from gamayun_jax import cli, evaluate, hf, run_tasks, sharding, tasks
 from gamayun_jax.config import UserError
 from gamayun_jax.hf_tokenizer import HFTokenizer
 from gamayun_jax.model import Transformer
@@ -159,6 +159,9 @@ def test_long_texts_are_scored_in_the_model_s_own_window(corpus, config, tmp_pat
         def heldout(self, name, language):
             return units
 
+        def packed(self, name, language):
+            return {}
+
         def tokenizer(self):
             return corpus.tokenizer()
 
@@ -187,6 +190,15 @@ def test_long_texts_are_scored_in_the_model_s_own_window(corpus, config, tmp_pat
                 assert found == pytest.approx(expected, rel=1e-4)
         with pytest.raises(UserError, match="513 tokens is beyond"):
             build(window=513)
+    # Tasks have the same window, what is written included.
+    task = tasks.load_task("cldr_names", ["en"], 1)
+    run = functools.partial(run_tasks.evaluate_model, tmp_path, [task], heldout=False)
+    result, rows = run(window=16)
+    assert rows == {"cldr_names": []}
+    aside = result["tasks"]["cldr_names"]["set_aside"]
+    assert list(aside) == ["longer than the model's window"]
+    with pytest.raises(UserError, match="513 tokens is beyond"):
+        run(window=513)
 
 
 def test_generation_from_folder_run_and_quantised(imported, corpus, tmp_path, capfd):
