@@ -448,7 +448,11 @@ def read_items(folder: Path, name: str) -> list[dict[str, Any]]:
     """The rows that `write_items` wrote; UserError if they cannot be read."""
     path = folder / f"{name}.jsonl"
     try:
-        return read_json_lines(path)
+        rows = read_json_lines(path)
+        for number, row in enumerate(rows, 1):
+            if not (isinstance(row, dict) and {"id", "language"} <= row.keys()):
+                raise ValueError(f"line {number} has no id or language")
+        return rows
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): run `gamayun eval` again") from e
 

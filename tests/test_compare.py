@@ -97,6 +97,9 @@ def test_refuses_what_does_not_compare(tmp_path):
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         compare.read_result(tmp_path)
+    run_tasks.write_results(tmp_path, one[0], {"t": [*rows, {"id": 1}]})
+    with pytest.raises(UserError, match="line 10 has no id or language"):
+        compare.read_result(tmp_path)
 
 
 def test_held_out_sets_alone_compare(tmp_path):
