@@ -203,7 +203,10 @@ def compare(results: Sequence[tuple[Mapping[str, Any], Rows]]) -> dict[str, Any]
         }
     return {
         "format": 2,
-        "models": [{**r["model"], "label": r["label"]} for r, _ in results],
+        "models": [
+            {**r["model"], "label": r["label"], "window": r.get("window")}
+            for r, _ in results
+        ],
         "level": LEVEL,
         "tasks": tasks,
     }
@@ -332,10 +335,11 @@ def write_comparison(found: Mapping[str, Any], out: Path) -> Path:
     labels = [m["label"] for m in found["models"]]
     facts = [
         f"<tr>{td(esc(m['label']))}{td(format(m['parameters'], ','), m['parameters'])}"
-        f"{td(esc(m['path'], 200))}{td(esc(str(m['tokenizer'])[:12]))}</tr>"
+        f"{td(esc(m['path'], 200))}{td(esc(str(m['tokenizer'])[:12]))}"
+        f"{td(esc(m['window'] or 'default'), m['window'])}</tr>"
         for m in found["models"]
     ]
-    heads = ["model", "parameters", "path", "tokenizer"]
+    heads = ["model", "parameters", "path", "tokenizer", "window"]
     note = (
         f"{RULE} Green: better than {esc(labels[0])}, red: worse. Bits per byte "
         "compare across tokenizers; perplexities would not."

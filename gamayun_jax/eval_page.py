@@ -31,6 +31,7 @@ def write_page(result: Mapping[str, Any], out: Path) -> Path:
     facts = {
         "model": f"{result['label']} ({model['parameters']:,} parameters)",
         "trained on": f"{result['tokens']:,} tokens" if result["tokens"] else "–",
+        "window": f"{result['window']} tokens" if result.get("window") else "default",
         "computed by": " ".join(f"{k} {v}" for k, v in result["versions"].items()),
         "date": result["date"],
     }

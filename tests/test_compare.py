@@ -57,10 +57,12 @@ def test_means_of_other_languages_do_not_compare(tmp_path):
     few = result("few", choice_rows([1, 0, 1, 1]))
     del few[0]["tasks"]["t"]["languages"]["tr"]
     few[1]["t"][:] = [r for r in few[1]["t"] if r["language"] != "tr"]
+    few[0]["window"] = 77
     found = compare.compare([few, result("all", choice_rows([0, 0, 0, 0]))])
     assert found["tasks"]["t"]["differences"][1].keys() == {"en", "ru"}
     assert "macro" in compare.comparison_text(found)
-    compare.write_comparison(found, tmp_path)
+    page = compare.write_comparison(found, tmp_path).read_text()
+    assert page.count(">77<") == page.count(">default<") == 1  # windows
 
 
 def test_tables_and_page(tmp_path):
