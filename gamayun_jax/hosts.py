@@ -10,13 +10,17 @@ service: JAX may end the process before this module does (SIGABRT, status 134).
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import re
+import secrets
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +28,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gamayun_jax.config import UserError
+from gamayun_jax.files import write_text
 
 LOST = 4  # exit status of a process that another one has left alone
 FAILED, ALIVE = "gamayun/failed/", "gamayun/alive/"
+FIRST = (f"gamayun/first/{k}" for k in itertools.count())  # keys, one a call
 
 
 # How an absl::Status begins as text. JAX raises it as JaxRuntimeError, or, where a
@@ -139,6 +145,8 @@ def _watch(
                 continue
             _end(f"the first process cannot be reached ({' '.join(str(e).split())})")
         if failed:
+            if me == 0:  # its end takes the service: the failed one goes before, with 2
+                time.sleep(5 * pause)
             _end(next(iter(failed.values())))
         if me:
             continue
@@ -167,11 +175,49 @@ def _end(reason: str) -> None:
     os._exit(LOST)
 
 
+def from_first(value: Any) -> Any:
+    """What the first process gives: plain JSON data. Called by all, and no collective:
+    processes that were started differently would break one."""
+    service = client()
+    if service is None:
+        return value
+    key = next(FIRST)
+    if jax.process_index() == 0:
+        service.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(service.blocking_key_value_get(key, 600_000))  # milliseconds
+
+
 def gather(value: Any) -> np.ndarray:
     """A number or array of each process, [processes, ...]. Called by all."""
     if jax.process_count() == 1:
         return np.asarray(value)[None]
     return np.asarray(multihost_utils.process_allgather(np.asarray(value)))
+
+
+def check_shared(folder: Path) -> None:
+    """Raise UserError unless all see what the first one writes there. Called by all."""
+    if jax.process_count() == 1:
+        return
+    mark, word = folder / ".mark", from_first(secrets.token_hex(8))
+    first = jax.process_index() == 0
+    if first:
+        write_text(mark, word)
+    for _ in range(30):
+        seen = False
+        with contextlib.suppress(OSError):
+            seen = mark.read_text("utf-8") == word
+        seen_P = gather(seen)
+        if seen_P.all():
+            break
+        time.sleep(1)  # a shared folder may show what is new with a delay
+    if first:
+        mark.unlink()
+    if not seen_P.all():
+        raise UserError(
+            f"processes {np.flatnonzero(~seen_P).tolist()} do not see what the first "
+            f"one writes in {folder}: give all of them a --workdir that they share"
+        )
 
 
 def compare(seconds: dict[str, float]) -> dict[str, Any]:

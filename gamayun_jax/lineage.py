@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gamayun_jax import checkpoint, optim
+from gamayun_jax import checkpoint, hosts, optim
 from gamayun_jax.checkpoint import Checkpoints
 from gamayun_jax.config import Config, UserError, from_json, to_dict
 from gamayun_jax.corpus import Corpus
@@ -27,6 +27,23 @@ from gamayun_jax.records import checkpoint_steps, differences
 from gamayun_jax.step import stage_tokens
 
 MOST_LOOKED_UP = 20_000  # served examples of a changed source that are counted
+
+
+def check_same(cfg: Config, **options: Any) -> None:
+    """Raise UserError unless the first process has the same config and options.
+
+    Others would train on other data, or break the first collective that differs.
+    """
+    mine = to_dict(cfg) | {f"--{k.replace('_', '-')}": v for k, v in options.items()}
+    other = differences(hosts.from_first(mine), mine)
+    told = "; ".join(
+        f"{k} is {a!r} there and {b!r} here" for k, (a, b) in other.items()
+    )
+    if told:
+        raise UserError(
+            f"the first process was started with another config: {told}: start all "
+            "with the same"
+        )
 
 
 def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from gamayun_jax.lineage import (
     check_corpus,
     check_origin,
     check_past,
+    check_same,
     check_schedules,
     load_origin,
     lost_checkpoints,
@@ -157,6 +158,7 @@ def train(
     Raises:
       UserError: config, corpus, devices or run folder do not fit.
     """
+    check_same(cfg, init_from=init_from and str(init_from), fresh=fresh)
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_divisible(cfg, mesh)
     corpus = open_corpus(
@@ -197,6 +199,7 @@ def opened(
     """The run folder, which has the checkpoints that it says it has."""
     run = RunFolder(workdir, writer)
     try:
+        hosts.check_shared(run.path)
         if fresh:
             if place := run.begin_afresh():
                 log(f"the records of the former start are in {place}")

@@ -39,7 +39,8 @@ def start(experiment, run, words=(), devices=1, program=("-m", "gamayun_jax")):
     )  # fmt: skip
 
 
-def start_all(experiment, run, count, *more, programs=None):
+def start_all(experiment, run, count, *more, programs=None, last=()):
+    """`last`: further words of the last process alone."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -47,7 +48,12 @@ def start_all(experiment, run, count, *more, programs=None):
     words += ["--silence", "8", *more, "--process-id"]
     programs = programs or [("-m", "gamayun_jax")] * count
     return [
-        start(experiment, run, [*words, str(i)], program=programs[i])
+        start(
+            experiment,
+            run,
+            [*words, str(i), *(last if i == count - 1 else ())],
+            program=programs[i],
+        )
         for i in range(count)
     ]
 
@@ -254,3 +260,28 @@ def test_a_folder_that_becomes_read_only_ends_the_process(experiment, tmp_path):
     ((out, status),) = finish([start(experiment, run, words, 2)])
     assert status == 0, out[-2000:]
     assert "going on from step" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--set", "seed=5"], "seed is 0 there and 5 here"),
+        (["--fresh"], "--fresh is False there and True here"),
+    ],
+)
+def test_processes_that_are_started_differently(experiment, tmp_path, words, told):
+    """Another seed would train on other examples, without a word."""
+    ends = finish(start_all(experiment, tmp_path / "run", 2, last=words))
+    assert [status for _, status in ends] == [4, 2]
+    for out, _ in ends:
+        assert told in out, out[-2000:]
+
+
+def test_processes_with_other_run_folders(experiment, tmp_path):
+    """They would wait for each other at the first checkpoint."""
+    words = ["--workdir", str(tmp_path / "other")]
+    ends = finish(start_all(experiment, tmp_path / "run", 2, last=words))
+    assert [status for _, status in ends] == [2, 2]
+    for out, _ in ends:
+        assert "processes [1] do not see what the first one writes" in out
+    assert not (tmp_path / "other" / "checkpoints").exists()
