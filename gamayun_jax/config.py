@@ -404,8 +404,10 @@ class Config:
             raise UserError("stages is empty: a config needs at least one stage")
         if len(set(self.languages)) < len(self.languages) or not self.languages:
             raise UserError(f"languages={self.languages}: list each language once")
-        if len({s.name for s in self.stages}) < len(self.stages):
-            raise UserError("stages: two stages have the same name; give each its own")
+        names = [s.name for s in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"stages: two are called {name!r}: give each its own")
         for stage in self.stages:
             at = f"stages.{stage.name}.token_weights"
             scheme, weights = stage.token_weights.scheme, stage.token_weights.weights
@@ -520,7 +522,11 @@ def set_fields(cfg: Config, overrides: Sequence[str]) -> Config:
     try:
         return decode(data, Config, "")
     except UserError as e:
-        named = [o for o, place in places.items() if place in str(e)] or overrides
+        at_fault = {
+            o: re.search(rf"(?<![\w.]){re.escape(place)}(?=[=:.\[])", str(e))
+            for o, place in places.items()
+        }
+        named = [o for o, found in at_fault.items() if found] or overrides
         raise UserError(f"{' '.join(f'--set {o}' for o in named)}: {e}") from e
 
 
@@ -536,6 +542,8 @@ def _put(at: Any, path: str, text: str) -> str:
             if key not in hints:
                 raise unknown_field(f"--set {path}", key, hints)
             hint, where, at = hints[key], f"{where}.{key}", at.get(key, {})
+            if at is None and keys:  # a part that is not there yet, to be filled
+                at = {}
         elif typing.get_origin(hint) is tuple and isinstance(at, list):
             names = [_name(x, i) for i, x in enumerate(at)]
             number = int(key) if key.isdecimal() else len(at)

@@ -16,6 +16,7 @@ from gamayun_jax.config import (
     LogConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeScaling,
     UserError,
     from_json,
     load_config,
@@ -121,7 +122,7 @@ BAD = [
     ("stages.align.schedule.peak=inf", "peak=inf must be a finite number"),
     ("stages.align.schedule.warmup_tokens=-1", "warmup_tokens=-1"),
     ("stages.align.tokens=0", "stages.align.tokens=0 must be greater than 0"),
-    ("stages.align.name=enrich", "two stages have the same name"),
+    ("stages.align.name=enrich", "two are called 'enrich'"),
     ("stages=[]", "stages is empty"),
     ("languages=[]", "list each language once"),
     ('languages=["en","en","ru","tr"]', "list each language once"),
@@ -249,6 +250,12 @@ def test_overrides_that_fit_together_in_any_order(wide_config):
     both = [set_fields(wide_config, p) for p in (pair, pair[::-1])]
     assert both[0] == both[1]
     assert (both[0].compute.microbatches, both[0].data.batch_size) == (5, 40)
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    parts = [f"model.rope_scaling.{k}={v}" for k, v in scaling.items()]
+    with pytest.raises(UserError, match="rope_scaling.original_max_len is missing"):
+        set_fields(wide_config, parts)
+    full = set_fields(wide_config, [*parts, "model.rope_scaling.original_max_len=32"])
+    assert full.model.rope_scaling == RopeScaling(**scaling, original_max_len=32)
     whole = ["optimizer={}", "optimizer.b1=0.5", "stages.0.name=new", "seed=2"]
     changed = set_fields(wide_config, [*whole, "stages.new.tokens=7"])
     assert (changed.stages[0].name, changed.stages[0].tokens) == ("new", 7)
@@ -264,6 +271,8 @@ def test_an_error_names_the_override_at_fault(wide_config):
         set_fields(
             wide_config, ["seed=2", "data.batch_size=7", "compute.microbatches=2"]
         )
+    with pytest.raises(UserError, match=r"^--set name=y --set stages.0.name=enrich: "):
+        set_fields(wide_config, ["name=y", "stages.0.name=enrich"])  # not by `name`
 
 
 VALUES = ("0", "-1", "1e9", "0.5", "inf", "NaN", "true", "null", "[]", "{}", "[0]", "[")
