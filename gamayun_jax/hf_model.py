@@ -26,7 +26,13 @@ import numpy as np
 import safetensors
 
 from gamayun_jax import files
-from gamayun_jax.config import ModelConfig, RopeScaling, UserError, decode
+from gamayun_jax.config import (
+    JSONFloat,
+    ModelConfig,
+    RopeScaling,
+    UserError,
+    decode,
+)
 from gamayun_jax.documents import first_line
 from gamayun_jax.hf_tokenizer import read_object
 from gamayun_jax.model import abstract_params
@@ -229,6 +235,7 @@ def config_from_hf(data: Mapping[str, Any], where: str = "config.json") -> Model
         value = default if value is None else value
         if value is ...:
             raise UserError(f"{where} lacks {name!r}: it is not complete")
+        value = JSONFloat(value) if isinstance(value, float) else value
         return value if value is None else decode(value, hint, f"{where}: {name}")
 
     out: dict[str, Any] = {}

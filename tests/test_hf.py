@@ -294,6 +294,17 @@ def test_published_models_have_their_shapes(name):
     assert hf_model.config_from_hf(hf_model.config_to_hf(cfg)) == cfg
 
 
+def test_json_of_others_has_one_kind_of_number():
+    """2048.0 for 2048: written by tools of languages that have no integers."""
+    scaling = {**LLAMA["rope_scaling"], "original_max_position_embeddings": 8192.0}
+    floats = {"hidden_size": 2048.0, "vocab_size": 128256.0, "rope_scaling": scaling}
+    read = hf_model.config_from_hf({**LLAMA, **floats})
+    assert read == presets.llama3p2_1b()
+    assert type(read.d_model) is type(read.rope_scaling.original_max_len) is int
+    with pytest.raises(UserError, match="config.json: hidden_size: expected int"):
+        hf_model.config_from_hf({**LLAMA, "hidden_size": 2048.5})
+
+
 def test_gamayun_is_a_qwen3():
     data = hf_model.config_to_hf(presets.gamayun_1p5b(), "bfloat16")
     assert data["architectures"] == ["Qwen3ForCausalLM"]
