@@ -2,7 +2,8 @@
 
 Exit status: 0 the work is done, 1 a defect of the program (with a traceback), 2 bad
 input (one line on stderr says what, where and what to do), 3 a run that a signal
-stopped after it had saved, 4 another process of the run is lost, 130 interrupted.
+stopped after it had saved, 4 another process of the run is lost, 130 interrupted,
+141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import Any, NoReturn
 from gamayun_jax import __version__, xla
 from gamayun_jax.config import Config, UserError, check_local, load_config
 
+LOOKUP_SECONDS = 60  # a cluster may make its hosts' names known after it starts them
 TINY = Path(__file__).parent.parent / "experiments" / "tiny.py"
 
 
@@ -250,12 +254,20 @@ def check_cluster(coordinator: str, processes: int, process: int) -> None:
             f"--coordinator {coordinator}: give HOST:PORT, such as 10.0.0.1:8476, of "
             "the first process, with a port up to 65535"
         )
-    try:
-        socket.getaddrinfo(host.strip("[]"), None)
-    except OSError as e:
-        raise UserError(
-            f"--coordinator {coordinator}: host {host} is not known ({e.strerror})"
-        ) from e
+    for second in range(LOOKUP_SECONDS + 1):
+        try:
+            socket.getaddrinfo(host.strip("[]"), None)
+            break
+        except (OSError, UnicodeError) as e:
+            reason = e.strerror if isinstance(e, OSError) else "it is no name of a host"
+            unknown = (
+                f"--coordinator {coordinator}: host {host} is not known ({reason})"
+            )
+            if second == LOOKUP_SECONDS or isinstance(e, UnicodeError):
+                raise UserError(unknown) from e
+            if not second:
+                note(f"{unknown}: trying again for {LOOKUP_SECONDS} s")
+            time.sleep(1)
     if process == 0:
         try:
             socket.create_server(("", int(port))).close()
@@ -932,13 +944,15 @@ def main(argv: list[str] | None = None) -> int:
             for path in value if isinstance(value, list) else [value]:
                 if isinstance(path, Path):
                     check_local(path, f"{name.replace('_', '-')} ")
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except UserError as e:
         print(f"gamayun: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE  # training may have been cut short
     except OSError as e:
         name = f"{e.filename}: " if e.filename else ""
         print(f"gamayun: {name}{e.strerror or e}", file=sys.stderr)

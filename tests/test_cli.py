@@ -188,13 +188,15 @@ def test_the_preview_refuses_what_training_does(experiment, override, message, c
         ("localhost:http", "2", "0", "--coordinator localhost:http: give HOST:PORT"),
         ("localhost:70000", "2", "0", "with a port up to 65535"),
         ("nowhere.invalid:8476", "2", "1", "host nowhere.invalid is not known"),
+        ("a..b:8476", "2", "1", "host a..b is not known (it is no name of a host)"),
         ("localhost:{used}", "2", "0", "cannot listen at port {used} (Address already"),
     ],
 )
 def test_a_cluster_that_cannot_be(
-    tmp_path, capsys, coordinator, processes, process, message
+    tmp_path, capsys, monkeypatch, coordinator, processes, process, message
 ):
     """JAX raises its own errors for some, and for others ends in its native code."""
+    monkeypatch.setattr(cli, "LOOKUP_SECONDS", 0)
     with socket.create_server(("", 0)) as server, socket.create_server(("", 0)) as free:
         ports = {"used": server.getsockname()[1], "free": free.getsockname()[1]}
         free.close()
@@ -206,6 +208,33 @@ def test_a_cluster_that_cannot_be(
     assert message.format(**ports) in error
     assert error.startswith("gamayun: ")
     assert len(error.splitlines()) == 1
+
+
+def test_a_host_that_is_not_known_yet(monkeypatch, capsys):
+    """Status 2 would keep a launcher from starting it again."""
+    answers = [socket.gaierror(-2, "Name or service not known")] * 2
+    pauses = []
+
+    def look_up(*args):
+        if answers:
+            raise answers.pop()
+
+    monkeypatch.setattr(cli.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(cli.time, "sleep", pauses.append)
+    cli.check_cluster("pod-0.train:8476", 2, 1)
+    assert pauses == [1, 1]
+    assert "pod-0.train is not known" in capsys.readouterr().err
+
+
+def test_nobody_reads_the_output(config):
+    """Not success: a run that lost its log was not trained to the end."""
+    program = [sys.executable, "-m", "gamayun_jax", "corpus", "inspect"]
+    command = [*program, config.data.corpus]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 def test_distributed_and_a_coordinator_exclude_each_other(tmp_path, capsys):
