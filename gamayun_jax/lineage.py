@@ -314,8 +314,12 @@ def source_changes(
     same = {(b, *s) for b, s in zip(begins(new), new, strict=False)}
     changed = [k for k, s in enumerate(old) if (starts[k], *s) not in same]
     total, size = starts[-1], plan.segments[0].curriculum.sources[name]
+    after = begins(new)[-1]
+    # The order is of all the records: of another number, a cursor means nothing any
+    # more, be it a former run's. Of a source that is gone nothing comes again.
+    moved = bool(new) and total != after and plan.consumed(step)[name] > 0
     if not (changed and size):
-        return f"source {name} had {total} records and has {begins(new)[-1]}", False
+        return f"source {name} had {total} records and has {after}", moved
     per_record = size // total
     orders = [
         example_order(s.seed, name, range(total), per_record) for s in plan.segments
@@ -325,14 +329,15 @@ def source_changes(
         record = orders[segment][position] // per_record
         looked += 1
         hits += bisect.bisect_right(starts, record) - 1 in changed
-        if hits and looked == MOST_LOOKED_UP:
+        if hits and looked >= MOST_LOOKED_UP:
             break
     numbers = ", ".join(map(str, changed[:8])) + (", ..." if changed[8:] else "")
     text = f"source {name}: {len(changed)} of its {len(old)} shards changed ({numbers})"
-    if total != begins(new)[-1]:
-        text += f", its records from {total} to {begins(new)[-1]}"
-    first = "first " if looked == MOST_LOOKED_UP else ""
-    return f"{text}, with {hits} of the {first}{looked} examples served", bool(hits)
+    if total != after:
+        text += f", its records from {total} to {after}"
+    first = "first " if looked >= MOST_LOOKED_UP else ""
+    text += f", with {hits} of the {first}{looked} examples served"
+    return text, bool(hits) or moved
 
 
 def check_contents(meta: Mapping[str, Any], corpus: Corpus, where: str) -> None:

@@ -310,15 +310,15 @@ def test_a_seq_len_that_does_not_divide(config, corpus, replace):
         make_plan(replace(config, "data.seq_len", 48), corpus)
 
 
-def meta_of(cfg, corpus, step, rollbacks=()):
+def meta_of(cfg, corpus, step, rollbacks=(), origin=None):
     """What a checkpoint says of the past."""
     return {
         "step": step,
-        "curricula": make_plan(cfg, corpus, None, rollbacks).curricula(step),
+        "curricula": make_plan(cfg, corpus, origin, rollbacks).curricula(step),
         "config": to_json(cfg),
         "rollbacks": list(rollbacks),
         "contents": corpus.contents(),
-        "origin": None,
+        "origin": origin,
         "tokenizer": corpus.manifest["tokenizer"]["fingerprint"],
         "lineage": {"corpus": {"recipe": corpus.manifest["recipe"]}},
     }
@@ -360,6 +360,23 @@ def test_what_was_served_of_a_changed_shard_is_counted(three_segments, corpus, s
         assert change.served == bool(count)
         said = f"shards changed ({k}), with {count} of the {served.sum()} examples"
         assert said in change.text
+
+
+def test_a_source_that_grows_under_a_cursor_is_refused(config, corpus):
+    """One of a former run too, before this one has served any of the source."""
+    origin = {"cursors": {"ru/help": 5}, "seed": 3, "shares": {}}
+    mixture = MixtureConfig("explicit", {"en/help": 1.0})
+    stage = dataclasses.replace(config.stages[0], mixture=mixture)
+    cfg = dataclasses.replace(config, stages=(stage,))
+    for cursors, refused in ((origin, True), (None, False)):
+        meta = meta_of(cfg, corpus, 3, origin=cursors)
+        other = with_other_shards(corpus, "ru/help", [])
+        other.manifest["sources"]["ru/help"]["shards"].append(
+            {"records": 2, "sha256": "1" * 64}
+        )
+        (change,) = corpus_changes(meta, other, "here")
+        assert "source ru/help had" in change.text
+        assert change.served == refused
 
 
 def test_texts_that_were_not_served_may_change(three_segments, corpus):
