@@ -33,6 +33,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from gamayun_jax import hosts
 from gamayun_jax.config import CheckpointConfig, Config, UserError, check_local
 from gamayun_jax.optim import parameter_path
+from gamayun_jax.records import is_step, steps_in
 
 FORMAT = 2
 READABLE = (1, 2)  # 1 had no checksums
@@ -373,7 +374,7 @@ class Checkpoints:
         except Exception as e:  # Orbax and TensorStore raise many kinds
             if hosts.is_loss(e):
                 raise
-            there = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
+            there = steps_in(self.folder)  # none if the folder itself is gone
             reason = shortened(e)
             raise UserError(
                 f"a checkpoint cannot be written to {self.folder} "
@@ -528,14 +529,10 @@ def find_checkpoint(path: Path) -> tuple[Path, int]:
     """
     check_local(path, "model ")
     path = Path(path)
-    if path.name.isdigit() and (path / "meta").is_dir():
+    if is_step(path.name) and (path / "meta").is_dir():
         return path.parent, int(path.name)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [
-        int(p.name)
-        for p in (folder.iterdir() if folder.is_dir() else ())
-        if p.name.isdigit() and (p / "meta").is_dir()
-    ]
+    steps = [k for k in steps_in(folder) if (folder / str(k) / "meta").is_dir()]
     if not steps:
         raise UserError(
             f"{path} has no checkpoint: give a run folder, or one of its "

@@ -30,7 +30,13 @@ from typing import Any
 import numpy as np
 
 from gamayun_jax.config import Config, UserError, check_local, to_dict, to_json
-from gamayun_jax.files import atomic, json_lines, write_json, write_text
+from gamayun_jax.files import (
+    atomic,
+    json_lines,
+    read_json,
+    write_json,
+    write_text,
+)
 from gamayun_jax.tokenizer import TextCoder
 
 # What a start writes, besides the checkpoints themselves.
@@ -125,8 +131,15 @@ class RunFolder:
         """Move the former start's records to former/<n>, which is returned.
 
         Raises:
-          UserError: there are checkpoints, which a run can go on from.
+          UserError: there are checkpoints, which a run can go on from; or none can be
+            written there.
         """
+        folder = self.path / "checkpoints"
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(
+                f"{folder} is a link to what is not there, or a file: mount or restore "
+                "it, or take it away to begin anew"
+            )
         if steps := checkpoint_steps(self.path):
             raise UserError(
                 f"run folder {self.path} has a checkpoint of step {max(steps)}: leave "
@@ -155,16 +168,23 @@ class RunFolder:
             tokenizer.write(self.path)
 
     def lineage(self) -> dict[str, Any]:
+        """What the last start wrote, {} if none did.
+
+        Raises:
+          UserError: it is damaged, or not what a start writes.
+        """
         path = self.path / "lineage.json"
         if not path.exists():
             return {}
+        advice = "restore it from a copy, or give another --workdir"
+        found = read_json(path, advice)
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as e:
-            raise UserError(
-                f"{path} is not a JSON object ({e}): restore it from a copy, or give "
-                "another --workdir"
-            ) from e
+            _ = len(found.get("rollbacks", ())), (found.get("init_from") or {}).keys()
+            if all(type(c["step"]) is int for c in found.get("checkpoints", ())):
+                return found
+        except (AttributeError, KeyError, TypeError):
+            pass
+        raise UserError(f"{path} is not what `gamayun train` writes: {advice}")
 
     def write_lineage(self, lineage: Mapping[str, Any]) -> None:
         if self.writer:
@@ -286,12 +306,17 @@ def evaluations(run: Path) -> dict[int, Path]:
 
 def checkpoint_steps(run: Path) -> list[int]:
     """Steps of the checkpoints that are in a run folder."""
-    folder = run / "checkpoints"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if is_step(name))
+    return steps_in(run / "checkpoints")
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder of them; none where there is no folder."""
+    found = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return sorted(int(p.name) for p in found if is_step(p.name))
 
 
 def is_step(name: str) -> bool:
+    """Whether a file or folder is named as a step's is."""
     return name.isdecimal() and name == str(int(name))
 
 

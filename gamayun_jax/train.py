@@ -262,7 +262,8 @@ def _train(
             if lost not in moved:
                 log(f"checkpoint {lost} is gone: what came after {step} is made again")
                 damages.append({"event": "gone", "step": lost})
-        lineage["events"] += [*damages, {"event": "resumed", "step": step}]
+        resumed_at = {"event": "resumed", "step": step}
+        lineage["events"] = [*lineage["events"], *damages, resumed_at]
         note_versions(lineage, meta["lineage"].get("versions", {}), step, log)
         note_corpus(lineage, meta, corpus, f"{store.folder}/{step}", log)
         log(f"going on from step {step} of {cfg.total_steps} in {run.path}")
@@ -300,9 +301,13 @@ def _train(
     for text in mixture_notes(cfg, corpus, plan):
         log(text)
     first_token = origin["tokens"] if origin else 0
-    if changes and step >= cfg.total_steps:
-        # They tell what the steps were made with.
-        log("the run is complete: config.json and lineage.json stay as they were")
+    if step >= cfg.total_steps:
+        # They tell what the steps were made with, and nothing of this start made any.
+        past = meta["lineage"]
+        run.write_lineage({**past, "events": [*past["events"], *damages]})
+        run.write_config(from_json(meta["config"]))
+        if changes:
+            log("the run is complete: config.json and lineage.json stay as they were")
     else:
         run.write_lineage(lineage)
         run.write_config(cfg)

@@ -1,5 +1,6 @@
 """Checkpoints that are cut, changed, half deleted, or cannot be written."""
 
+import contextlib
 import json
 import random
 import resource
@@ -328,6 +329,7 @@ def test_foreign_files_in_a_run_folder(small, straight, tmp_path):
     (run / "eval" / "١٣.json").write_text("not JSON")
     (run / "checkpoints" / "notes").mkdir()
     (run / "checkpoints" / "13.txt").write_text("mine")
+    (run / "checkpoints" / "²").mkdir()
     assert train.train(small, run, log=quiet) == 0
     assert (run / "eval" / "notes.json").exists()
     assert (run / "checkpoints" / "13.txt").exists()
@@ -367,6 +369,65 @@ def test_a_finished_run_keeps_the_config_it_was_made_with(
     assert any("optimizer.weight_decay: 0.1 -> 0.3" in x for x in said)
     assert any("config.json and lineage.json stay as they were" in x for x in said)
     assert {p: p.read_bytes() for p in files(run) if p.suffix == ".json"} == before
+    # Another corpus of the same texts, and a kill just after the last checkpoint.
+    shutil.copytree(small.data.corpus, tmp_path / "corpus")
+    manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
+    manifest["recipe"] = "0" * 64
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    lineage = json.loads((run / "lineage.json").read_text())
+    del lineage["checkpoints"][-1]
+    (run / "lineage.json").write_text(json.dumps(lineage))
+    cfg = replace(small, "data.corpus", str(tmp_path / "corpus"))
+    assert train.train(cfg, run, log=quiet) == 0
+    assert {p: p.read_bytes() for p in files(run) if p.suffix == ".json"} == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"checkpoints": null}',
+        '{"checkpoints": [1]}',
+        '{"checkpoints": [{"step": "3"}]}',
+        '{"rollbacks": null}',
+        '{"init_from": 5}',
+    ],
+)
+def test_a_lineage_of_another_kind_is_told(tmp_path, text):
+    (tmp_path / "lineage.json").write_text(text)
+    told = pytest.raises(UserError, match="lineage.json is not .*restore it")
+    with contextlib.closing(RunFolder(tmp_path)) as run, told:
+        run.lineage()
+
+
+def test_checkpoints_that_vanish_under_a_run(straight, tmp_path):
+    """A file system that is taken away: one line, like one that is full."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(straight / "checkpoints", folder)
+    store = Checkpoints(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="cannot be written .*from the beginning"):
+        with store._writing():
+            raise FileNotFoundError(2, "No such file or directory", str(folder))
+    folder.write_text("")
+    with pytest.raises(UserError, match="has no checkpoint"):
+        checkpoint.find_checkpoint(tmp_path)
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_fresh_where_the_checkpoints_are_not_mounted(small, straight, tmp_path, kind):
+    """Nothing is moved: what the link leads to may come back."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run, ignore=shutil.ignore_patterns("checkpoints"))
+    if kind == "link":
+        (run / "checkpoints").symlink_to(tmp_path / "not mounted")
+    else:
+        (run / "checkpoints").write_text("")
+    before = files(run)
+    with pytest.raises(UserError, match="a link to what is not there, or a file"):
+        train.train(small, run, log=quiet, fresh=True)
+    assert files(run) == before
 
 
 def test_a_full_disk_leaves_the_former_checkpoints_whole(small, straight, tmp_path):
