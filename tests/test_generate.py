@@ -264,10 +264,8 @@ def test_bad_sampling(values):
 
 
 def test_bad_numbers():
-    with pytest.raises(UserError, match="at least 1 token"):
+    with pytest.raises(UserError, match="0 new tokens: ask for at least 1"):
         generator().generate_ids([[0]], 0)
-    with pytest.raises(UserError, match="at most 8"):
-        generator().generate_ids([[0]], 1, stop_ids=range(9))
 
 
 @pytest.mark.parametrize("n", range(1, 40))
