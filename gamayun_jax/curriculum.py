@@ -602,7 +602,7 @@ def mixture_shares(
     given = sum(shares.values())
     rest = 1.0 - given
     if rest < -1e-6:
-        raise UserError(f"shares sum to {given:.6g}, which is more than 1")
+        raise UserError(f"shares sum to {given:.9g}, which is more than 1")
     result = dict.fromkeys(sizes, 0.0)
     for pattern, share in shares.items():
         mine = {n: sizes[n] for n in sizes if owner.get(n) == pattern}

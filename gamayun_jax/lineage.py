@@ -6,8 +6,10 @@ import bisect
 import datetime
 import importlib.metadata
 import itertools
+import json
 import math
 import platform
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +162,16 @@ def check_checkpoints(run: Path, lost: Sequence[int]) -> None:
 
 
 def check_corpus(cfg: Config, corpus: Corpus) -> None:
-    """Raise UserError where the corpus does not fit the config."""
+    """Raise UserError where the corpus does not fit the config, or is not of the same
+    texts on all processes, each of which may read a copy of its own."""
+    texts = json.dumps(corpus.contents(), sort_keys=True).encode()
+    crc_P = hosts.gather(np.uint32(zlib.crc32(texts)))
+    if (crc_P != crc_P[0]).any():
+        raise UserError(
+            f"processes {np.flatnonzero(crc_P != crc_P[0]).tolist()} have other texts "
+            f"in corpus {corpus.folder} than the first process: copy it anew, or put "
+            "it on a file system that they share"
+        )
     size = corpus.manifest["tokenizer"]["vocab_size"]
     if size > cfg.model.vocab_size:
         raise UserError(

@@ -499,6 +499,7 @@ def test_a_language_that_is_named_has_exactly_what_is_named(scheme):
         ("natural", {"en/*": 0.1, "*/hq": 0.1}, "both match 'en/hq'"),
         ("explicit", {"en/*": 0.5}, "sum to 0.5"),
         ("natural", {"en/*": 1.5}, "more than 1"),
+        ("natural", {"en/*": 0.5, "ru/*": 0.500002}, "to 1.000002, which is more"),
         ("natural", {"en/*": -0.5}, "give a share"),
         ("natural", {"en/*": float("nan")}, "give a share"),
         ("uniform", {}, "choose one of natural"),

@@ -19,7 +19,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jax.profiler import ProfileData
 
-from gamayun_jax import checkpoint, cli, train
+from gamayun_jax import checkpoint, cli, hosts, train
 from gamayun_jax.config import (
     MixtureConfig,
     TokenWeightConfig,
@@ -30,7 +30,7 @@ from gamayun_jax.config import (
 from gamayun_jax.corpus import open_corpus
 from gamayun_jax.data import make_plan
 from gamayun_jax.files import file_sha256
-from gamayun_jax.lineage import load_origin, share_points
+from gamayun_jax.lineage import check_corpus, load_origin, share_points
 from gamayun_jax.records import RunFolder, SetAside
 from gamayun_jax.step import abstract_state
 
@@ -483,6 +483,18 @@ def test_a_corpus_swapped_under_a_run_is_refused(
     with pytest.raises(UserError, match=f"with {served} of the {served} examples"):
         train.train(swapped, run, log=quiet)
     assert (run / "lineage.json").read_text() == before
+
+
+def test_processes_with_copies_of_other_texts(
+    config, corpus, reversed_corpus, monkeypatch
+):
+    """Each batch would be a mixture of both."""
+    seen = []
+    monkeypatch.setattr(hosts, "gather", lambda x: seen.append(x) or np.array(seen))
+    check_corpus(config, corpus)
+    check_corpus(config, open_corpus(corpus.folder))
+    with pytest.raises(UserError, match=r"processes \[2\] have other texts in corpus"):
+        check_corpus(config, reversed_corpus)
 
 
 def test_init_from_begins_a_swapped_source_anew(
