@@ -120,6 +120,13 @@ def together(silence: float = 60.0, pause: float = 1.0) -> Iterator[None]:
             service.key_value_set(f"{FAILED}{me}", f"process {me} failed: {reason}")
         time.sleep(3 * pause)  # the others must hear it before the service may end
         os._exit(2)
+    except KeyboardInterrupt:
+        done.set()
+        print("gamayun: interrupted", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            service.key_value_set(f"{FAILED}{me}", f"process {me} was interrupted")
+        time.sleep(0 if me else 3 * pause)
+        os._exit(130)  # at Python's own exit JAX would wait for the others
     finally:
         done.set()
         thread.join()

@@ -126,21 +126,34 @@ with hosts.together(silence=4.0, pause=0.5):
 """
 
 
-def test_a_collective_broken_on_the_fast_path_of_a_function():
-    """JAX raises it as ValueError, like bad input."""
+def start_programs(program):
+    """Two processes of a program, given the first one's address and their number."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    (out, status), _ = finish([
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", GONE, f"localhost:{port}", str(i)],
+            [sys.executable, "-c", program, f"localhost:{port}", str(i)],
             env=dict(os.environ, XLA_FLAGS="", JAX_NUM_CPU_DEVICES="1"),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for i in range(2)
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+
+def test_a_collective_broken_on_the_fast_path_of_a_function():
+    """JAX raises it as ValueError, like bad input."""
+    (out, status), _ = finish(start_programs(GONE))
     assert status == 4, out[-2000:]
     assert "start them again" in out
+
+
+def test_an_interrupted_process_does_not_wait_for_the_others():
+    """It did, and was aborted by JAX once they had ended."""
+    program = GONE.replace("os._exit(9)", "raise KeyboardInterrupt")
+    (out, status), (other, interrupted) = finish(start_programs(program))
+    assert (status, interrupted) == (4, 130), out[-2000:] + other[-2000:]
+    assert "process 1 was interrupted" in out
 
 
 CANNOT_READ = """
