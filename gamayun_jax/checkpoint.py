@@ -407,11 +407,14 @@ def kept_forever(cfg: Config) -> list[int]:
         every = keep.keep_every_steps
         steps |= set(range(every, cfg.total_steps, every))
     if keep.keep_every_tokens:
-        for n in range(
-            1, cfg.total_steps * cfg.tokens_per_step // keep.keep_every_tokens + 1
-        ):
-            first = -(-n * keep.keep_every_tokens // cfg.tokens_per_step)
-            steps.add(-(-first // keep.every_steps) * keep.every_steps)
+
+        def passed(step: int) -> int:
+            return step * cfg.tokens_per_step // keep.keep_every_tokens
+
+        every = keep.every_steps  # not by each so many tokens, which may be few
+        for step in range(every, cfg.total_steps + 1, every):
+            if passed(step) > passed(step - every):
+                steps.add(step)
     return sorted(steps)
 
 

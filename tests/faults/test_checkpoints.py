@@ -503,6 +503,14 @@ def test_kept_forever(replace, config):
     tokens = replace(config, "checkpoint.keep_every_tokens", 4 * step)
     # 4, 8 and 12 steps, each at the next multiple of 3; and the stages' ends.
     assert checkpoint.kept_forever(tokens) == [6, 7, 9, 12, 13]
+    # Fewer than a step has, of 2T: a loop over the tokens would not end.
+    each = replace(tokens, "checkpoint.keep_every_tokens", 1)
+    long = replace(each.stages[1], "tokens", 2 * 10**12)
+    each = replace(each, "stages", (each.stages[0], long))
+    each = replace(each, "data.batch_size", 2**15)
+    each = replace(each, "checkpoint.every_steps", 10**5)
+    each = replace(each, "checkpoint.keep_every_steps", 0)
+    assert checkpoint.kept_forever(each)[1:4] == [10**5, 2 * 10**5, 3 * 10**5]
     with pytest.raises(UserError, match="not a multiple"):
         replace(config, "checkpoint.keep_every_steps", 4)
 
