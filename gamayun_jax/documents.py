@@ -112,6 +112,8 @@ def expand(source: SourceConfig) -> list[Input]:
                 )
             if not os.path.isfile(path):
                 raise UserError(f"{at}: {path} is not a file: give {path}/*")
+            if re.search("[\ud800-\udfff]", path):  # the manifest lists it
+                raise UserError(f"{at}: the name of {path!a} is not UTF-8: rename it")
             found[path] = match[1] if match[1] in ("txt", "parquet") else "jsonl"
     if not found and not inputs:
         raise UserError(f"{at} has no files: give at least one")
@@ -217,7 +219,10 @@ def no_field(field: str, row: Mapping[str, Any]) -> str:
     for key, value in itertools.islice(row.items(), 20):
         inner = list(itertools.islice(value, 20)) if isinstance(value, Mapping) else []
         names += [f"{key}.{name}" for name in inner] or [str(key)]
-    return f"no field {field!r}; there are: {', '.join(names)[:300] or 'none'}"
+    listed = ", ".join(names)[:300]
+    # A key of JSON may have line ends and lone surrogates in it.
+    listed = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in listed)
+    return f"no field {field!r}; there are: {listed or 'none'}"
 
 
 def as_document(
@@ -404,6 +409,8 @@ def read_parquet(item: Input) -> Iterator[Document | BadDocument]:
                         yield as_document(item, number, text, id)
                 why = "fewer rows than the file says"
             except broken as e:
+                if isinstance(e, OSError) and e.errno:  # it may be whole
+                    raise no_access(item, e) from e
                 why = first_line(e)
             if number < end:
                 damage = damage or (number + 1, "corrupt file", why)
@@ -464,28 +471,34 @@ def scalar_value(scalar: Any) -> Any:
 
 
 def read_tfds(item: Input) -> Iterator[Document | BadDocument]:
+    """Rows shard by shard, since a data source keeps each shard open that it read."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
     broken = (ValueError, KeyError, OSError, RuntimeError, IndexError)
     try:
-        rows = open_tfds(item.path).as_data_source(item.split)
-        count = len(rows)
+        info = open_tfds(item.path).info
+        shards = info.splits[item.split].file_instructions
     except broken as e:
         yield Damage(item.name, 1, "corrupt file", first_line(e))
         return
-    lost, damage = 0, None
-    for i in range(count):
-        try:
-            row = rows[i]
-        except broken as e:
-            damage = damage or (i + 1, "corrupt file", first_line(e))
-            lost += 1
-            continue
-        try:
-            text = value_of(row, item.text_field)
-        except KeyError:
-            why = no_field(item.text_field, row)
-            yield BadDocument(item.name, i + 1, "no text", why)
-            continue
-        yield as_document(item, i + 1, text, row.get("id"))
+    number, lost, damage = 0, 0, None
+    for shard in shards:
+        records = ArrayRecordDataSource([shard])  # the one before is let go
+        for i in range(shard.take):
+            number += 1
+            try:
+                row = info.features.deserialize_example_np(records[i])
+            except broken as e:
+                damage = damage or (number, "corrupt file", first_line(e))
+                lost += 1
+                continue
+            try:
+                text = value_of(row, item.text_field)
+            except KeyError:
+                why = no_field(item.text_field, row)
+                yield BadDocument(item.name, number, "no text", why)
+                continue
+            yield as_document(item, number, text, row.get("id"))
     if damage:
         yield Damage(item.name, *damage, unread=lost)
 

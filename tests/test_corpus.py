@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import hashlib
 import itertools
@@ -391,6 +392,33 @@ def test_any_held_out_text_is_found_inside_of_any():
     assert digits.judge(["98 76 54 32 10 " * 9]) == [[]]
     for k in long:
         assert units[k][0] in [u.id for u in alone[k]]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_parts_of_a_held_out_text_are_found(language):
+    """A source may have a held-out document's lines as documents of their own."""
+    *lines, other = [t.split("\n")[0] for t in some_texts(language, 41, words=16)]
+    finder = Contamination("h", [("page", "\n".join(lines))])
+    dense = language == "zh"
+    count = [len(t.replace(" ", "")) for t in lines]
+    long = [t for t, n in zip(lines, count, strict=True) if n >= (24 if dense else 48)]
+    assert len(long) > 10
+    assert all(finder.judge(long))
+    assert all(finder.judge([" ".join(lines[k : k + 3]) for k in range(30)]))
+    # A line in a text of its own, and a text of its own.
+    assert finder.judge([f"{other} {long[0]} {other[::-1] * 3}", other]) == [[], []]
+
+
+def test_held_out_files_of_a_folder_s_present_corpus(tmp_path):
+    """Not those of the one that was there before, in the same process."""
+    texts = some_texts("en", 200)
+    source = c.SourceConfig("en/web", (write_jsonl(tmp_path / "a.jsonl", texts),))
+    for first, last in ((5, 6), (6, 8)):
+        held = write_jsonl(tmp_path / "h.jsonl", texts[first:last])
+        cfg = make_config((source,), (c.HeldoutConfig("h", {"en": held}),))
+        found = build(cfg, tmp_path / "out")
+        assert documents_of(found, "en/web") == texts[:first] + texts[last:]
+        shutil.rmtree(tmp_path / "out")
 
 
 def parallel_units(count=40, change=lambda rows: rows):
@@ -807,6 +835,18 @@ def test_a_missing_field_lists_those_there_are(tmp_path, end):
         build(one_source(path), tmp_path / "out")
 
 
+def test_any_key_and_any_file_name(tmp_path):
+    """Lone surrogates in them, which have no bytes in UTF-8, and line ends."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"\\ud800 a\\nb": "x"}\n')
+    with pytest.raises(UserError, match="no field 'text'") as error:
+        build(one_source(path), tmp_path / "out")
+    assert "there are: \\ud800 a\\nb)" in str(error.value)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.jsonl")).write_text("{}")
+    with pytest.raises(UserError, match=r"the name of .*b\\udcff.jsonl.*not UTF-8"):
+        read(f"{tmp_path}/b*.jsonl")
+
+
 @pytest.mark.parametrize("end", ["json.gz", "json.zst", "ndjson", "json"])
 def test_names_of_json_lines(tmp_path, end):
     """c4-train.00000-of-01024.json.gz, Dolma's and others' names."""
@@ -906,6 +946,19 @@ def test_a_damaged_file_is_no_small_matter(tmp_path, damage, capsys):
         assert 500 < len(kept) == first + 300
     assert f"DAMAGED: en/web {path.name}" in capsys.readouterr().err
     assert f"DAMAGED: en/web {path.name}" in corpus.inspect(out)
+
+
+def test_a_file_system_s_fault_is_no_damage(tmp_path, monkeypatch):
+    """It may be gone when the build is run again, so it is not kept as a result."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path)
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", fails)
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read: Input/output"):
+        read(path)
 
 
 def test_globs_are_sorted_and_files_come_once(tmp_path):
@@ -1067,10 +1120,19 @@ def test_tfds(tmp_path):
                 yield i, {"text": text, "n": i}
 
     made = Texts(data_dir=tmp_path, file_format="array_record")
-    made.download_and_prepare()
+    made.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(num_shards=12)
+    )
     folder = str(made.data_path)
-    found = read(f"tfds:{folder}:train")
+    found, most = [], 0
+    source = c.SourceConfig("en/web", (f"tfds:{folder}:train",))
+    for document in documents.read_documents(source):
+        found.append(document)
+        files_open = [os.path.realpath(p) for p in Path("/proc/self/fd").iterdir()]
+        most = max(most, sum(p.startswith(folder) for p in files_open))
+    assert most == 1  # whatever the limit of open files
     assert sorted(d.text for d in found) == sorted(texts)
+    assert [d.line for d in found] == list(range(1, 121))
     assert len(read(f"tfds:{folder}:train[:25%]")) == 30
     wrong = read(f"tfds:{folder}:train", text_field="n")
     assert {b.reason for b in wrong} == {"text is not a string"}
@@ -1080,6 +1142,11 @@ def test_tfds(tmp_path):
     cfg = make_config((c.SourceConfig("ru/tfds", (f"tfds:{folder}:train",)),))
     result = build(cfg, tmp_path / "out", workers=2)
     assert documents_of(result, "ru/tfds") == [d.text for d in found]
+    shards = sorted(Path(folder).glob("*.array_record*"))
+    shards[3].write_bytes(bytes(shards[3].stat().st_size))
+    *kept, damage = read(f"tfds:{folder}:train")
+    assert kept == found[:30] + found[40:]
+    assert (damage.line, damage.unread) == (31, 10)
 
 
 # ------------------------------------------------------------------ what is refused
