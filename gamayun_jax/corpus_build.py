@@ -36,6 +36,7 @@ from gamayun_jax.corpus_jobs import (
     Heldout,
     Part,
     Pool,
+    contamination,
     fit_tokenizer,
     plan_shards,
     scan,
@@ -446,6 +447,7 @@ def scan_all(
     folders = [work / str(i) for i in range(len(inputs))]
     sizes = [sum(os.path.getsize(p) for p in item.files) for item in inputs]
     remove = cfg.held_out_copies == "remove"
+    contamination.cache_clear()  # the folder may have been another corpus's
     jobs = [
         (item, folder, cfg.min_chars, cfg.shard_bytes, heldout, remove)
         for item, folder in zip(inputs, folders, strict=True)

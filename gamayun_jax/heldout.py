@@ -186,8 +186,9 @@ class Contamination:
     Of a held-out text, runs of 16 letters are looked for, one in 8 (text mostly in
     ideographs, kana or hangul: 8 and one in 4). A document holds the text if it has
     half of these runs, 24 of a long one, and no fewer than 4 of them, about eight
-    words; if there are fewer, all. A text of fewer than 30 letters (12) must be the
-    document.
+    words; if there are fewer, all. A document that is a part of the text, a line say,
+    is held too: half of its own runs are the text's, and no fewer than 4. A text of
+    fewer than 30 letters (12) must be the document.
     """
 
     def __init__(self, name: str = "", units: Sequence[tuple[str, str]] = ()):
@@ -288,7 +289,11 @@ class Contamination:
             within = np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)
             unit = units[np.repeat(first, count) + within]
             pairs, times = np.unique(of << np.uint64(32) | unit, return_counts=True)
-            for pair in pairs[times >= needed[pairs.astype(np.uint32)]].tolist():
+            sizes = (ends - begins)[(pairs >> np.uint64(32)).astype(np.int64)]
+            # Of the document's own runs one in `width / 2` is looked for.
+            own = np.maximum(-(-(sizes - width) // width), 4)
+            least = np.minimum(needed[pairs.astype(np.uint32)], own)
+            for pair in pairs[times >= least].tolist():
                 unit_of = Unit(*self._units[pair & 0xFFFFFFFF])
                 if not any(u.equal for u in found[pair >> 32]):
                     found[pair >> 32].append(unit_of)
