@@ -369,10 +369,13 @@ def make(
                 "xz": {text_key(t): xz_bytes(t) for t in texts},
             }
         low = unlike_lengths(languages) if parallel[name] else {}
+        asked = next(h.parallel for h in corpus.heldout if h.name == name)
+        why = unlike_ids(languages) or "there are units without an id"
         in_heldout[name] = {
             "parallel": parallel[name],
             "languages": rows,
             "unlike_lengths": low,
+            "unlike_ids": "" if parallel[name] or asked is False else why,
             "copies": corpus.held_out_copies,
         }
 

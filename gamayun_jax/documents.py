@@ -473,8 +473,9 @@ def scalar_value(scalar: Any) -> Any:
 def read_tfds(item: Input) -> Iterator[Document | BadDocument]:
     """Rows shard by shard, since a data source keeps each shard open that it read."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from google.protobuf.message import DecodeError
 
-    broken = (ValueError, KeyError, OSError, RuntimeError, IndexError)
+    broken = (ValueError, KeyError, OSError, RuntimeError, IndexError, DecodeError)
     try:
         info = open_tfds(item.path).info
         shards = info.splits[item.split].file_instructions

@@ -25,6 +25,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -444,11 +445,17 @@ def parallel_units(count=40, change=lambda rows: rows):
 @pytest.mark.parametrize(
     ("change", "given", "parallel", "warns"),
     [
-        (lambda rows: rows, None, True, False),
-        (lambda rows: rows[::-1], None, False, False),
-        (lambda rows: [r["text"] for r in rows], None, False, False),
-        (lambda rows: [r["text"] for r in rows][::-1], None, False, False),
-        (lambda rows: rows, False, False, False),
+        (lambda rows: rows, None, True, ""),
+        (
+            lambda rows: rows[::-1],
+            None,
+            False,
+            "not parallel, since ru has id '39' at unit 1, where en has '0'",
+        ),
+        (lambda rows: rows[:-1], None, False, "ru has 39 units and en 40"),
+        (lambda rows: [r["text"] for r in rows], None, False, "units without an id"),
+        (lambda rows: [r["text"] for r in rows][::-1], None, False, "without an id"),
+        (lambda rows: rows, False, False, ""),
         # The right ids on the wrong texts: only lengths tell.
         (
             lambda rows: [
@@ -456,7 +463,7 @@ def parallel_units(count=40, change=lambda rows: rows):
             ],
             None,
             True,
-            True,
+            "WARNING: units of ru and of the first language",
         ),
     ],
 )
@@ -478,7 +485,8 @@ def test_parallel_is_what_has_the_same_ids(tmp_path, change, given, parallel, wa
     found = build(cfg, tmp_path / "out")
     assert found.manifest["heldout"]["h"]["parallel"] is parallel
     told = corpus.inspect(tmp_path / "out")
-    assert ("WARNING: units of ru and of the first language" in told) == warns
+    assert warns in told
+    assert ("WARNING: units" in told or "not parallel, since" in told) == bool(warns)
     assert ("(not parallel)" in told) != parallel
 
 
@@ -1145,9 +1153,13 @@ def test_tfds(tmp_path):
     assert documents_of(result, "ru/tfds") == [d.text for d in found]
     shards = sorted(Path(folder).glob("*.array_record*"))
     shards[3].write_bytes(bytes(shards[3].stat().st_size))
+    writer = ArrayRecordWriter(str(shards[7]), "group_size:1")
+    for _ in range(10):
+        writer.write(b"not a tf.Example")
+    writer.close()
     *kept, damage = read(f"tfds:{folder}:train")
-    assert kept == found[:30] + found[40:]
-    assert (damage.line, damage.unread) == (31, 10)
+    assert kept == found[:30] + found[40:70] + found[80:]
+    assert (damage.line, damage.unread) == (31, 20)
 
 
 # ------------------------------------------------------------------ what is refused
