@@ -9,8 +9,7 @@ are combined as if the items differed, which is cautious.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from gamayun_jax.figures import (
     styled,
     to_svg,
 )
+from gamayun_jax.files import json_lines
 from gamayun_jax.page import html_table, section, td
 from gamayun_jax.paired import (
     MACRO,
@@ -78,19 +78,21 @@ class Boundary:
     before: str
     after: str
     changes: list[Change]
+    damaged: list[str]  # lines of its items that were left out, by their files
 
 
-def read_items(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """language -> id -> item of an items file; {} if it is missing or damaged."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
-    try:
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                item = json.loads(line)
-                found.setdefault(str(item["language"]), {})[str(item["id"])] = item
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return found
+def read_items(path: Path) -> tuple[dict[str, dict[str, Any]], list[int]]:
+    """(language -> id -> item, numbers of the damaged lines) of an items file; nothing
+    if it is missing."""
+    found: dict[str, dict[str, Any]] = {}
+    damaged: list[int] = []
+    data = path.read_bytes() if path.is_file() else b""
+    for number, (_, item) in enumerate(json_lines(data), 1):
+        if item is not None and "language" in item and "id" in item:
+            found.setdefault(str(item["language"]), {})[str(item["id"])] = item
+        else:
+            damaged.append(number)
+    return found, damaged
 
 
 def tests_of(record: Any) -> dict[str, tuple[str, dict[str, Any], Any, bool]]:
@@ -125,7 +127,8 @@ def changes_between(
             continue
         _, former, former_mean, _ = tests_of(old)[name]
         a, b = (
-            read_items(f / f"{name}.jsonl") if f else {} for f in (old_items, new_items)
+            read_items(f / f"{name}.jsonl")[0] if f else {}
+            for f in (old_items, new_items)
         )
         languages = [k for k in results if k in former]
         pairs = {
@@ -168,8 +171,21 @@ def boundaries(run: Run) -> list[Boundary]:
         changes = changes_between(old, new, items_of(run, old), items_of(run, new))
         if changes:
             stage = plain(get(new, "stage") or label_of(new), 24)
-            found.append(Boundary(stage, label_of(old), label_of(new), changes))
+            labels = label_of(old), label_of(new)
+            found.append(
+                Boundary(stage, *labels, changes, damaged_items(run, old, new))
+            )
     return found
+
+
+def damaged_items(run: Run, *records: Any) -> list[str]:
+    """ "eval/13.items/quiz.jsonl, line 5" of the evaluations' damaged lines."""
+    return [
+        f"{path.relative_to(run.folder)}, line {number}"
+        for record in records
+        for path in sorted(items_of(run, record).glob("*.jsonl"))
+        for number in read_items(path)[1]
+    ]
 
 
 def set_changes(
@@ -233,8 +249,15 @@ def stage_table(run: Run) -> str:
             f"{plain(name, 14)}: {metric}, {tally(list(found.values()))}"
             for (name, metric), found in tests.items()
         ]
+        lines += [damage_text(boundary)] if boundary.damaged else []
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def damage_text(boundary: Boundary) -> str:
+    """What of a boundary's items was left out, in a sentence."""
+    first = "; ".join(boundary.damaged[:5])
+    return f"damaged lines of items left out: {len(boundary.damaged)} ({first})."
 
 
 @styled
@@ -306,6 +329,8 @@ def stage_sections(run: Run, languages: Sequence[str], who: str = "") -> Iterabl
             f"and the change. {RULE} Green: a gain, red: forgetting. Bits per byte are "
             f"better when lower. {counts}."
         )
+        if boundary.damaged:
+            text += f' <b class="gap">{esc(damage_text(boundary), 400)}</b>'
         title = f"{who}What stage “{boundary.stage}” changed"
         svg = to_svg(change_figure(boundary, languages), title)
         yield section(title, text, change_table(boundary, languages), svg)

@@ -112,6 +112,20 @@ def test_without_items_the_errors_are_combined(folder):
     assert "unpaired" in report.write_report([folder], folder / "out").read_text()
 
 
+def test_a_damaged_item_is_named_and_costs_no_other(folder, capfd):
+    whole = stages.boundaries(runs.read_run(folder))[1]
+    path = folder / "eval/13.items/quiz.jsonl"
+    path.write_text(path.read_text() + '{"id": 7}\n"torn')
+    found = stages.boundaries(runs.read_run(folder))[1]
+    assert found.changes == whole.changes
+    named = [f"eval/13.items/quiz.jsonl, line {n}" for n in (901, 902)]
+    assert (whole.damaged, found.damaged) == ([], named)
+    assert cli.main(["report", str(folder), "--out", str(folder / "out")]) == 0
+    said = f"damaged lines of items left out: 2 ({'; '.join(named)})"
+    assert said in capfd.readouterr().out
+    assert said in (folder / "out/index.html").read_text()
+
+
 def test_one_page_says_one_thing(folder):
     """The table of a stage, the table of the held-out set and the text agree."""
     page = report.write_report([folder], folder / "out").read_text()
