@@ -167,7 +167,7 @@ def run_tokenizer_report(args: argparse.Namespace) -> int:
 
 
 def run_curriculum(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus, data, figures, lineage, runs, train
+    from gamayun_jax import corpus, data, figures, lineage, resume, runs
 
     cfg = load(args)
     folder = Path(cfg.data.corpus)
@@ -181,7 +181,7 @@ def run_curriculum(args: argparse.Namespace) -> int:
             first = origin["tokens"]
         plan = data.make_plan(cfg, found, origin)
         lineage.check_corpus(cfg, found)
-        train.check_stages(cfg, found, plan, first)
+        resume.check_stages(cfg, found, plan, first)
         table = plan.table()
     else:
         found, plan, table = data.unbuilt_plan(cfg)

@@ -48,7 +48,7 @@ class Diverged(Exception):  # noqa: N818  an event, not an error
         self.plan, self.rollbacks = plan, rollbacks
 
 
-class Watch:
+class DivergenceDetector:
     """Looks at each step's metrics, in order; its state is saved with checkpoints."""
 
     def __init__(self, cfg: DivergenceConfig, saved: Mapping[str, Any] | None = None):

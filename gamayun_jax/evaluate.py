@@ -180,6 +180,7 @@ class HeldoutEvaluator:
           UserError: a language that no held-out set has, a tokenizer with more ids
             than the model, a parallel set whose languages have different units.
         """
+        self.every_steps = cfg.evaluation.every_steps
         self.sets = {
             name: [k for k in found if not languages or k in languages]
             for name, found in corpus.heldout_sets().items()
@@ -310,6 +311,30 @@ class HeldoutEvaluator:
             local = {k: v[mine] for k, v in batch.items()}
             sums = self._step(params, sums, global_batch(local, mine, B, layout))
         return np.asarray(jax.device_get(sums), np.float64)
+
+    def evaluate(
+        self, params: Any
+    ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+        """`run`, and the units of each set under the name of their file,
+        "heldout-NAME"."""
+        sums = self.unit_sums(params)
+        items = {f"heldout-{name}": self.items(name, sums) for name in self.sets}
+        return self.results(sums), items
+
+    def headlines(self, result: Mapping[str, Any]) -> dict[str, float]:
+        """Name for TensorBoard -> bits per byte of each set by language."""
+        return {
+            f"eval/{name}/bits_per_byte/{language}": row["bits_per_byte"]
+            for name, values in result["sets"].items()
+            for language, row in values["languages"].items()
+        }
+
+    def lines(self, result: Mapping[str, Any]) -> list[str]:
+        """The console's line of each set."""
+        return [
+            f"{name}: {values['macro']['bits_per_byte']:.3f} bits per byte (macro)"
+            for name, values in result["sets"].items()
+        ]
 
     def run(self, params: Any) -> dict[str, Any]:
         """{"sets": {set: {"parallel", "languages": {...}, "micro", "macro"}}}.
@@ -588,9 +613,7 @@ def evaluate_heldout(
         evaluator = HeldoutEvaluator(
             cfg, corpus, mesh, model, languages, tokenizer, window
         )
-        sums = evaluator.unit_sums(params)
-    result = evaluator.results(sums)
-    items = {f"heldout-{name}": evaluator.items(name, sums) for name in result["sets"]}
+        result, items = evaluator.evaluate(params)
     head = {"model": meta["lineage"].get("run"), "step": meta["step"], "label": "eval"}
     return {**head, "tokens": meta["tokens"], "stage": "", **result}, items
 

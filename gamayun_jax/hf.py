@@ -237,7 +237,7 @@ def fingerprint_of(folder: Path, tokenizer: HFTokenizer | None) -> str | None:
     """
     path = folder / "tokenizer.model"
     if tokenizer is None or not path.is_file():
-        return tokenizer and tokenizer.fingerprint
+        return None if tokenizer is None else tokenizer.fingerprint
     try:
         ours = Tokenizer(path)
         same = json.loads(to_tokenizers(ours).to_str())

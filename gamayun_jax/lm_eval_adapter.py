@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from lm_eval.api.model import TemplateLM
@@ -59,7 +59,7 @@ class GamayunLM(TemplateLM):
     def __init__(
         self,
         path: str,
-        dtype: str = "float32",
+        dtype: Literal["auto", "float32", "bfloat16"] = "float32",
         max_length: int | None = None,
         batch_size: int | str = "auto",
         batch_tokens: int = 4096,

@@ -14,20 +14,14 @@ former/<n>/     the records of a start that --fresh moved aside
 
 from __future__ import annotations
 
-import datetime
 import fcntl
 import json
-import math
 import os
 import shutil
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gamayun_jax.config import Config, UserError, check_local, to_dict, to_json
 from gamayun_jax.files import (
@@ -48,8 +42,6 @@ RECORDS = (
 # What may lie in a folder where no run has begun: logs, scripts, notes; and folders.
 BESIDE = (".err", ".log", ".md", ".out", ".py", ".sh", ".txt")
 NO_RUN = ("compiled", "former", "lost+found")
-# Of a run's time, what is no step.
-OVERHEADS = ("start", "compile", "input", "checkpoint", "evaluate")
 # What a run cannot change on its way: its state or its past would not fit any more.
 FIXED = ("model", "languages", "data.seq_len", "data.batch_size", "seed")
 
@@ -320,7 +312,7 @@ def is_step(name: str) -> bool:
     return name.isdecimal() and name == str(int(name))
 
 
-class SetAside:
+class BadRecordLog:
     """What a process met in the corpus and could not use, each record once, in
     set_aside.<process>.jsonl of the run folder."""
 
@@ -350,131 +342,3 @@ class SetAside:
             row = dict(source=source, shard=shard, record=record, reason=reason)
             with open(self._path, "a", encoding="utf-8") as f:
                 f.write("\n" * (f.tell() > 0) + json.dumps(row, ensure_ascii=False))
-
-
-class Interval:
-    """Sums of the steps since the last record; saved with a checkpoint, so that a
-    resumed run writes the same records as one that was never interrupted."""
-
-    def __init__(self, num_languages: int, saved: Mapping[str, Any] | None = None):
-        zeros = np.zeros(num_languages)
-        self.sums: dict[str, Any] = dict(steps=0, numerator=0.0, denominator=0.0)
-        self.sums |= dict(grad_norm=0.0, learning_rate=0.0, skipped=0)
-        self.languages = {k: zeros.copy() for k in ("nll", "targets", "tokens")}
-        if saved is not None:
-            self.sums |= saved["sums"]
-            self.languages = {k: np.array(v) for k, v in saved["languages"].items()}
-
-    def add(self, metrics: Mapping[str, Any]) -> None:
-        self.sums["steps"] += 1
-        for name in ("numerator", "denominator", "grad_norm"):
-            self.sums[name] += float(metrics[name])
-        self.sums["skipped"] += int(metrics["skipped"])
-        self.sums["learning_rate"] = float(metrics["learning_rate"])
-        for name, values in metrics["languages"].items():
-            self.languages[name] += np.asarray(values, np.float64)
-
-    def to_json(self) -> dict[str, Any]:
-        languages = {k: v.tolist() for k, v in self.languages.items()}
-        return {"sums": self.sums, "languages": languages}
-
-    def record(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Means of the interval, overall and per language (null without targets)."""
-        s, by = self.sums, self.languages
-
-        def mean(total: float, count: float) -> float | None:
-            value = total / count if count else math.nan
-            return value if math.isfinite(value) else None
-
-        return {
-            "loss": mean(s["numerator"], s["denominator"]),
-            "nll": mean(by["nll"].sum(), by["targets"].sum()),
-            "lr": s["learning_rate"],
-            "grad_norm": mean(s["grad_norm"], s["steps"] - s["skipped"]),
-            "skipped": s["skipped"],
-            "languages": {
-                name: {
-                    "nll": mean(by["nll"][k], by["targets"][k]),
-                    "targets": int(by["targets"][k]),
-                    "tokens": int(by["tokens"][k]),
-                }
-                for k, name in enumerate(names)
-            },
-        }
-
-
-class Clock:
-    """Where the time goes: seconds by activity, since the last `lap` and in the run.
-
-    Saved with a checkpoint, so that what a run lost by an interruption is what no
-    clock has counted.
-    """
-
-    def __init__(self, began: float, saved: Mapping[str, Any] | None = None) -> None:
-        """`began`: of this process, by time.perf_counter(); `saved`: by to_json."""
-        self._total: dict[str, float] = dict(saved["total"]) if saved else {}
-        self._lap: dict[str, float] = dict(saved["lap"]) if saved else {}
-        self._start = began
-
-    def add(self, name: str, seconds: float) -> None:
-        """Count seconds that an activity took."""
-        for sums in (self._lap, self._total):
-            sums[name] = sums.get(name, 0.0) + seconds
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.add(name, time.perf_counter() - begin)
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.add("seconds", now - self._start)
-        self._start = now
-
-    def lap(self) -> dict[str, float]:
-        """seconds, and activity_s of each activity, since the last call."""
-        self._tick()
-        lap, self._lap = self._lap, {}
-        return {f"{k}_s" if k != "seconds" else k: v for k, v in lap.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        self._tick()
-        return {"lap": dict(self._lap), "total": dict(self._total)}
-
-    def goodput(self, started: str) -> dict[str, float]:
-        """Seconds of the run's wall time by what they went to.
-
-        Args:
-          started: when the run began (ISO 8601); unreadable: when its first clock did.
-
-        Returns:
-          wall; productive (the steps themselves); start (of each process), compile,
-          input (waiting for data), checkpoint (the part that steps wait for),
-          evaluate; and interrupted: away, or making steps again.
-        """
-        self._tick()
-        counted = self._total["seconds"]
-        try:
-            since = datetime.datetime.fromisoformat(started).timestamp()
-        except (TypeError, ValueError, OverflowError):
-            since = math.inf
-        wall = max(time.time() - since, counted)
-        lost = {name: self._total.get(name, 0.0) for name in OVERHEADS}
-        lost["interrupted"] = wall - counted
-        return {"wall": wall, "productive": wall - sum(lost.values()), **lost}
-
-
-def goodput_text(seconds: Mapping[str, float]) -> str:
-    """ "goodput 83.1 % of 0:02:10: compile 6.1 s, evaluate 12.0 s"."""
-    wall = max(seconds["wall"], 1e-9)
-    parts = [
-        f"{name} {value:.1f} s"
-        for name, value in seconds.items()
-        if name not in ("wall", "productive") and value >= 0.05
-    ]
-    whole = datetime.timedelta(seconds=round(wall))
-    share = seconds["productive"] / wall
-    return f"goodput {share:.1%} of {whole}" + (
-        f": {', '.join(parts)}" if parts else ""
-    )

@@ -23,9 +23,11 @@ from jax.sharding import Mesh
 
 from gamayun_jax import evaluate, hf, metrics
 from gamayun_jax.config import Config, UserError
+from gamayun_jax.corpus import Corpus
+from gamayun_jax.evaluate import HeldoutEvaluator
 from gamayun_jax.files import read_json_lines, write_json, write_text
 from gamayun_jax.generate import Generator
-from gamayun_jax.model import compute_dtype, parameter_count
+from gamayun_jax.model import Transformer, compute_dtype, parameter_count
 from gamayun_jax.runs import cell, error_text
 from gamayun_jax.score import Request, Scorer
 from gamayun_jax.tasks import (
@@ -324,15 +326,16 @@ class TrainingTasks:
                     "the config: leave it out"
                 )
         self._cfg, self._tokenizer, self._mesh = cfg, tokenizer, mesh
+        self.every_steps = cfg.evaluation.tasks_every_steps
         self._scorer = Scorer(cfg.model, None, mesh, cfg.compute)
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
 
-    def run(
+    def evaluate(
         self, params: Any
-    ) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-        """Summary and rows of each task, as of `run_task`."""
+    ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+        """{"tasks": summaries by task}, and the rows of each; see `run_task`."""
         self._scorer.params = params
         generator = None
         if any(t.kind == "generation" for t in self._tasks):
@@ -344,16 +347,34 @@ class TrainingTasks:
                 t, self._tokenizer, self._scorer, generator
             )
         self._scorer.params = None  # not a second copy while training goes on
-        return results, rows
+        return {"tasks": results}, rows
+
+    def headlines(self, result: Mapping[str, Any]) -> dict[str, float]:
+        """Name for TensorBoard -> each task's headline metric by language."""
+        return {
+            f"tasks/{name}/{task['metric']}/{language}": row[task["metric"]]
+            for name, task in result["tasks"].items()
+            for language, row in task["languages"].items()
+        }
+
+    def lines(self, result: Mapping[str, Any]) -> list[str]:
+        """The console's line of each task."""
+        return [
+            f"{name}: {task['metric']} "
+            f"{task['macro'].get(task['metric'], math.nan):.3f} (macro)"
+            for name, task in result["tasks"].items()
+        ]
 
 
-def headline_scalars(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Name for TensorBoard -> each task's headline metric by language."""
-    return {
-        f"tasks/{name}/{task['metric']}/{language}": row[task["metric"]]
-        for name, task in tasks.items()
-        for language, row in task["languages"].items()
-    }
+def training_evaluators(
+    cfg: Config, corpus: Corpus, mesh: Mesh
+) -> list[HeldoutEvaluator | TrainingTasks]:
+    """What a config evaluates in the course of training: held-out sets and tasks."""
+    model = Transformer(cfg.model, cfg.compute)
+    heldout = HeldoutEvaluator(cfg, corpus, mesh, model)
+    tasks = TrainingTasks(cfg, corpus.tokenizer(), mesh)
+    found: list[HeldoutEvaluator | TrainingTasks] = [heldout] if heldout.sets else []
+    return [*found, tasks] if tasks else found
 
 
 def evaluate_model(

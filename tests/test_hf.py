@@ -26,9 +26,9 @@ from gamayun_jax import (
     hf_model,
     lineage,
     presets,
+    resume,
     sharding,
     step,
-    train,
 )
 from gamayun_jax import config as c
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
@@ -824,7 +824,7 @@ def test_out_and_in_again(trained, config, corpus, tmp_path):
     store, _, meta, origin = lineage.load_origin(back, config, corpus)
     assert (origin["step"], origin["cursors"]) == (0, {})
     abstract = step.abstract_state(config, sharding.make_mesh(c.MeshConfig()))
-    state = train.start_from(config, abstract, store, 0, meta)
+    state = resume.start_from(config, abstract, store, 0, meta)
     store.close()
     assert int(state.step) == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, params)

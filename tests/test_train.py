@@ -19,7 +19,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jax.profiler import ProfileData
 
-from gamayun_jax import checkpoint, cli, hosts, train
+from gamayun_jax import checkpoint, cli, hosts, signals, train
 from gamayun_jax.config import (
     MixtureConfig,
     TokenWeightConfig,
@@ -31,7 +31,7 @@ from gamayun_jax.corpus import open_corpus
 from gamayun_jax.data import make_plan
 from gamayun_jax.files import file_sha256
 from gamayun_jax.lineage import check_corpus, load_origin, share_points
-from gamayun_jax.records import RunFolder, SetAside
+from gamayun_jax.records import BadRecordLog, RunFolder
 from gamayun_jax.step import abstract_state
 
 
@@ -95,7 +95,7 @@ def busy(*numbers, log=quiet):
         return time.monotonic() - begin
 
     rounds = int(1.2 / work(50_000) * 50_000)  # seconds of work
-    with train.StopSignal(log) as stop:
+    with signals.StopSignal(log) as stop:
         threading.Thread(target=send).start()
         work(rounds)
         return stop.agreed(1), time.monotonic()
@@ -113,9 +113,9 @@ def test_a_stop_is_answered_while_the_compiler_runs():
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_quits_while_the_compiler_runs(monkeypatch, second):
     left = []
-    monkeypatch.setattr(train.StopSignal, "PATIENCE", 0.1)
+    monkeypatch.setattr(signals.StopSignal, "PATIENCE", 0.1)
     monkeypatch.setattr(
-        train.os, "_exit", lambda status: left.append((status, time.monotonic()))
+        signals.os, "_exit", lambda status: left.append((status, time.monotonic()))
     )
     with pytest.raises(KeyboardInterrupt):
         busy(signal.SIGINT, second)
@@ -127,7 +127,7 @@ def test_a_second_signal_quits_while_the_compiler_runs(monkeypatch, second):
 
 def test_signals_are_as_before_after_a_run():
     former = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    with train.StopSignal(quiet):
+    with signals.StopSignal(quiet):
         pass
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == former
     assert signal.set_wakeup_fd(-1) == -1
@@ -138,7 +138,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     former = signal.getsignal(signal.SIGTERM)
 
     def run():
-        with train.StopSignal(quiet) as stop:
+        with signals.StopSignal(quiet) as stop:
             return stop.agreed(1), signal.getsignal(signal.SIGTERM)
 
     with ThreadPoolExecutor(1) as pool:
@@ -310,14 +310,14 @@ def test_a_damaged_record_is_named_on_resume(straight, config, tmp_path):
 
 def test_what_is_set_aside_is_read_back(tmp_path):
     place = ("ru/a", "corpus\u2028/00000.arrayrecord", 3)
-    SetAside(tmp_path, 0)(*place, "why")
+    BadRecordLog(tmp_path, 0)(*place, "why")
     with open(tmp_path / "set_aside.0.jsonl", "ab") as f:
         f.write(b'\n{"source": "ru/a", "sha\xff')  # torn
-    again = SetAside(tmp_path, 0)
+    again = BadRecordLog(tmp_path, 0)
     assert again.counts == {"ru/a": 1}
     again(*place, "why")
     again("ru/a", place[1], 4, "why")
-    assert SetAside(tmp_path, 0).counts == {"ru/a": 2}
+    assert BadRecordLog(tmp_path, 0).counts == {"ru/a": 2}
 
 
 def goodput(run):

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gamayun_jax import checkpoint, divergence, step, train
+from gamayun_jax import checkpoint, divergence, resume, step, train
 from gamayun_jax.config import DivergenceConfig, UserError
 from gamayun_jax.data import LocalBatches, make_plan
-from gamayun_jax.divergence import Watch, spike_limit
+from gamayun_jax.divergence import DivergenceDetector, spike_limit
 
 
 def quiet(text):
@@ -149,12 +149,12 @@ def test_killed_around_a_rollback(strict, poison, tmp_path, monkeypatch, moment)
     place = {
         "before": (train, "roll_back"),
         "decided": (divergence, "barrier"),
-        "restored": (train, "new_lineage"),
+        "restored": (resume, "new_lineage"),
     }[moment]
     run = tmp_path / "run"
     with monkeypatch.context() as m:
         if moment == "restored":
-            original = train.new_lineage
+            original = resume.new_lineage
             m.setattr(
                 *place,
                 lambda *a: die() if (run / "rollbacks.json").exists() else original(*a),
@@ -267,14 +267,14 @@ def test_the_watch_forgets_at_a_new_stage_and_survives_saving():
     def metrics(loss):
         return {"skipped": 0.0, "numerator": loss * 10, "denominator": 10.0}
 
-    watch = Watch(cfg)
+    watch = DivergenceDetector(cfg)
     rng = np.random.default_rng(3)
     for k, loss in enumerate(4 + 0.1 * rng.normal(size=20)):
         assert watch.observe(k + 1, 0, metrics(loss)) is None
-        watch = Watch(cfg, json.loads(json.dumps(watch.to_json())))
+        watch = DivergenceDetector(cfg, json.loads(json.dumps(watch.to_json())))
     assert len(watch.losses) == 8
     assert watch.observe(21, 1, metrics(8.0)) is None  # another mixture
-    assert Watch(cfg, {**watch.to_json(), "losses": [4.0] * 8}).observe(
+    assert DivergenceDetector(cfg, {**watch.to_json(), "losses": [4.0] * 8}).observe(
         22, 1, metrics(4.5)
     ) == (22, 22, "loss 4.5 at step 22 is above 4.08, from the 8 steps before")
     losses = [1.0, 2.0, 3.0, 4.0, 100.0]
