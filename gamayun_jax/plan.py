@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from gamayun_jax import hlo, roofline, sharding, step
 from gamayun_jax.chips import CHIPS, GIB
 from gamayun_jax.config import Config, MeshConfig, UserError, to_json
+from gamayun_jax.files import write_text
 from gamayun_jax.losses import TokenWeights
 from gamayun_jax.model import flops_per_token, parameter_count
 from gamayun_jax.plan_text import mesh_name
@@ -269,8 +270,8 @@ def make_plan(
 ) -> dict[str, Any]:
     """Compile the step for a topology and say what it takes; plain JSON data.
 
-    What could not be read from the compiled program is None and named in `unknown`;
-    its time is then that of the least traffic.
+    What could not be read from the compiled program is None or counted in part, and
+    named in `unknown`; its time is then no less than that of the least traffic.
 
     Args:
       price: of a chip-hour, in whatever currency; 0: no cost is given.
@@ -292,12 +293,15 @@ def make_plan(
     sharding.check_divisible(cfg, mesh)
     measured = _compiled(cfg, mesh, topology, slices, cache, log)
     least = roofline.least_moved_bytes(cfg, shape)
-    moved = least
+    moved, counted = least, None
     if measured["collectives"] is not None:
         moved = dict.fromkeys(shape, 0.0)
         for row in measured["collectives"]:
             # Over several axes at once: the slowest one counts, which is the first.
             moved[row["axes"][0]] += row["bytes"]
+        counted = sum(moved.values())
+        if measured["unknown"]:  # too little is counted: nothing gets faster by that
+            moved = {k: max(n, least[k]) for k, n in moved.items()}
     seconds = roofline.step_seconds(
         cfg, shape, CHIPS[chip], moved, TOPOLOGIES[chip][0], slices, assume
     )
@@ -328,9 +332,7 @@ def make_plan(
         "reduce_dtype": cfg.compute.reduce_dtype,
         "unknown": measured["unknown"],
         "collectives": measured["collectives"],
-        "moved_bytes": (
-            None if measured["collectives"] is None else sum(moved.values())
-        ),
+        "moved_bytes": counted,
         "least_moved_bytes": least,
         "seconds": seconds,
         "assumptions": dataclasses.asdict(assume),
@@ -381,12 +383,10 @@ def _compiled(
         }
     except OutOfMemoryError as e:
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"refused": [str(e), e.used, e.limit]}))
+            write_text(path, json.dumps({"refused": [str(e), e.used, e.limit]}))
         raise
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result))
+        write_text(path, json.dumps(result))
     return result
 
 

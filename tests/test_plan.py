@@ -201,6 +201,16 @@ def test_what_cannot_be_read_is_unknown_and_the_rest_is_kept(
         assert "| unknown |" in plan_text.format_table([p])
 
 
+def test_a_loop_that_counts_once_makes_no_plan_faster(on_cpus, monkeypatch):
+    monkeypatch.setattr(plan.hlo, "collectives", lambda *_: [])
+    nothing = plan.make_plan(on_cpus, "v5e:2x4")
+    monkeypatch.setattr(plan.hlo, "unknown_loops", lambda _: ["layers"])
+    p = plan.make_plan(on_cpus, "v5e:2x4")
+    assert p["moved_bytes"] == 0.0
+    assert p["seconds"]["ici"] > nothing["seconds"]["ici"] == 0.0
+    assert "how often the loop layers runs" in plan_text.format_plan(p)
+
+
 def test_progress_is_told_while_it_compiles(on_cpus, monkeypatch):
     lines = []
     monkeypatch.setattr(plan, "TICK_SECONDS", 0.01)
