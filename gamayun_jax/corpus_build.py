@@ -112,10 +112,15 @@ def read_heldout(cfg: CorpusConfig) -> tuple[Heldout, dict[str, bool]]:
             at = f"corpus.heldout[{spec.name!r}].files[{language!r}]"
             units = found.setdefault(language, [])
             places: dict[str, int] = {}
-            for unit in read_documents(SourceConfig(at, (file,))):
+            source = SourceConfig(at, (file,))
+            if [item.files for item in expand(source)] != [(file,)]:
+                raise UserError(
+                    f"{at}: {file!r} is no single file: give one, with all units"
+                )
+            for unit in read_documents(source):
                 if isinstance(unit, BadDocument):
-                    why = f"{unit.reason} {unit.detail}".rstrip()
-                    raise UserError(f"{at}: {file}:{unit.line}: {why}")
+                    why = f" ({unit.detail})" if unit.detail else ""
+                    raise UserError(f"{at}: {file}:{unit.line}: {unit.reason}{why}")
                 text = clean(unit.text)
                 if not text:
                     raise UserError(
@@ -125,9 +130,10 @@ def read_heldout(cfg: CorpusConfig) -> tuple[Heldout, dict[str, bool]]:
                 id = str(len(units)) if unit.id is None else unit.id
                 id = id.encode("utf-8", "backslashreplace").decode()
                 if id in places:
+                    what = "id" if unit.id is not None else "no id, so its number"
                     raise UserError(
-                        f"{at}: {file}:{unit.line} has id {id!r}, as line {places[id]} "
-                        "has: give each unit an id of its own"
+                        f"{at}: {file}:{unit.line} has {what} {id!r}, as line "
+                        f"{places[id]} has: give each unit an id of its own"
                     )
                 places[id] = unit.line
                 units.append((id, text))

@@ -294,9 +294,9 @@ class Contamination:
             own = np.maximum(-(-(sizes - width) // width), 4)
             least = np.minimum(needed[pairs.astype(np.uint32)], own)
             for pair in pairs[times >= least].tolist():
-                unit_of = Unit(*self._units[pair & 0xFFFFFFFF])
-                if not any(u.equal for u in found[pair >> 32]):
-                    found[pair >> 32].append(unit_of)
+                those = found[pair >> 32]
+                if not (those and those[0].equal):
+                    those.append(Unit(*self._units[pair & 0xFFFFFFFF]))
         return found
 
 

@@ -411,6 +411,40 @@ def test_parts_of_a_held_out_text_are_found(language):
     assert finder.judge([f"{other} {long[0]} {other[::-1] * 3}", other]) == [[], []]
 
 
+def test_a_template_of_many_held_out_texts_takes_no_time():
+    """A benchmark's questions all begin alike, and each is found as often."""
+    begin = "The following are multiple choice questions about philosophy and science. "
+    rng = random.Random(0)
+    units = [(str(i), begin + rng.randbytes(20).hex()) for i in range(40_000)]
+    finder = Contamination("h", units)
+    start = time.monotonic()
+    (found,) = finder.judge([begin])
+    assert len(found) == len(units)
+    assert time.monotonic() - start < 10  # a second; 45 s if it grows as the square
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("*.jsonl", '{"text": "a"}', "no single file: give one"),
+        (
+            "h.jsonl",
+            '{"id": 1, "text": "a"}\n{"text": "b"}',
+            "2 has no id, so its number",
+        ),
+        ("h.jsonl", '{"txt": "a"}', r"1: no text \(no field 'text'; there are: txt\)"),
+        ("h.jsonl", "", "is empty"),
+    ],
+)
+def test_held_out_files_that_cannot_be(tmp_path, name, content, says):
+    (tmp_path / "h.jsonl").write_text(content)
+    sets = (c.HeldoutConfig("h", {"en": str(tmp_path / name)}),)
+    with pytest.raises(
+        UserError, match=rf"^corpus.heldout\['h'\].files\['en'\].*{says}"
+    ):
+        corpus_build.read_heldout(make_config((), sets).corpus)
+
+
 def test_held_out_files_of_a_folder_s_present_corpus(tmp_path):
     """Not those of the one that was there before, in the same process."""
     texts = some_texts("en", 200)
