@@ -168,6 +168,7 @@ def window_hashes(codes: np.ndarray, width: int) -> np.ndarray:
 
 
 NEVER = 1 << 30  # runs that no document has
+MOST_MATCHES = 1 << 22  # of runs and held-out texts, looked at together: 150 MB
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Contamination:
 
     def __init__(self, name: str = "", units: Sequence[tuple[str, str]] = ()):
         self.short = 0  # units that are looked for only as whole documents
-        self._units: list[tuple[str, str]] = []  # (set, id)
+        self._units: list[Unit] = []
         self._needed: list[int] = []
         self._whole: dict[bytes, int] = {}  # letters of a short one -> unit
         self._exact: dict[str, int] = {}
@@ -204,7 +205,7 @@ class Contamination:
     def add(self, name: str, units: Sequence[tuple[str, str]]) -> None:
         """Look for these (id, text) too, as the set `name`."""
         base, texts = len(self._units), [text for _, text in units]
-        self._units += [(name, id) for id, _ in units]
+        self._units += [Unit(name, id) for id, _ in units]
         codes, ends = letters(texts)
         begins = np.append(0, ends[:-1])[: len(ends)]
         sizes = ends - begins
@@ -260,12 +261,12 @@ class Contamination:
         begins, needed = np.append(0, ends[:-1]), np.array(self._needed)
         for k, text in enumerate(texts):
             if (number := self._exact.get(text)) is not None:
-                found[k].append(Unit(*self._units[number], equal=True))
+                found[k].append(replace(self._units[number], equal=True))
         few = np.flatnonzero(ends - begins < 30).tolist() if self._whole else []
         for k in few:
             number = self._whole.get(codes[begins[k] : ends[k]].tobytes())
             if number is not None and begins[k] < ends[k] and not found[k]:
-                found[k].append(Unit(*self._units[number]))
+                found[k].append(self._units[number])
         for width in (16, 8):
             sieve, hashes, units = self._table(width)
             if not len(hashes) or len(codes) < width:
@@ -284,7 +285,10 @@ class Contamination:
             of, wanted = pairs >> np.uint64(32), pairs.astype(np.uint32)
             first = np.searchsorted(hashes, wanted, "left")
             count = np.searchsorted(hashes, wanted, "right") - first
-            # Every run may be one of several units.
+            # Every run may be one of several units; of many, fewer texts at a time.
+            if count.sum() > MOST_MATCHES and len(texts) > 1:
+                half = len(texts) // 2
+                return [*self.judge(texts[:half]), *self.judge(texts[half:])]
             of = np.repeat(of, count)
             within = np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)
             unit = units[np.repeat(first, count) + within]
@@ -296,7 +300,7 @@ class Contamination:
             for pair in pairs[times >= least].tolist():
                 those = found[pair >> 32]
                 if not (those and those[0].equal):
-                    those.append(Unit(*self._units[pair & 0xFFFFFFFF]))
+                    those.append(self._units[pair & 0xFFFFFFFF])
         return found
 
 

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gamayun_jax import config as c
-from gamayun_jax import corpus, corpus_build, corpus_jobs, documents, files, tokenizer
+from gamayun_jax import (
+    corpus,
+    corpus_build,
+    corpus_jobs,
+    documents,
+    files,
+    heldout,
+    tokenizer,
+)
 from gamayun_jax.config import UserError
 from gamayun_jax.heldout import Contamination
 
@@ -373,7 +382,7 @@ def test_held_out_sentences_inside_of_documents(tmp_path, language, mode):
     assert "1 of 2 texts are too short" in told
 
 
-def test_any_held_out_text_is_found_inside_of_any():
+def test_any_held_out_text_is_found_inside_of_any(monkeypatch):
     """Whatever the place, the language and what is compared at a time."""
     rng = random.Random(0)
     held = {k: [t.split("\n")[0] for t in some_texts(k, 30, seed=5)] for k in ALPHABETS}
@@ -386,6 +395,8 @@ def test_any_held_out_text_is_found_inside_of_any():
         )
         texts.append(f"{a} {unit.swapcase()} {b}")
     alone = [finder.judge([t])[0] for t in texts]
+    assert finder.judge(texts) == alone
+    monkeypatch.setattr(heldout, "MOST_MATCHES", 5)  # a few at a time
     assert finder.judge(texts) == alone
     long = [k for k, (_, t) in enumerate(units) if len(t.replace(" ", "")) > 32]
     assert len(long) > 60
@@ -421,6 +432,13 @@ def test_a_template_of_many_held_out_texts_takes_no_time():
     (found,) = finder.judge([begin])
     assert len(found) == len(units)
     assert time.monotonic() - start < 10  # a second; 45 s if it grows as the square
+    # Nor does it take the memory of all documents' matches together.
+    texts = [begin[:50] + rng.choice("xyz") * 200 + f" {i}" for i in range(80)]
+    tracemalloc.start()
+    assert finder.judge(texts) == [[]] * 80
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 250_000_000
 
 
 @pytest.mark.parametrize(
