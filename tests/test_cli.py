@@ -30,9 +30,11 @@ def commands(parser, names=()):
 
 @pytest.mark.parametrize("words", list(commands(cli.build_parser())))
 def test_every_command_says_what_it_reads_and_writes(words, capsys):
-    with pytest.raises(SystemExit) as e:
-        cli.main([*words, "--help"])
-    assert e.value.code == 0
+    try:
+        status = cli.main([*words, "--help"])
+    except SystemExit as e:  # argparse ends so, and lm-evaluation-harness
+        status = e.code
+    assert status == 0
     assert len(capsys.readouterr().out) > 200
 
 
