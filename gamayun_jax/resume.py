@@ -168,7 +168,7 @@ def start_or_resume(
     Raises:
       UserError: the config or the corpus does not fit what was done so far.
     """
-    began = time.perf_counter()
+    began, now = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     abstract = abstract_state(cfg, mesh)
 
     def check(meta: dict[str, Any], where: str) -> None:
@@ -191,8 +191,8 @@ def start_or_resume(
         )
         lineage = new_lineage(cfg, corpus, plan, origin)
         # Not of the last attempt, where those before it left no checkpoint.
-        now = datetime.datetime.now(datetime.UTC).isoformat("T", "milliseconds")
-        lineage["started"] = recorded.get("started") or now
+        known = recorded.get("started")
+        lineage["started"] = known or now.isoformat("T", "milliseconds")
     else:
         step, meta, state, events = found
         changes = config_changes(from_json(meta["config"]), cfg)
