@@ -260,9 +260,10 @@ def test_a_run_on_more_shards_than_files_that_may_be_open(tmp_path):
     subprocess.run([*command, "corpus", "build", config, *few], check=True)
     assert len(list(Path(folder).rglob("*.arrayrecord"))) > 300
     where = ["--set", f"data.corpus={folder}", "--workdir", str(tmp_path / "run")]
+    # A shell sets the limit: a preexec_fn would fork this process with JAX's threads.
+    limited = ["sh", "-c", 'ulimit -n 128; exec "$@"', "sh", *command, "train", config]
     subprocess.run(
-        [*command, "train", config, *where],
+        [*limited, *where],
         check=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)),
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     )
