@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gamayun_jax.config import Config, CorpusConfig, SourceConfig, UserError
+from gamayun_jax.contamination import Contamination
 from gamayun_jax.corpus import (
     FORMAT,
     Corpus,
@@ -54,7 +55,6 @@ from gamayun_jax.documents import (
     read_documents,
 )
 from gamayun_jax.files import atomic, file_sha256, lock, read_json, write_json
-from gamayun_jax.heldout import Contamination
 from gamayun_jax.tokenizer import Tokenizer
 
 

@@ -32,6 +32,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from gamayun_jax import tokenizer as tok
 from gamayun_jax.config import CorpusConfig, UserError
+from gamayun_jax.contamination import Contamination
 from gamayun_jax.corpus import check_shard, token_dtype
 from gamayun_jax.documents import (
     EXCERPT,
@@ -45,7 +46,6 @@ from gamayun_jax.documents import (
     read_input,
 )
 from gamayun_jax.files import atomic, file_sha256, sync, write_json
-from gamayun_jax.heldout import Contamination
 from gamayun_jax.tokenizer import Tokenizer
 
 WRITER_OPTIONS = "group_size:1,uncompressed"

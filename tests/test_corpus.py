@@ -32,16 +32,16 @@ from hypothesis import strategies as st
 
 from gamayun_jax import config as c
 from gamayun_jax import (
+    contamination,
     corpus,
     corpus_build,
     corpus_jobs,
     documents,
     files,
-    heldout,
     tokenizer,
 )
 from gamayun_jax.config import UserError
-from gamayun_jax.heldout import Contamination
+from gamayun_jax.contamination import Contamination
 
 ROOT = Path(__file__).parent.parent
 ALPHABETS = {
@@ -396,7 +396,7 @@ def test_any_held_out_text_is_found_inside_of_any(monkeypatch):
         texts.append(f"{a} {unit.swapcase()} {b}")
     alone = [finder.judge([t])[0] for t in texts]
     assert finder.judge(texts) == alone
-    monkeypatch.setattr(heldout, "MOST_MATCHES", 5)  # a few at a time
+    monkeypatch.setattr(contamination, "MOST_MATCHES", 5)  # a few at a time
     assert finder.judge(texts) == alone
     long = [k for k, (_, t) in enumerate(units) if len(t.replace(" ", "")) > 32]
     assert len(long) > 60

@@ -13,6 +13,7 @@ PACKAGE = Path("gamayun_jax")
 LAYERS = [
     {"config"},
     {"documents", "files"},
+    {"contamination"},
     {
         "presets",
         "chips",
