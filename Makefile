@@ -41,7 +41,7 @@ lint: setup
 
 # Rebuild the embedded corpus from public packages (needs apt-get, dpkg-deb, npm).
 corpus: setup
-	$(BIN)/python -m gamayun_jax.debian sample gamayun_jax/demo_corpus --work build/debian
+	$(BIN)/python -m recipes.demo_data.debian sample gamayun_jax/demo_corpus --work build/debian
 
 # Rebuild the embedded tasks, after the corpus: no item may be in its training files.
 tasks: setup

@@ -26,8 +26,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from gamayun_jax import plan, presets
-from gamayun_jax.chips import GIB
 from gamayun_jax.config import (
     ComputeConfig,
     Config,
@@ -39,6 +37,9 @@ from gamayun_jax.config import (
     StageConfig,
     UserError,
 )
+from gamayun_jax.model import presets
+from gamayun_jax.plan import aot
+from gamayun_jax.training.chips import GIB
 
 SEQ_LEN = 4096
 SHAPES = {
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--maxtext", metavar="PYTHON", help="where it is installed")
     parser.add_argument("--cache", type=Path, default=Path("build/plan"))
     args = parser.parse_args()
-    chips = len(plan.topology_devices(args.topology))
+    chips = len(aot.topology_devices(args.topology))
     for shape in args.shape:
         for remat in args.remat:
             for rows in args.rows:
@@ -143,7 +144,7 @@ def main() -> None:
                     chunk=args.chunk, mesh=mesh, maxtext_gib=peer, jax=jax.__version__,
                 )  # fmt: skip
                 try:
-                    p = plan.make_plan(cfg, args.topology, cache=args.cache)
+                    p = aot.make_plan(cfg, args.topology, cache=args.cache)
                 except UserError as e:
                     print(json.dumps({**row, "refused": str(e)}), flush=True)
                     continue

@@ -35,8 +35,8 @@ import torch
 import transformers
 
 from gamayun_jax import config as c
-from gamayun_jax import sharding
-from gamayun_jax.generate import Generator
+from gamayun_jax.inference.generator import Generator
+from gamayun_jax.model import sharding
 
 MODEL = c.ModelConfig(
     vocab_size=8192, num_layers=8, d_model=256, num_heads=4, num_kv_heads=2,
@@ -54,7 +54,7 @@ class NoText:
 def random_params(cfg: c.ModelConfig) -> dict:
     from flax import linen as nn
 
-    from gamayun_jax.model import abstract_params
+    from gamayun_jax.model.transformer import abstract_params
 
     rng = np.random.default_rng(0)
 

@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gamayun_jax import hf, hf_model, presets
-from gamayun_jax.model import parameter_count
+from gamayun_jax.interop import hf_weights, huggingface
+from gamayun_jax.model import presets
+from gamayun_jax.model.transformer import parameter_count
 
 
 def make_folder(layers: int, folder: Path) -> None:
@@ -40,33 +41,33 @@ def make_folder(layers: int, folder: Path) -> None:
         return np.resize(noise, x.shape)
 
     params: dict = {}
-    for path, leaf in hf_model.shapes_of(cfg).items():
+    for path, leaf in hf_weights.shapes_of(cfg).items():
         *parents, name = path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = draw(leaf)
     folder.mkdir(parents=True)
-    data = hf_model.config_to_hf(cfg, "bfloat16")
+    data = hf_weights.config_to_hf(cfg, "bfloat16")
     (folder / "config.json").write_text(json.dumps(data))
-    hf_model.write_weights(params, cfg, folder, dtype="bfloat16")
+    hf_weights.write_weights(params, cfg, folder, dtype="bfloat16")
 
 
 def step(name: str, folder: Path) -> dict:
     """One step in this process: seconds, and peak memory above the start, bytes."""
     data = json.loads((folder / "in/config.json").read_text())
-    cfg = hf_model.config_from_hf(data)
+    cfg = hf_weights.config_from_hf(data)
     jnp.zeros(1).block_until_ready()
-    hf_model.shapes_of(cfg)
+    hf_weights.shapes_of(cfg)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
     begin, busy = time.perf_counter(), time.process_time()
     if name == "read":
-        jax.block_until_ready(hf_model.read_weights(folder / "in", cfg))
+        jax.block_until_ready(hf_weights.read_weights(folder / "in", cfg))
     elif name == "import":
-        hf.import_hf(folder / "in", folder / "imported")
+        huggingface.import_hf(folder / "in", folder / "imported")
     elif name == "export":
-        hf.export_hf(folder / "imported", folder / "out", dtype="bfloat16")
+        huggingface.export_hf(folder / "imported", folder / "out", dtype="bfloat16")
     seconds = time.perf_counter() - begin
     return {
         "seconds": seconds,

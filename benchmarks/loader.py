@@ -36,9 +36,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gamayun_jax import config as c
-from gamayun_jax import corpus_build, data
 from gamayun_jax.config import load_config
-from gamayun_jax.corpus import Corpus, open_corpus
+from gamayun_jax.data import build, loader
+from gamayun_jax.data.corpus import Corpus, open_corpus
 
 T, B = 2048, 8
 TOKENS = 8_000_000  # of each source
@@ -75,7 +75,7 @@ def make_corpus(folder: Path) -> tuple[c.Config, Corpus]:
             for s in cfg.stages
         ),
     )
-    small = corpus_build.build(cfg, folder, progress=False)
+    small = build.build(cfg, folder, progress=False)
     bos = small.tokenizer().bos_id
     rng = np.random.default_rng(0)
     manifest = small.manifest
@@ -100,8 +100,8 @@ def make_corpus(folder: Path) -> tuple[c.Config, Corpus]:
 
 
 def ours(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray]]:
-    plan = data.make_plan(cfg, corpus)
-    return iter(data.local_batches(cfg, corpus, plan, np.arange(B), 0))
+    plan = loader.make_plan(cfg, corpus)
+    return iter(loader.local_batches(cfg, corpus, plan, np.arange(B), 0))
 
 
 def scans(tokens: np.ndarray, bos: int) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ def memory_map(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray]]
 
 def grain_examples(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray]]:
     bos = corpus.tokenizer().bos_id
-    plan = data.make_plan(cfg, corpus)
+    plan = loader.make_plan(cfg, corpus)
 
     class Selection(grain.transforms.DatasetSelectionMap):
         def __len__(self) -> int:

@@ -32,9 +32,9 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gamayun_jax import config as c
-from gamayun_jax import hf_model
-from gamayun_jax.lm_eval_adapter import GamayunLM
-from gamayun_jax.model import abstract_params
+from gamayun_jax.evaluate.lm_eval import GamayunLM
+from gamayun_jax.interop import hf_weights
+from gamayun_jax.model.transformer import abstract_params
 
 MODEL = c.ModelConfig(
     vocab_size=8192, num_layers=8, d_model=256, num_heads=4, num_kv_heads=2,
@@ -67,7 +67,7 @@ def write_model(folder: Path) -> tokenizers.Tokenizer:
     tok.save(str(folder / "tokenizer.json"))
     own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
-    (folder / "config.json").write_text(json.dumps(hf_model.config_to_hf(MODEL)))
+    (folder / "config.json").write_text(json.dumps(hf_weights.config_to_hf(MODEL)))
     rng = np.random.default_rng(0)
 
     def draw(path, x):
@@ -75,7 +75,7 @@ def write_model(folder: Path) -> tokenizers.Tokenizer:
         return (norm + 0.05 * rng.normal(size=x.shape)).astype(np.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(MODEL)))
-    hf_model.write_weights(params, MODEL, folder)
+    hf_weights.write_weights(params, MODEL, folder)
     return tok
 
 

@@ -64,9 +64,10 @@ def ours(scan: bool) -> Callable[[], Any]:
     import jax
 
     from gamayun_jax import config as c
-    from gamayun_jax import sharding, step
-    from gamayun_jax.data import make_batch
-    from gamayun_jax.losses import make_token_weights
+    from gamayun_jax.data.loader import make_batch
+    from gamayun_jax.model import sharding
+    from gamayun_jax.model.loss import make_token_weights
+    from gamayun_jax.training import step
 
     replace = dataclasses.replace
     base = c.load_config(TINY)

@@ -13,7 +13,7 @@ The sources below are an example of a layout: <data>/<language>/<domain>/*.jsonl
 """
 
 from gamayun_jax import config as c
-from gamayun_jax import presets
+from gamayun_jax.model import presets
 
 LANGUAGES = ("en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr")
 DATA = "data"

@@ -12,7 +12,7 @@ of quality to most of the tokens while the learning rate decays.
 """
 
 from gamayun_jax import config as c
-from gamayun_jax import presets
+from gamayun_jax.model import presets
 
 LANGUAGES = ("en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr")
 DEMO = c.DEMO_CORPUS

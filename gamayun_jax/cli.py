@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import logging
 import math
@@ -25,11 +26,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gamayun_jax import __version__, xla
+from gamayun_jax import __version__
 from gamayun_jax.config import Config, UserError, check_local, load_config
+from gamayun_jax.training import xla
 
 LOOKUP_SECONDS = 60  # a cluster may make its hosts' names known after it starts them
-TINY = Path(__file__).parent.parent / "experiments" / "tiny.py"
+REPOSITORY = Path(__file__).parent.parent
+TINY = REPOSITORY / "experiments" / "tiny.py"
 
 
 # Modules that import JAX are imported by the command that needs them, so that help
@@ -41,7 +44,9 @@ def load(args: argparse.Namespace) -> Config:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus_build, report, runs, train
+    from gamayun_jax import train
+    from gamayun_jax.data import build as corpus_build
+    from gamayun_jax.report import read_run, report
 
     if not TINY.exists():
         raise UserError(
@@ -60,7 +65,7 @@ def run_demo(args: argparse.Namespace) -> int:
         return status
     print("3/3 report", flush=True)
     page = report.write_report([args.workdir], args.workdir / "report")
-    print(runs.run_table(args.workdir))
+    print(read_run.run_table(args.workdir))
     print(f"\nreport: {page}")
     return 0
 
@@ -115,7 +120,8 @@ def lengthen(cfg: Config, factor: float) -> Config:
 
 
 def run_corpus_build(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus, corpus_build
+    from gamayun_jax.data import build as corpus_build
+    from gamayun_jax.data import corpus
 
     corpus_build.build(load(args), args.out, workers=args.workers)
     print(corpus.inspect(args.out))
@@ -123,21 +129,33 @@ def run_corpus_build(args: argparse.Namespace) -> int:
 
 
 def run_corpus_inspect(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus
+    from gamayun_jax.data import corpus
 
     print(corpus.inspect(args.folder))
     return 0
 
 
+def recipe(name: str) -> Any:
+    """A module of recipes/demo_data, which is part of the repository alone."""
+    if not (REPOSITORY / "recipes").is_dir():
+        raise UserError(
+            f"no {REPOSITORY / 'recipes'}: this command is for a clone of the "
+            "repository, and the installed package has no recipes"
+        )
+    if str(REPOSITORY) not in sys.path:
+        sys.path.append(str(REPOSITORY))
+    return importlib.import_module(f"recipes.demo_data.{name}")
+
+
 def run_corpus_debian(args: argparse.Namespace) -> int:
-    from gamayun_jax import debian
+    debian = recipe("debian")
 
     debian.build_full(args.out, args.work or args.out / "downloads", args.languages)
     return 0
 
 
 def run_tasks_build(args: argparse.Namespace) -> int:
-    from gamayun_jax import task_data
+    task_data = recipe("tasks")
 
     work = args.work or args.out / "downloads"
     for name, told in task_data.build(args.out, work, args.embedded).items():
@@ -147,7 +165,7 @@ def run_tasks_build(args: argparse.Namespace) -> int:
 
 
 def run_tokenizer_train(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus_build
+    from gamayun_jax.data import build as corpus_build
 
     path = corpus_build.train_tokenizer(load(args).corpus, args.out)
     print(path)
@@ -155,7 +173,7 @@ def run_tokenizer_train(args: argparse.Namespace) -> int:
 
 
 def run_tokenizer_report(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus, tokenizer
+    from gamayun_jax.data import corpus, tokenizer
 
     found = corpus.open_corpus(args.corpus)
     model = tokenizer.Tokenizer(args.model) if args.model else found.tokenizer()
@@ -167,7 +185,9 @@ def run_tokenizer_report(args: argparse.Namespace) -> int:
 
 
 def run_curriculum(args: argparse.Namespace) -> int:
-    from gamayun_jax import corpus, data, figures, lineage, resume, runs
+    from gamayun_jax.data import corpus, loader
+    from gamayun_jax.report import figures, read_run
+    from gamayun_jax.training import lineage, resume
 
     cfg = load(args)
     folder = Path(cfg.data.corpus)
@@ -179,12 +199,12 @@ def run_curriculum(args: argparse.Namespace) -> int:
             store, _, _, origin = lineage.load_origin(args.init_from, cfg, found)
             store.close()
             first = origin["tokens"]
-        plan = data.make_plan(cfg, found, origin)
+        plan = loader.make_plan(cfg, found, origin)
         lineage.check_corpus(cfg, found)
         resume.check_stages(cfg, found, plan, first)
         table = plan.table()
     else:
-        found, plan, table = data.unbuilt_plan(cfg)
+        found, plan, table = loader.unbuilt_plan(cfg)
         lineage.check_schedules(cfg)
         lacking = [s.name for s in cfg.corpus.sources if not s.tokens]
         note(
@@ -196,8 +216,8 @@ def run_curriculum(args: argparse.Namespace) -> int:
                 else "the `tokens` that corpus.sources gives"
             )
         )
-    print(runs.curriculum_table(table, cfg.data.seq_len))
-    for text in data.mixture_notes(cfg, found, plan):
+    print(read_run.curriculum_table(table, cfg.data.seq_len))
+    for text in loader.mixture_notes(cfg, found, plan):
         note(text)
     if args.out:
         points = lineage.share_points(cfg, plan, first)
@@ -280,11 +300,12 @@ def check_cluster(coordinator: str, processes: int, process: int) -> None:
 
 def run_train(args: argparse.Namespace) -> int:
     xla.set_flags()
-    from gamayun_jax import hosts, train
+    from gamayun_jax import train
+    from gamayun_jax.training import cluster
 
     join_cluster(args)
     xla.keep_compilations(args.workdir / "compiled")
-    with hosts.together(args.silence):
+    with cluster.together(args.silence):
         return train.train(
             load(args),
             args.workdir,
@@ -307,20 +328,21 @@ def run_plan(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     # JAX's own cache cannot read back what was compiled for absent devices.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    from gamayun_jax import plan, plan_text, roofline
+    from gamayun_jax.plan import aot, roofline
+    from gamayun_jax.plan import text as plan_text
 
     cfg = load(args)
     assume = roofline.Assumptions(compute=args.efficiency)
     options: dict[str, Any] = dict(price=args.price, assume=assume, cache=args.cache)
     if args.table:
-        plans = plan.table(cfg, args.table, log=note, **options)
+        plans = aot.table(cfg, args.table, log=note, **options)
         print(plan_text.format_table(plans))
     elif args.search:
-        plans = plan.search(cfg, args.topology, args.slices, log=note, **options)
+        plans = aot.search(cfg, args.topology, args.slices, log=note, **options)
         print(f"{plan_text.format_table(plans)}\n\n{plan_text.format_plan(plans[0])}")
     else:
-        made = plan.make_plan(cfg, args.topology, args.slices, log=note, **options)
-        made["faster"] = plan.faster(cfg, made, assume, args.cache)
+        made = aot.make_plan(cfg, args.topology, args.slices, log=note, **options)
+        made["faster"] = aot.faster(cfg, made, assume, args.cache)
         plans = [made]
         print(plan_text.format_plan(plans[0]))
     if args.json:
@@ -334,7 +356,8 @@ def note(text: str) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from gamayun_jax import eval_page, run_tasks, runs, tasks
+    from gamayun_jax.evaluate import run_tasks, tasks
+    from gamayun_jax.report import eval_page, read_run
 
     names = args.tasks or []
     if "all" in names:
@@ -353,7 +376,7 @@ def run_eval(args: argparse.Namespace) -> int:
             watch=watch,
         )
     if "sets" in result:
-        print(runs.language_table([result]))
+        print(read_run.language_table([result]))
     if chosen:
         print(run_tasks.task_table(result["tasks"]))
     if args.out:
@@ -365,7 +388,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def run_align(args: argparse.Namespace) -> int:
-    from gamayun_jax import alignment
+    from gamayun_jax.evaluate import alignment
 
     result = alignment.align(
         args.model, args.out, args.corpus, args.languages, args.eval
@@ -375,7 +398,8 @@ def run_align(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    from gamayun_jax import compare, tasks
+    from gamayun_jax.evaluate import tasks
+    from gamayun_jax.report import compare
 
     names = [n for n in args.tasks if n != "all"]
     if "all" in args.tasks:
@@ -413,16 +437,18 @@ def task_bars() -> Iterator[Any]:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from gamayun_jax import evaluate, generate, hf, sampling
+    from gamayun_jax.evaluate import heldout
+    from gamayun_jax.inference import generator, sampling
+    from gamayun_jax.interop import huggingface
 
     names = [f.name for f in dataclasses.fields(sampling.Sampling)]
     chosen = sampling.Sampling(**{name: getattr(args, name) for name in names})
     prompts = args.prompt or []
     if not prompts and not args.interactive:
         raise UserError("nothing to continue: give --prompt TEXT or --interactive")
-    cfg, params, meta, mesh = evaluate.load_params(args.model, quantised=True)
-    tokenizer = hf.open_tokenizer(args.model, meta, cfg.data.corpus)
-    model = generate.Generator(cfg.model, params, mesh, tokenizer, cfg.compute)
+    cfg, params, meta, mesh = heldout.load_params(args.model, quantised=True)
+    tokenizer = huggingface.open_tokenizer(args.model, meta, cfg.data.corpus)
+    model = generator.Generator(cfg.model, params, mesh, tokenizer, cfg.compute)
     options = dict(truncate=True, literal=args.literal)
 
     def read(prompt: str) -> str:
@@ -462,7 +488,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def run_lm_eval(args: argparse.Namespace) -> int:
     try:
-        from gamayun_jax import lm_eval_adapter
+        from gamayun_jax.evaluate import lm_eval
     except ImportError as e:
         if {"-h", "--help"} & {*args.arguments}:  # ours, where the harness's is not
             print(args.description)
@@ -472,25 +498,28 @@ def run_lm_eval(args: argparse.Namespace) -> int:
             "project, pip install -e '.[lm-eval]'"
         ) from e
     begin = 1 if args.arguments[:1] == ["--"] else 0
-    lm_eval_adapter.main(args.arguments[begin:])
+    lm_eval.main(args.arguments[begin:])
     return 0
 
 
 def run_quantize(args: argparse.Namespace) -> int:
     import jax
 
-    from gamayun_jax import evaluate, hf, quantize, run_tasks, runs
+    from gamayun_jax.evaluate import heldout, run_tasks
+    from gamayun_jax.inference import quantize
+    from gamayun_jax.interop import huggingface
+    from gamayun_jax.report import read_run
 
     if args.out.exists():
         raise UserError(f"{args.out} exists already: choose another folder")
-    cfg, params, meta, _ = evaluate.load_params(args.model, quantised=True)
+    cfg, params, meta, _ = heldout.load_params(args.model, quantised=True)
     where = args.corpus or cfg.data.corpus
     if not (where or args.no_eval):
         raise UserError(
             f"{args.model} was not trained on a corpus here: give --corpus, a corpus "
             "folder with held-out sets, or --no-eval"
         )
-    tokenizer = hf.open_tokenizer(args.model, meta, where)
+    tokenizer = huggingface.open_tokenizer(args.model, meta, where)
     small = jax.jit(quantize.quantize, static_argnums=1)(params, args.bits)
     quantize.save(small, meta, args.bits, tokenizer, args.out)
     old, new = (quantize.size_bytes(tree) for tree in (params, small))
@@ -499,28 +528,28 @@ def run_quantize(args: argparse.Namespace) -> int:
     results = []
     for path, label in ((args.model, "before"), (args.out, f"int{args.bits}")):
         if not args.no_eval:
-            result, items = evaluate.evaluate_heldout(path, args.corpus)
+            result, items = heldout.evaluate_heldout(path, args.corpus)
             results.append({**result, "label": label})
             for name, found in items.items():
                 run_tasks.write_items(args.out / "items" / label, name, found)
     quantize.write_record(args.out, meta, args.bits, (old, new), results)
     if results:
-        print(runs.language_table(results, cfg.languages))
+        print(read_run.language_table(results, cfg.languages))
     return 0
 
 
 def run_import_hf(args: argparse.Namespace) -> int:
-    from gamayun_jax import hf
+    from gamayun_jax.interop import huggingface
 
-    done = hf.import_hf(args.folder, args.out)
+    done = huggingface.import_hf(args.folder, args.out)
     print(f"{args.out}: {done['parameters']:,} parameters", *done["notes"], sep="\n")
     return 0
 
 
 def run_export_hf(args: argparse.Namespace) -> int:
-    from gamayun_jax import hf
+    from gamayun_jax.interop import huggingface
 
-    done = hf.export_hf(
+    done = huggingface.export_hf(
         args.model, args.out, dtype=args.dtype, tokenizer=args.tokenizer
     )
     print(f"{args.out}: {done['parameters']:,} parameters", *done["notes"], sep="\n")
@@ -528,14 +557,14 @@ def run_export_hf(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from gamayun_jax import report, runs, stages
+    from gamayun_jax.report import read_run, report, stage_changes
 
     page = report.write_report(args.runs, args.out or args.runs[0] / "report")
     for folder in args.runs:
-        if runs.read_quantised(folder) is not None:
+        if read_run.read_quantised(folder) is not None:
             continue
-        run = runs.read_run(folder)
-        table = stages.stage_table(run)
+        run = read_run.read_run(folder)
+        table = stage_changes.stage_table(run)
         if table:
             print(f"{run.name}\n{table}\n" if len(args.runs) > 1 else f"{table}\n")
     print(page)

@@ -12,30 +12,30 @@ import flax.linen as nn
 import jax
 from tqdm import tqdm
 
-from gamayun_jax import sharding
-from gamayun_jax.checkpoint import Checkpoints, kept_forever
 from gamayun_jax.config import Config
-from gamayun_jax.corpus import open_corpus
-from gamayun_jax.data import batches
-from gamayun_jax.divergence import (
+from gamayun_jax.data.corpus import open_corpus
+from gamayun_jax.data.loader import batches
+from gamayun_jax.evaluate.run_tasks import training_evaluators
+from gamayun_jax.model import sharding
+from gamayun_jax.training.checkpoint import Checkpoints, kept_forever
+from gamayun_jax.training.divergence import (
     Diverged,
     discard_abandoned,
     load_rollbacks,
     roll_back,
 )
-from gamayun_jax.lineage import check_corpus, check_same
-from gamayun_jax.meters import goodput_text
-from gamayun_jax.profiling import Profile
-from gamayun_jax.recording import evaluate_if_due, read_metrics, save
-from gamayun_jax.resume import (
+from gamayun_jax.training.lineage import check_corpus, check_same
+from gamayun_jax.training.meters import goodput_text
+from gamayun_jax.training.profiling import Profile
+from gamayun_jax.training.recording import evaluate_if_due, read_metrics, save
+from gamayun_jax.training.resume import (
     Run,
     build_token_weights,
     open_run_folder,
     start_or_resume,
 )
-from gamayun_jax.run_tasks import training_evaluators
-from gamayun_jax.signals import StopSignal
-from gamayun_jax.step import compile_step, reset_moments
+from gamayun_jax.training.signals import StopSignal
+from gamayun_jax.training.step import compile_step, reset_moments
 
 PREEMPTED = 3  # exit status of a run that was told to stop, saved, and can go on
 

@@ -37,10 +37,12 @@ import pytest
 from flax import linen as nn
 
 from gamayun_jax import config as c
-from gamayun_jax import corpus as corpus_module
-from gamayun_jax import corpus_build, sharding, step
-from gamayun_jax.checkpoint import TrainState
-from gamayun_jax.losses import TokenWeights
+from gamayun_jax.data import build
+from gamayun_jax.data import corpus as corpus_module
+from gamayun_jax.model import sharding
+from gamayun_jax.model.loss import TokenWeights
+from gamayun_jax.training import step
+from gamayun_jax.training.checkpoint import TrainState
 
 LANGUAGES = ("en", "ru", "tr")
 # Every size divides over 8 devices, and no other size is a multiple of the length,
@@ -120,7 +122,7 @@ def small_config(folder: Path) -> c.Config:
 def config(tmp_path_factory: pytest.TempPathFactory) -> c.Config:
     """`small_config` with its corpus built."""
     cfg = small_config(tmp_path_factory.mktemp("corpus") / "corpus")
-    corpus_build.build(cfg, Path(cfg.data.corpus), workers=1, progress=False)
+    build.build(cfg, Path(cfg.data.corpus), workers=1, progress=False)
     return cfg
 
 

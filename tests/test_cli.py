@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from gamayun_jax import cli
-from gamayun_jax.checkpoint import find_checkpoint
 from gamayun_jax.config import UserError, is_local, to_dict
-from gamayun_jax.corpus import open_corpus
-from gamayun_jax.records import RunFolder
-from gamayun_jax.tasks import load_task
+from gamayun_jax.data.corpus import open_corpus
+from gamayun_jax.evaluate.tasks import load_task
+from gamayun_jax.training.checkpoint import find_checkpoint
+from gamayun_jax.training.run_folder import RunFolder
 
 
 def commands(parser, names=()):
@@ -40,8 +40,8 @@ def test_every_command_says_what_it_reads_and_writes(words, capsys):
 
 def test_lm_eval_without_its_extra(monkeypatch, capsys):
     """Help, and a message that names a command which works from a checkout."""
-    monkeypatch.setitem(sys.modules, "gamayun_jax.lm_eval_adapter", None)
-    monkeypatch.delattr("gamayun_jax.lm_eval_adapter", raising=False)
+    monkeypatch.setitem(sys.modules, "gamayun_jax.evaluate.lm_eval", None)
+    monkeypatch.delattr("gamayun_jax.evaluate.lm_eval", raising=False)
     extra = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]
     assert "optional-dependencies" in extra["dynamic"]
     install = "pip install -e '.[lm-eval]'"

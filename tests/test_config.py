@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gamayun_jax import presets
 from gamayun_jax.config import (
     CorpusConfig,
     DataConfig,
@@ -24,7 +23,8 @@ from gamayun_jax.config import (
     to_dict,
     to_json,
 )
-from gamayun_jax.model import parameter_count
+from gamayun_jax.model import presets
+from gamayun_jax.model.transformer import parameter_count
 
 EXPERIMENTS = ("tiny", "tiny_no_switch", "stage1", "stage2")
 PRESETS = ("gamayun_1p5b", "llama3p2_1b", "qwen2p5_1p5b", "qwen3_1p7b", "tiny")

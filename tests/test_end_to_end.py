@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from gamayun_jax import checkpoint
 from gamayun_jax.config import to_dict
-from gamayun_jax.sharding import make_mesh
-from gamayun_jax.step import abstract_state
+from gamayun_jax.model.sharding import make_mesh
+from gamayun_jax.training import checkpoint
+from gamayun_jax.training.step import abstract_state
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gamayun_jax import checkpoint, evaluate, report, runs, train
 from gamayun_jax import config as c
+from gamayun_jax import train
+from gamayun_jax.evaluate import heldout
+from gamayun_jax.report import read_run, report
+from gamayun_jax.training import checkpoint
 
 
 @pytest.fixture
@@ -72,8 +75,8 @@ def test_a_former_run_goes_on_and_ends_as_it_would_have(former):
 def test_a_former_run_is_reported_and_evaluated(former):
     page = report.write_report([Path("run")], Path("page"))
     assert "former" in page.read_text("utf-8")
-    assert "udhr" in runs.run_table(Path("run"))
-    result = evaluate.evaluate_checkpoint(Path("run/checkpoints/10"), None)
+    assert "udhr" in read_run.run_table(Path("run"))
+    result = heldout.evaluate_checkpoint(Path("run/checkpoints/10"), None)
     recorded = json.loads(Path("run/eval/10.json").read_text("utf-8"))
     for language, row in recorded["sets"]["udhr"]["languages"].items():
         new = result["sets"]["udhr"]["languages"][language]

@@ -4,7 +4,7 @@ train/<language>.<domain>.jsonl.zst   documents to train on, one JSON object a l
 heldout/<language>.jsonl.zst          12-way parallel paragraphs of software help
 heldout/udhr.<language>.jsonl.zst     12-way parallel clauses on human rights
 
-`python -m gamayun_jax.debian sample OUT --work DIR` makes these files.
+`python -m recipes.demo_data.debian sample OUT --work DIR` makes these files.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import zstandard
 
-from gamayun_jax import documents, heldout, metrics, pages, task_data, tokenizer
 from gamayun_jax.config import DEMO_CORPUS, TokenizerConfig
+from gamayun_jax.data import documents, tokenizer
+from gamayun_jax.evaluate import task_metrics
+from recipes.demo_data import decontaminate, extract_text, tasks
 
 SIZE = 1_000_000  # bytes, at most
 PATTERNS = {
@@ -51,37 +53,41 @@ def main(names):
     def model():
         return tokenizer.train({"en": plain}, small, folder / "a.model")
 
-    held = heldout.HeldOut(plain)
+    held = decontaminate.HeldOut(plain)
 
     def help_page(text):
         page = f"<html><body><div id=DisplayArea>{text}</div></body></html>"
-        return pages.help_paragraphs(page.encode())
+        return extract_text.help_paragraphs(page.encode())
 
     def descriptions(text):
         path.write_text(f"Description-md5: a\nDescription-en: {text}", "utf-8")
-        return list(pages.description_documents(path, "en"))
+        return list(extract_text.description_documents(path, "en"))
 
     functions = {
         "clean": documents.clean,
-        "normalise": lambda t: [heldout.normalise(t, dense) for dense in (False, True)],
-        "rejection": lambda t: heldout.rejection(t, "de", set()),
+        "normalise": lambda t: [
+            decontaminate.normalise(t, dense) for dense in (False, True)
+        ],
+        "rejection": lambda t: decontaminate.rejection(t, "de", set()),
         "judge": lambda t: held.judge([t]),
         "contamination": lambda t: [
-            heldout.Contamination("a", units).judge([t])
+            decontaminate.Contamination("a", units).judge([t])
             for units in ([("1", t)], [(str(k), t[: 50 + k]) for k in range(500)])
         ],
-        "normalised": metrics.normalised,
-        "f1": lambda t: [metrics.f1(t, t[:999], k) for k in ("en", "zh")],
-        "grams": metrics.grams,
+        "normalised": task_metrics.normalised,
+        "f1": lambda t: [task_metrics.f1(t, t[:999], k) for k in ("en", "zh")],
+        "grams": task_metrics.grams,
         "repeated_word": lambda t: [
-            task_data.repeated_word(t[:n], t[:n], k)
+            tasks.repeated_word(t[:n], t[:n], k)
             for n in (4900, SIZE)
             for k in ("en", "zh")
         ],
-        "man": lambda t: pages.man_paragraphs(t.encode()),
+        "man": lambda t: extract_text.man_paragraphs(t.encode()),
         "help": help_page,
-        "html": lambda t: pages.html_paragraphs(t.encode()),
-        "unwrap": lambda t: [pages.unwrap(t.split("\n"), k) for k in ("en", "zh")],
+        "html": lambda t: extract_text.html_paragraphs(t.encode()),
+        "unwrap": lambda t: [
+            extract_text.unwrap(t.split("\n"), k) for k in ("en", "zh")
+        ],
         "descriptions": descriptions,
         "report": lambda t: tokenizer.report(model(), {"en": [documents.clean(t)]}),
         "train": lambda t: tokenizer.train(

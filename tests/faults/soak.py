@@ -224,10 +224,10 @@ def outcome(run: Path) -> dict:
     import jax
     import numpy as np
 
-    from gamayun_jax.checkpoint import Checkpoints, named_leaves
     from gamayun_jax.config import load_config
-    from gamayun_jax.sharding import make_mesh
-    from gamayun_jax.step import abstract_state
+    from gamayun_jax.model.sharding import make_mesh
+    from gamayun_jax.training.checkpoint import Checkpoints, named_leaves
+    from gamayun_jax.training.step import abstract_state
 
     cfg = load_config(CONFIG)
     store = Checkpoints(run / "checkpoints", read_only=True)
@@ -266,7 +266,7 @@ def main() -> int:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "xla")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-    from gamayun_jax import report, train  # noqa: F401  imported once, for all lives
+    from gamayun_jax import train  # noqa: F401  imported once, for all lives
 
     log = work / "log"
     began = time.monotonic()

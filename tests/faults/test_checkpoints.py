@@ -14,10 +14,16 @@ import numpy as np
 import pytest
 from conftest import read_only
 
-from gamayun_jax import checkpoint, runs, train
-from gamayun_jax.checkpoint import Checkpoints, DamagedCheckpointError, TrainState
+from gamayun_jax import train
 from gamayun_jax.config import UserError
-from gamayun_jax.records import RunFolder
+from gamayun_jax.report import read_run
+from gamayun_jax.training import checkpoint
+from gamayun_jax.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpointError,
+    TrainState,
+)
+from gamayun_jax.training.run_folder import RunFolder
 
 
 def quiet(text):
@@ -333,7 +339,7 @@ def test_foreign_files_in_a_run_folder(small, straight, tmp_path):
     assert train.train(small, run, log=quiet) == 0
     assert (run / "eval" / "notes.json").exists()
     assert (run / "checkpoints" / "13.txt").exists()
-    assert [e["step"] for e in runs.read_run(run).evals] == [0, 7, 13]
+    assert [e["step"] for e in read_run.read_run(run).evals] == [0, 7, 13]
 
 
 @pytest.mark.parametrize("name", ["config.json", "parameters.txt", "a.tex", "data"])

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from gamayun_jax import corpus as corpus_module
 from gamayun_jax import train
 from gamayun_jax.config import UserError
-from gamayun_jax.corpus import BadRecordError, open_corpus
-from gamayun_jax.data import LocalBatches, make_plan
+from gamayun_jax.data import corpus as corpus_module
+from gamayun_jax.data.corpus import BadRecordError, open_corpus
+from gamayun_jax.data.loader import LocalBatches, make_plan
 
 
 def quiet(text):
@@ -193,7 +193,7 @@ def test_a_run_counts_what_it_set_aside(copy, tmp_path):
 FEW_FILES = """
 import os, random, resource, sys
 from concurrent.futures import ThreadPoolExecutor
-from gamayun_jax.corpus import OPEN, Records
+from gamayun_jax.data.corpus import OPEN, Records
 
 folder, soft, hard = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

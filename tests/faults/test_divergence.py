@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gamayun_jax import checkpoint, divergence, resume, step, train
+from gamayun_jax import train
 from gamayun_jax.config import DivergenceConfig, UserError
-from gamayun_jax.data import LocalBatches, make_plan
-from gamayun_jax.divergence import DivergenceDetector, spike_limit
+from gamayun_jax.data.loader import LocalBatches, make_plan
+from gamayun_jax.training import checkpoint, divergence, resume, step
+from gamayun_jax.training.divergence import DivergenceDetector, spike_limit
 
 
 def quiet(text):

@@ -21,10 +21,13 @@ import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gamayun_jax import checkpoint, documents, hf, tasks
 from gamayun_jax.config import SourceConfig, UserError, from_json, to_json
-from gamayun_jax.corpus import open_corpus
-from gamayun_jax.files import read_json
+from gamayun_jax.data import documents
+from gamayun_jax.data.corpus import open_corpus
+from gamayun_jax.data.files import read_json
+from gamayun_jax.evaluate import tasks
+from gamayun_jax.interop import huggingface
+from gamayun_jax.training import checkpoint
 
 FUZZ = settings(
     max_examples=20,
@@ -195,7 +198,7 @@ def model_folder(tmp_path_factory):
     import jax.numpy as jnp
 
     from gamayun_jax.config import ModelConfig
-    from gamayun_jax.hf_model import config_to_hf, shapes_of, write_weights
+    from gamayun_jax.interop.hf_weights import config_to_hf, shapes_of, write_weights
 
     cfg = ModelConfig(
         vocab_size=32, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1,
@@ -206,7 +209,7 @@ def model_folder(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config_to_hf(cfg)))
     from flax import linen as nn
 
-    from gamayun_jax.model import abstract_params
+    from gamayun_jax.model.transformer import abstract_params
 
     params = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(abstract_params(cfg))
@@ -220,7 +223,7 @@ def attempt_import(folder, tmp_path):
     """Import it; nothing but the named folder may appear beside it."""
     out = tmp_path / "out"
     before = {p.name for p in tmp_path.iterdir()}
-    result = quietly(hf.import_hf, folder, out)
+    result = quietly(huggingface.import_hf, folder, out)
     assert {p.name for p in tmp_path.iterdir()} - before <= {"out"}
     shutil.rmtree(out, ignore_errors=True)
     return result
@@ -358,7 +361,7 @@ def test_hugging_face_json(name, text, model_folder, tmp_path):
         (folder / "tokenizer.json").write_text("{}")
     (folder / name).write_text(text)
     with pytest.raises(UserError):
-        hf.import_hf(folder, tmp_path / "out")
+        huggingface.import_hf(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -371,7 +374,7 @@ def test_an_index_that_points_elsewhere(target, model_folder, tmp_path):
     weights = {"weight_map": {"model.embed_tokens.weight": target}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
     with pytest.raises(UserError):
-        hf.import_hf(folder, tmp_path / "out")
+        huggingface.import_hf(folder, tmp_path / "out")
 
 
 @settings(FUZZ, max_examples=15)
@@ -408,7 +411,7 @@ def test_checkpoint_meta(data, tmp_path):
 
 def test_a_run_folder_that_is_a_link_elsewhere(config, tmp_path):
     """What a record's file points to is replaced, not written through."""
-    from gamayun_jax.records import RunFolder
+    from gamayun_jax.training.run_folder import RunFolder
 
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -461,7 +464,7 @@ def test_a_pickle_in_the_place_of_counts(config, tmp_path):
 
 def test_the_report_escapes(tmp_path):
     """Whatever a run folder says comes out as text."""
-    from gamayun_jax import report
+    from gamayun_jax.report import report
 
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     run = tmp_path / "run"

@@ -98,7 +98,7 @@ def test_the_first_process_dies(experiment, tmp_path):
 
 def test_an_error_on_one_process_alone(experiment, tmp_path):
     """The first one finds the run folder in use; the second would wait for it."""
-    from gamayun_jax.records import RunFolder
+    from gamayun_jax.training.run_folder import RunFolder
 
     held = RunFolder(tmp_path / "run")
     begin = time.monotonic()

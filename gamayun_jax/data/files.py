@@ -1,0 +1,133 @@
+"""Files written whole or not at all, checksums, and locks on folders."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gamayun_jax.config import UserError
+from gamayun_jax.data.documents import first_line
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path`, durably, if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Raises ValueError for NaN and infinities, which JSON does not have."""
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def json_lines(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    r"""(line without its end, the JSON object in it or None) of each line, ended by
+    "\n" alone: JSON texts hold other characters that str.splitlines takes for ends."""
+    lines = data.split(b"\n")
+    for line in lines if lines[-1] else lines[:-1]:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        yield line, found if isinstance(found, dict) else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; ValueError names a line that holds none."""
+    rows = []
+    for number, (line, row) in enumerate(json_lines(path.read_bytes()), 1):
+        if row is None:
+            raise ValueError(f"line {number} is no JSON object: {line[:60]!r}")
+        rows.append(row)
+    return rows
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def open_files_limit() -> int:
+    """How many files this process may have open, having raised that as far as the
+    system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard % 2**63, 2**16)  # unlimited is -1
+    if soft % 2**63 < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    return min(soft % 2**63, 2**16)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One build per folder at a time; the lock goes with the process."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(
+                f"corpus {folder} is being built by another process: wait for it"
+            ) from e
+        yield
+    finally:
+        os.close(fd)
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: it is not there or may not be read; or it is damaged, and then with
+        `advice`.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except OSError as e:
+        raise unreadable(path, e) from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}): {advice}") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a JSON object: {advice}")
+    return data
+
+
+def unreadable(path: Path, e: OSError) -> UserError:
+    """The error for a file that the system does not let us read; it may be whole."""
+    if isinstance(e, FileNotFoundError):
+        return UserError(f"{path} is missing: restore it from a copy")
+    return UserError(
+        f"{path} cannot be read ({e.strerror or e}): see to its permissions and its "
+        "file system"
+    )

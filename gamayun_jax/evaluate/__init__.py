@@ -1,0 +1,1 @@
+"""Held-out text, tasks and alignment, and the statistics of their comparison."""

@@ -1,0 +1,427 @@
+"""Do languages share a space? Retrieval of translations by layer, and consistency.
+
+A text is the mean of its tokens' hidden states, without BOS. A translation is retrieved
+if, among all units of a parallel set in the other language, it has the greatest cosine
+with the text (accuracy@1; a tie with n others counts 1/(n+1), so a model whose states
+are all alike is at chance). Beside it stands the accuracy after each language's mean
+was taken off: languages may hold the same map, each in its own corner of the space.
+
+Consistency is of answers: how often two languages pick the same choice of an item.
+Information parity, the bits of the same content relative to English, is evaluate.py's.
+
+Shape suffixes: B rows, T length, D model, S states (embedding and layers), U units.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import zstandard
+from jax.sharding import Mesh
+
+from gamayun_jax.config import Config, UserError
+from gamayun_jax.data.corpus import Corpus, open_corpus
+from gamayun_jax.data.files import write_json
+from gamayun_jax.data.loader import global_batch, host_rows
+from gamayun_jax.data.tokenizer import TextCoder
+from gamayun_jax.demo_corpus import HELDOUT, heldout_files
+from gamayun_jax.evaluate import run_tasks
+from gamayun_jax.evaluate.heldout import (
+    HeldoutEvaluator,
+    choose,
+    load_params,
+    pack,
+    windows,
+)
+from gamayun_jax.interop.huggingface import open_tokenizer
+from gamayun_jax.model import sharding
+from gamayun_jax.model.transformer import Transformer, hidden_states
+from gamayun_jax.report.figures import alignment_figure, best_layer
+
+Texts = Mapping[str, Sequence[tuple[str, str]]]  # language -> (id, text)
+
+
+class PooledStates:
+    """Mean hidden states of texts. Must be used in the mesh and the logical-axis rules.
+
+    Args:
+      cfg: of the model; `data.seq_len` is the length of rows, and what is longer is cut
+        into windows as in evaluate.py.
+      units: the most texts of a call; one program serves them all.
+    """
+
+    def __init__(self, cfg: Config, mesh: Mesh, model: Transformer, units: int):
+        self._mesh, self._length, self._units = mesh, cfg.data.seq_len, units
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch = -(-cfg.evaluation.batch_size // ways) * ways
+        self._shape = (cfg.model.num_layers + 1, units, cfg.model.d_model)
+
+        def step(params, sums_SUD, batch):
+            unit_BT, mask_BT = batch["unit"].reshape(-1), batch["valid"]
+
+            def pool(states_SBTD):
+                masked = states_SBTD.astype(jnp.float32) * mask_BT[None, ..., None]
+                flat = masked.reshape(len(masked), -1, masked.shape[-1])
+                add = jax.vmap(lambda x: jax.ops.segment_sum(x, unit_BT, units))
+                return add(flat)
+
+            parts = hidden_states(
+                model, params, batch["inputs"], batch["positions"], batch["segment_ids"]
+            )
+            return sums_SUD + jnp.concatenate([pool(part) for part in parts])
+
+        self._step = jax.jit(
+            step, donate_argnums=1, out_shardings=sharding.replicated(mesh)
+        )
+
+    def __call__(
+        self, params: Any, texts: Sequence[Sequence[int]], bos: int | None
+    ) -> np.ndarray:
+        """float32 [S, U, D]: means over each text's tokens, zeros for an empty one.
+
+        Args:
+          texts: ids without BOS, no more texts than `units`.
+          bos: put before each text; None: the model has none.
+        """
+        prefix = [] if bos is None else [bos]
+        streams = [[*prefix, *ids] for ids in texts]
+        parts = [
+            window
+            for n, stream in enumerate(streams)
+            if len(stream) > len(prefix)
+            # What follows the last token is not looked at; every input is scored once.
+            for window in windows(n, [*stream[1:], 0], stream[0], self._length)
+        ]
+        rows = pack(parts, self._length)
+        if prefix:
+            rows["valid"][rows["positions"] == 0] = 0.0
+        del rows["targets"]
+        lack = -len(rows["inputs"]) % self._batch
+        padded = {
+            k: np.concatenate([v, np.zeros((lack, self._length), v.dtype)])
+            for k, v in rows.items()
+        }
+        layout = sharding.batch_sharding(self._mesh)
+        sums_SUD = jax.device_put(
+            jnp.zeros(self._shape, jnp.float32), sharding.replicated(self._mesh)
+        )
+        mine = host_rows(self._batch, layout)
+        for at in range(0, len(padded["inputs"]), self._batch):
+            local = {k: v[at + mine] for k, v in padded.items()}
+            batch = global_batch(local, mine, self._batch, layout)
+            sums_SUD = self._step(params, sums_SUD, batch)
+        counts = np.array([max(1, len(ids)) for ids in texts], np.float32)
+        found = np.asarray(jax.device_get(sums_SUD))[:, : len(texts)]
+        return found / counts[None, :, None]
+
+
+# --- retrieval
+
+
+def unit_vectors(x_UD: np.ndarray, centred: bool) -> np.ndarray:
+    """Rows of length 1 (zeros stay), after the mean was taken off if `centred`."""
+    if centred:
+        x_UD = x_UD - x_UD.mean(axis=0, keepdims=True)
+    norms = np.linalg.norm(x_UD, axis=1, keepdims=True)
+    return x_UD / np.where(norms > 0, norms, 1)
+
+
+def hits(similarity_UU: np.ndarray) -> float:
+    """Share of rows whose greatest entry is on the diagonal; ties count their share."""
+    best = similarity_UU.max(axis=1, keepdims=True)
+    ties = (similarity_UU == best).sum(axis=1)
+    return float(((np.diag(similarity_UU) == best[:, 0]) / ties).mean())
+
+
+def retrieval(states: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Accuracy@1 for each ordered pair of languages and each state, and cosines.
+
+    Args:
+      states: language -> float [S, U, D], units in the same order.
+
+    Returns:
+      {"plain" | "centred": {"accuracy": {query: {target: [S]}}, "mean": [S] over all
+      ordered pairs, "cosine": {a: {b: [S]}}: mean cosine of translations,
+      "others": [S]: mean cosine of what are not translations}}.
+    """
+    languages = list(states)
+    count = len(next(iter(states.values())))
+    found: dict[str, Any] = {}
+    for name in ("plain", "centred"):
+        accuracy: dict[str, dict[str, list[float]]] = {k: {} for k in languages}
+        cosine: dict[str, dict[str, list[float]]] = {k: {} for k in languages}
+        others = np.zeros(count)
+        vectors = {
+            k: [unit_vectors(x_UD, name == "centred") for x_UD in states[k]]
+            for k in languages
+        }
+        pairs = list(itertools.combinations(languages, 2))
+        for a, b in pairs:
+            forth, back, near = [], [], []
+            for s in range(count):
+                similarity_UU = vectors[a][s] @ vectors[b][s].T
+                units = len(similarity_UU)
+                trace = float(np.trace(similarity_UU))
+                forth.append(hits(similarity_UU))
+                back.append(hits(similarity_UU.T))
+                near.append(trace / units)
+                rest = float(similarity_UU.sum()) - trace
+                others[s] += rest / max(1, units * (units - 1)) / len(pairs)
+            accuracy[a][b], accuracy[b][a], cosine[a][b] = forth, back, near
+        each = [accuracy[a][b] for a in languages for b in languages if a != b]
+        found[name] = {
+            "accuracy": accuracy,
+            "mean": np.mean(each, axis=0).tolist(),
+            "cosine": cosine,
+            "others": others.tolist(),
+        }
+    return found
+
+
+# --- consistency of answers
+
+
+def consistency(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """How often two languages pick the same choice of the same item.
+
+    Args:
+      rows: of an items file of `gamayun eval`, of a parallel multiple-choice task.
+      metric: whose pick counts: raw, token, norm or pmi.
+
+    Returns:
+      {"pairs": {"en-ru": {"items", "same", "expected": if right answers were spread
+      over the items independently and wrong ones evenly over the choices, "chance": of
+      random answers, "both_wrong", "same_wrong": share of the items that both get wrong
+      with the same choice, None without such items, "chance_wrong"}}, "mean": ...}.
+    """
+    picks: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for row in rows:
+        told = (row["picked"][metric], row["answer"], len(row["logprobs"]))
+        picks.setdefault(row["language"], {})[row["id"]] = told
+    pairs: dict[str, dict[str, Any]] = {}
+    for a, b in itertools.combinations(picks, 2):
+        ids = [i for i in picks[a] if i in picks[b]]
+        if not ids:
+            continue
+        p, answer, sizes = np.array([picks[a][i] for i in ids]).T
+        q, other, _ = np.array([picks[b][i] for i in ids]).T
+        if (answer != other).any():
+            raise UserError(
+                f"languages {a} and {b} have different answers to the same items: the "
+                "task is not parallel"
+            )
+        same, wrong = p == q, (p != answer) & (q != answer)
+        right_a, right_b = (p == answer).mean(), (q == answer).mean()
+        even = (1 / np.maximum(1, sizes - 1)).mean()
+        pairs[f"{a}-{b}"] = {
+            "items": len(ids),
+            "same": float(same.mean()),
+            "expected": float(right_a * right_b + (1 - right_a) * (1 - right_b) * even),
+            "chance": float((1 / sizes).mean()),
+            "both_wrong": int(wrong.sum()),
+            "same_wrong": float(same[wrong].mean()) if wrong.any() else None,
+            "chance_wrong": float(even),
+        }
+    mean: dict[str, float | None] = {}
+    for key in ("same", "expected", "chance", "same_wrong", "chance_wrong"):
+        values = [pair[key] for pair in pairs.values() if pair[key] is not None]
+        mean[key] = float(np.mean(values)) if values else None
+    return {"metric": metric, "pairs": pairs, "mean": mean}
+
+
+def consistency_of(folder: Path) -> dict[str, Any]:
+    """Task -> `consistency`, of the parallel multiple-choice tasks in the folder that
+    `gamayun eval` wrote.
+
+    Raises:
+      UserError: it has no eval.json, or items that cannot be read.
+    """
+    try:
+        result = json.loads((folder / "eval.json").read_text("utf-8"))
+        found = {}
+        for name, told in result.get("tasks", {}).items():
+            if told["kind"] == "multiple_choice" and told["parallel"]:
+                rows = run_tasks.read_items(folder / "items", name)
+                found[name] = consistency(rows, told["metric"])
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f"{folder} is no folder of answers ({type(e).__name__}: {e}): give the OUT "
+            "of `gamayun eval MODEL --tasks ... --out OUT`"
+        ) from e
+    return found
+
+
+# --- a model
+
+
+def parallel_texts(
+    corpus: Corpus | None, languages: Sequence[str] | None, limit: int
+) -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """Set -> language -> (id, text): the corpus's parallel sets, or the embedded ones.
+
+    Units without text in one of the languages are left out of all.
+
+    Raises:
+      UserError: a language that there is not, or fewer than two of them.
+    """
+    found: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    if corpus is not None:
+        for name, known in corpus.heldout_sets().items():
+            if corpus.manifest["heldout"][name]["parallel"]:
+                found[name] = {k: list(corpus.heldout(name, k)) for k in known}
+    else:
+        for name in HELDOUT:
+            found[name] = {}
+            for k, path in heldout_files(name).items():
+                with zstandard.open(path, "rt", encoding="utf-8") as lines:
+                    rows = [json.loads(line) for line in lines]
+                found[name][k] = [(row["id"], row["text"]) for row in rows]
+    there = {k for texts in found.values() for k in texts}
+    if missing := set(languages or ()) - there:
+        raise UserError(
+            f"no parallel set has language {min(missing)!r}; there are: "
+            f"{', '.join(sorted(there)) or 'none'}"
+        )
+    chosen: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for name, texts in found.items():
+        units = {
+            k: dict(choose(rows, limit))
+            for k, rows in texts.items()
+            if not languages or k in languages
+        }
+        if len(units) < 2:
+            continue
+        first = next(iter(units.values()))
+        full = [i for i in first if all(u.get(i, "").strip() for u in units.values())]
+        if len(full) > 1:
+            chosen[name] = {k: [(i, u[i]) for i in full] for k, u in units.items()}
+    if not chosen:
+        raise UserError(
+            "no parallel set has two languages and two units: nothing to do"
+        )
+    return chosen
+
+
+def align(
+    path: Path,
+    out: Path | None = None,
+    corpus_folder: Path | None = None,
+    languages: Sequence[str] | None = None,
+    evaluated: Path | None = None,
+) -> dict[str, Any]:
+    """Retrieval, parity and consistency of a model.
+
+    Args:
+      path: run folder, one checkpoint or a folder in Hugging Face's format.
+      out: folder for alignment.json and a picture of each set.
+      corpus_folder: whose parallel held-out sets are used; default: the run's own, and
+        where that is not there, the sets that come with this package, without parity.
+      languages: default: all of the sets.
+      evaluated: what `gamayun eval` wrote, for the consistency of answers.
+
+    Raises:
+      UserError: no model, tokenizer, corpus, language or answers where they should be.
+    """
+    answers = consistency_of(evaluated) if evaluated else {}
+    cfg, params, meta, mesh = load_params(path)
+    folder = corpus_folder or Path(cfg.data.corpus or "nowhere")
+    corpus = None
+    if corpus_folder or (folder / "manifest.json").exists():
+        corpus = open_corpus(folder)
+    tokenizer: TextCoder | None = corpus.tokenizer() if corpus else None
+    if tokenizer is None or tokenizer.fingerprint != meta["tokenizer"]:
+        tokenizer = open_tokenizer(path, meta, cfg.data.corpus)
+    texts = parallel_texts(corpus, languages, cfg.evaluation.max_units)
+    result: dict[str, Any] = {
+        "format": 1,
+        "model": {
+            "path": str(path),
+            "run": meta["lineage"].get("run"),
+            "step": meta["step"],
+            "tokens": meta["tokens"],
+        },
+        "layers": list(range(cfg.model.num_layers + 1)),
+        "sets": {},
+        "consistency": answers,
+    }
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        model = Transformer(cfg.model, cfg.compute)
+        most = max(len(rows) for units in texts.values() for rows in units.values())
+        pooled = PooledStates(cfg, mesh, model, most)
+        parity: dict[str, Any] = {}
+        if corpus is not None:
+            evaluator = HeldoutEvaluator(cfg, corpus, mesh, model, languages, tokenizer)
+            parity = evaluator.run(params)["sets"]
+        for name, units in texts.items():
+            states = {
+                k: pooled(
+                    params,
+                    [tokenizer.encode(text) for _, text in rows],
+                    tokenizer.start_id if tokenizer.prefix_ids else None,
+                )
+                for k, rows in units.items()
+            }
+            found = parity.get(name, {}).get("languages", {})
+            count = len(next(iter(units.values())))
+            result["sets"][name] = {
+                "units": count,
+                "chance": 1 / count,
+                "languages": list(units),
+                "retrieval": retrieval(states),
+                "parity": {k: found[k]["parity"] for k in units if k in found},
+            }
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "alignment.json", result)
+        for name in result["sets"]:
+            alignment_figure(result, name).savefig(out / f"{name}.png", dpi=150)
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Text for the terminal: by language, retrieval with all others at the best layers,
+    and parity; then the consistency of answers."""
+    lines = []
+    for name, told in result["sets"].items():
+        best = {kind: best_layer(result, name, kind) for kind in ("plain", "centred")}
+        lines.append(
+            f"{name}: {told['units']} units, chance {told['chance']:.4f}; accuracy@1 "
+            f"at layer {best['plain']}, centred at layer {best['centred']}, of "
+            f"{result['layers'][-1]}"
+        )
+        lines.append(
+            f"{'':6}{'from':>8}{'to':>8}{'centred from':>14}{'to':>8}{'parity':>9}"
+        )
+        for k in told["languages"]:
+            cells = []
+            for kind, layer in best.items():
+                accuracy = told["retrieval"][kind]["accuracy"]
+                rest = [j for j in told["languages"] if j != k]
+                cells.append(float(np.mean([accuracy[k][j][layer] for j in rest])))
+                cells.append(float(np.mean([accuracy[j][k][layer] for j in rest])))
+            parity = told["parity"].get(k)
+            last = f"{parity:9.3f}" if parity is not None else f"{'-':>9}"
+            a, b, c, d = cells
+            lines.append(f"{k:6}{a:8.3f}{b:8.3f}{c:14.3f}{d:8.3f}{last}")
+        both = (told["retrieval"][kind]["mean"][layer] for kind, layer in best.items())
+        plain, centred = both
+        lines.append(f"{'mean':6}{plain:8.3f}{plain:8.3f}{centred:14.3f}{centred:8.3f}")
+    for name, told in result["consistency"].items():
+        shown = {k: "-" if v is None else f"{v:.3f}" for k, v in told["mean"].items()}
+        lines.append(
+            f"{name} ({told['metric']}): two languages pick the same in "
+            f"{shown['same']} of items (by accuracy alone {shown['expected']}, chance "
+            f"{shown['chance']}), in {shown['same_wrong']} where both are wrong "
+            f"(chance {shown['chance_wrong']})"
+        )
+    return "\n".join(lines)

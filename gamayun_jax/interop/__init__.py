@@ -1,0 +1,1 @@
+"""To and from other tools: Hugging Face folders, their weights and tokenizers."""

@@ -1,0 +1,482 @@
+"""Models in and out: Hugging Face folders to checkpoints and back.
+
+What is written appears whole or not at all: it is made in a hidden folder beside the
+place where it shall be, and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from gamayun_jax import __version__
+from gamayun_jax.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    MixtureConfig,
+    ModelConfig,
+    ScheduleConfig,
+    StageConfig,
+    UserError,
+    from_json,
+    to_json,
+)
+from gamayun_jax.data import files
+from gamayun_jax.data.tokenizer import Tokenizer
+from gamayun_jax.interop.hf_tokenizer import (
+    TOKENIZER_FILES,
+    HFTokenizer,
+    read_object,
+    to_tokenizers,
+    write_tokenizer,
+)
+from gamayun_jax.interop.hf_weights import (
+    DTYPES,
+    config_from_hf,
+    config_to_hf,
+    read_weights,
+    shapes_of,
+    unknown_keys,
+    write_weights,
+)
+from gamayun_jax.interop.model_card import model_card
+from gamayun_jax.model import sharding
+from gamayun_jax.model.transformer import abstract_params, parameter_count
+from gamayun_jax.training.checkpoint import Checkpoints, TrainState, find_checkpoint
+
+# Copied from an imported folder into the run folder, and out again.
+KEPT_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `out`, durably, if the block succeeds.
+
+    Raises:
+      UserError: there is something at `out` already.
+    """
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: give a new folder, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            files.sync(path)
+        os.replace(temporary, out)
+        files.sync(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+# --- in -------------------------------------------------------------------------
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder holds a model in Hugging Face's format, not a run."""
+    path = folder / "config.json"
+    if (folder / "checkpoints").is_dir() or not path.is_file():
+        return False
+    return "model_type" in read_object(path)
+
+
+def describe(folder: Path) -> tuple[dict[str, Any], ModelConfig, HFTokenizer | None]:
+    """A Hugging Face folder's config.json, our config of the model, its tokenizer.
+
+    Raises:
+      UserError: the folder is not a model that can be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no config.json: give a folder with a model in Hugging "
+            "Face's format"
+        )
+    data = read_object(path)
+    model = config_from_hf(data, str(path))
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = HFTokenizer(folder)
+        check_vocabulary(tokenizer, model, folder)
+    return data, model, tokenizer
+
+
+def read_hf(
+    folder: Path, mesh: Mesh | None = None
+) -> tuple[Config, Any, dict[str, Any]]:
+    """A Hugging Face folder's config, parameters and meta, as of a checkpoint.
+
+    Nothing is written: `evaluate.load_params` takes such folders as they are.
+
+    Args:
+      mesh: parameters go straight onto it; default: onto one device.
+
+    Raises:
+      UserError: the folder is not a model that can be read.
+    """
+    data, model, tokenizer = describe(folder)
+    shardings = None
+    if mesh is not None:
+        sharding.check_model(model, mesh)
+        shardings = sharding.logical_shardings(abstract_params(model), mesh)
+    params = read_weights(folder, model, shardings)
+    name = folder.resolve().name
+    cfg = imported_config(name, model)
+    origin = {
+        "format": "huggingface",
+        "folder": name,
+        "model_type": data["model_type"],
+        "dtype": data.get("dtype") or data.get("torch_dtype"),
+        "unknown": unknown_keys(data),
+    }
+    now = datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
+    lineage = {
+        "run": name,
+        "started": now,
+        "parameters": parameter_count(model),
+        "init_from": None,
+        "imported": origin,
+        "stages": [],
+        "checkpoints": [{"step": 0, "tokens": 0, "reason": "import", "stage": ""}],
+        "events": [],
+        "versions": {"gamayun_jax": __version__, "jax": jax.__version__},
+    }
+    meta = dict(
+        step=0,
+        tokens=0,
+        config=to_json(cfg),
+        tokenizer=fingerprint_of(folder, tokenizer),
+        consumed={},
+        curricula=[],
+        origin=None,
+        lineage=lineage,
+        interval=None,
+        seed=0,
+        shares={},
+    )
+    return cfg, params, meta
+
+
+def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Read a Hugging Face folder; write a run folder with one checkpoint, step 0.
+
+    The run folder has the tokenizer's files too, where there are any.
+
+    Args:
+      mesh: parameters go straight onto it; default: onto one device.
+
+    Returns:
+      parameters (their number), tokenizer (its vocabulary or None) and notes (lines
+      for the user).
+
+    Raises:
+      UserError: the folder is not a model that can be read, or `out` exists.
+    """
+    _, _, tokenizer = describe(folder)
+    with new_folder(out) as temporary, freed_memory_given_back():
+        cfg, params, meta = read_hf(folder, mesh)
+        store = Checkpoints(
+            temporary / "checkpoints", in_flight=largest_bytes(cfg.model)
+        )
+        try:
+            store.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 0, meta)
+            store.wait()
+        finally:
+            store.close()
+        files.write_text(temporary / "config.json", to_json(cfg))
+        files.write_json(temporary / "lineage.json", meta["lineage"])
+        if tokenizer:
+            copy_kept(folder, temporary)
+            tokenizer.write(temporary)  # with what it took from config.json
+    notes = notes_on(meta["lineage"]["imported"])
+    if not tokenizer:
+        notes.append(
+            f"{folder} has no tokenizer.json: the weights are imported, but the model "
+            "can neither be evaluated nor generate text"
+        )
+    return {
+        "parameters": meta["lineage"]["parameters"],
+        "tokenizer": tokenizer.vocab_size if tokenizer else None,
+        "notes": notes,
+    }
+
+
+def notes_on(imported: Mapping[str, Any]) -> list[str]:
+    """Lines for the user about what was imported, as lineage has it."""
+    if not imported["unknown"]:
+        return []
+    return [
+        f"config.json has keys unknown here: {', '.join(imported['unknown'])}. As in "
+        "transformers they change nothing: make sure that the model was trained so"
+    ]
+
+
+def fingerprint_of(folder: Path, tokenizer: HFTokenizer | None) -> str | None:
+    """What says which tokenizer a folder's model has.
+
+    A folder that `export_hf` wrote has ours twice: it is the SentencePiece model that
+    corpora are made with, as long as tokenizer.json still says the same.
+    """
+    path = folder / "tokenizer.model"
+    if tokenizer is None or not path.is_file():
+        return None if tokenizer is None else tokenizer.fingerprint
+    try:
+        ours = Tokenizer(path)
+        same = json.loads(to_tokenizers(ours).to_str())
+    except UserError:  # another's, which loses text
+        return tokenizer.fingerprint
+    equal = same == read_object(folder / "tokenizer.json")
+    return (ours if equal else tokenizer).fingerprint
+
+
+@contextlib.contextmanager
+def freed_memory_given_back() -> Iterator[None]:
+    """Give what is freed back to the system at once (with glibc; elsewhere: no-op).
+
+    malloc keeps it for each of the threads that read or write a checkpoint: together
+    half as much again as a large model's parameters.
+    """
+    try:
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        yield
+        return
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.wait(0.05):
+            trim(0)
+
+    thread = threading.Thread(target=run, name="malloc_trim", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def largest_bytes(cfg: ModelConfig) -> int:
+    """Of the largest float32 parameter: what a disk is given to do at a time."""
+    return max(4 * math.prod(x.shape) for x in shapes_of(cfg).values()) + 2**20
+
+
+def imported_config(name: str, model: ModelConfig) -> Config:
+    """A config around an imported model: trained elsewhere, on what is unknown.
+
+    Rows and batches are sized for evaluation: published vocabularies are large.
+    """
+    length = min(1024, model.max_seq_len)
+    return Config(
+        name=name,
+        languages=("und",),  # undetermined (ISO 639)
+        model=model,
+        stages=(StageConfig("imported", 1, MixtureConfig(), ScheduleConfig()),),
+        data=DataConfig(seq_len=length),
+        compute=ComputeConfig(loss_chunk=0 if length % 128 else 128),
+        evaluation=EvalConfig(batch_size=8),
+    )
+
+
+def copy_kept(source: Path, out: Path) -> None:
+    """Copy the tokenizer's files."""
+    for name in KEPT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+# --- tokenizers -----------------------------------------------------------------
+
+
+def open_tokenizer(
+    path: Path,
+    meta: Mapping[str, Any],
+    corpus: str | Path | None = None,
+    given: Path | None = None,
+) -> Tokenizer | HFTokenizer:
+    """The tokenizer that a model was trained with, ours or an imported one.
+
+    Args:
+      path: the model: run folder, one checkpoint, or a Hugging Face folder.
+      meta: of its checkpoint, as `evaluate.load_params` returns it.
+      corpus: the corpus it was trained on, which is looked into last.
+      given: look only here: a folder or a .model file.
+
+    Raises:
+      UserError: it cannot be found, or only others are there.
+    """
+    path = Path(path).absolute()
+    wanted = meta["tokenizer"]
+    if given is not None:
+        places = [Path(given)]
+    elif wanted is None:
+        raise UserError(
+            f"{path} was imported without a tokenizer: put its tokenizer.json beside "
+            "its config.json and import it again"
+        )
+    else:
+        inside = path.name.isdigit() or path.name == "checkpoints"
+        places = [path, *(path.parents[:2] if inside else ())]
+        places += [Path(corpus)] if corpus else []
+    other = None
+    for place in places:
+        for tokenizer in tokenizers_in(place):
+            if wanted in (None, tokenizer.fingerprint):
+                return tokenizer
+            other = other or (place, tokenizer.fingerprint)
+    if other:
+        raise UserError(
+            f"{other[0]} has another tokenizer ({other[1][:12]}) than {path} was "
+            f"trained with ({wanted[:12]}): give the right one"
+        )
+    raise UserError(
+        f"{path} has no tokenizer, nor has "
+        f"{' or '.join(str(p) for p in places if p != path) or 'its corpus'}: copy the "
+        "run's tokenizer.model (or tokenizer.json) there"
+    )
+
+
+def tokenizers_in(path: Path) -> Iterator[Tokenizer | HFTokenizer]:
+    """Those of a folder (tokenizer.json first), or the one of a .model file."""
+    if path.is_file():
+        yield Tokenizer(path)
+    if (path / "tokenizer.json").is_file():
+        yield HFTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        yield Tokenizer(path / "tokenizer.model")
+
+
+def check_vocabulary(
+    tokenizer: Tokenizer | HFTokenizer, model: ModelConfig, where: Path
+) -> None:
+    """Raise UserError if the tokenizer has ids that the model has no row for.
+
+    The other way round is common: tables are padded to a round number.
+    """
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, but the model has "
+            f"vocab_size={model.vocab_size}: they do not belong together"
+        )
+
+
+# --- out ------------------------------------------------------------------------
+
+
+def export_hf(
+    model: Path,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 4 * 2**30,
+    tokenizer: Path | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint as a folder that `transformers` loads with no custom code.
+
+    Args:
+      model: run folder (its newest checkpoint) or one checkpoint.
+      dtype: of the weights: float32 (exact), bfloat16 or float16.
+      tokenizer: a .model file or a folder; default: the run folder's own, or its
+        corpus's.
+      evaluation: results for the model card; default: the run's, of the same step.
+
+    Returns:
+      parameters (their number), files (of weights) and notes (lines for the user).
+
+    Raises:
+      UserError: no such checkpoint, a tokenizer that does not fit, `out` exists.
+    """
+    if dtype not in DTYPES:
+        raise UserError(
+            f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
+        )
+    folder, step = find_checkpoint(model)
+    run = folder.parent if folder.name == "checkpoints" else folder
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as reader:
+        meta = reader.meta(step)
+        if meta.get("bits"):
+            raise UserError(
+                f"{folder}/{step} is quantised to {meta['bits']} bits: export the "
+                "checkpoint that it was made from"
+            )
+        cfg = from_json(meta["config"], f"{folder}/{step}")
+        data = config_to_hf(cfg.model, dtype)
+        found, notes = None, []
+        if meta["tokenizer"] is None and tokenizer is None:
+            notes.append(
+                f"{run} has no tokenizer: the weights are exported without one"
+            )
+        else:
+            found = open_tokenizer(model, meta, cfg.data.corpus, tokenizer)
+            check_vocabulary(found, cfg.model, run)
+        with new_folder(out) as temporary:
+            # On the host: nothing is computed, and a device may have less memory.
+            host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
+                nn.unbox(abstract_params(cfg.model)),
+            )
+            limit = largest_bytes(cfg.model)
+            store = Checkpoints(folder, read_only=True, in_flight=limit)
+            with contextlib.closing(store), freed_memory_given_back():
+                paths = write_weights(
+                    store.readers(step, abstract),
+                    cfg.model,
+                    temporary,
+                    max_shard_bytes,
+                    dtype,
+                )
+            write_rest(found, cfg, data, temporary)
+            path = run / "eval" / f"{step}.json"
+            if evaluation is None and path.is_file():
+                evaluation = read_object(path)
+            card = model_card(cfg, meta, data, evaluation)
+            files.write_text(temporary / "README.md", card)
+            files.write_json(temporary / "lineage.json", meta["lineage"])
+    names = [p.name for p in paths]
+    return {"parameters": parameter_count(cfg.model), "files": names, "notes": notes}
+
+
+def write_rest(
+    tokenizer: Tokenizer | HFTokenizer | None,
+    cfg: Config,
+    data: dict[str, Any],
+    out: Path,
+) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    ids = {}
+    if tokenizer is not None:
+        ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        if tokenizer.bos_id is not None:
+            ids["bos_token_id"] = tokenizer.bos_id
+    if isinstance(tokenizer, HFTokenizer):
+        copy_kept(tokenizer.folder, out)
+        path = out / "generation_config.json"
+        former = read_object(path) if path.is_file() else {}
+        files.write_json(path, {**ids, **former})
+    else:
+        files.write_json(out / "generation_config.json", {**ids, "do_sample": False})
+    if isinstance(tokenizer, Tokenizer):
+        write_tokenizer(tokenizer, out, cfg.model.max_seq_len)
+    files.write_json(out / "config.json", {**data, **ids})

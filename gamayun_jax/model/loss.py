@@ -1,0 +1,281 @@
+"""Token weights, and weighted cross-entropy as sums that add up over anything.
+
+`token_weights` is the only place where the training weight of a token is decided.
+Everything returned is a sum (numerator, denominator, per-language sums), so that
+microbatches, devices and hosts add theirs and divide once: a mean of means would
+weigh short batches more.
+
+Shape suffixes: B batch, T length, D model, V vocabulary, G languages.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gamayun_jax.config import TokenWeightConfig, UserError
+from gamayun_jax.model import sharding
+
+Batch = dict[str, jax.Array]
+
+
+class TokenWeights(NamedTuple):
+    """A stage's weights as two small tables; a token's weight is their product."""
+
+    language: np.ndarray  # float32 [G], by the language of the token
+    token: np.ndarray  # float32 [V], by the target's id
+
+
+def make_token_weights(
+    cfg: TokenWeightConfig,
+    languages: Sequence[str],
+    vocab_size: int,
+    language_shares: Mapping[str, float],
+    byte_lengths: np.ndarray | None = None,
+    bytes_per_token: Mapping[str, float] | None = None,
+) -> TokenWeights:
+    """Tables of a scheme, normalised to mean 1 under the mixture.
+
+    With the mean at 1 the learning rate keeps its meaning whatever the scheme. With
+    q_l the share of language l among the tokens:
+
+      none          w = 1
+      static        w_l proportional to weights[l]
+      bytes         w_v = bytes that id v spells / their mean, so that a language that
+                    its tokenizer cuts finely is not over-counted; 1 for EOS
+      target_share  w_l = weights[l] / q_l, with `weights` made to sum to 1: the
+                    objective follows the given shares while sampling follows q
+
+    Args:
+      language_shares: q, language -> share of the tokens of the mixture; sums to 1.
+      byte_lengths: int [V], for `bytes`.
+      bytes_per_token: language -> mean bytes of the tokens that spell text (so without
+        BOS and EOS) in the corpus, for `bytes`.
+
+    Raises:
+      UserError: target_share gives weight to a language that is never sampled.
+    """
+    q = np.array([language_shares.get(name, 0.0) for name in languages], np.float64)
+    by_language = np.ones(len(languages))
+    by_token = np.ones(vocab_size)
+    if cfg.scheme == "static":
+        by_language = np.array([cfg.weights[name] for name in languages], np.float64)
+        mean = float(q @ by_language)
+        if mean <= 0:
+            raise UserError(
+                "token_weights.weights are 0 for every language of the mixture: no "
+                "token would train"
+            )
+        by_language /= mean
+    elif cfg.scheme == "target_share":
+        target = np.array([cfg.weights[name] for name in languages], np.float64)
+        for name, share, sampled in zip(languages, target, q, strict=True):
+            if share > 0 and sampled == 0:
+                raise UserError(
+                    f"token_weights.weights gives {name!r} {share:g} of the objective, "
+                    "but the mixture never samples it: give it a share or weight 0"
+                )
+        if not target.sum() > 0:
+            raise UserError(
+                "token_weights.weights are 0 for every language: no token would train"
+            )
+        sampled = q > 0
+        by_language = np.where(sampled, target / np.where(sampled, q, 1.0), 0.0)
+        by_language /= float(q @ by_language)
+    elif cfg.scheme == "bytes":
+        if byte_lengths is None or bytes_per_token is None:
+            raise UserError("token_weights.scheme='bytes' needs the corpus's tokenizer")
+        mean = sum(
+            q_l * bytes_per_token.get(name, 0.0)
+            for name, q_l in zip(languages, q, strict=True)
+        )
+        # EOS spells nothing but must be learnt: it has the mean weight.
+        by_token = np.where(byte_lengths > 0, byte_lengths / mean, 1.0)
+    return TokenWeights(by_language.astype(np.float32), by_token.astype(np.float32))
+
+
+def token_weights(batch: Batch, tables: TokenWeights) -> jax.Array:
+    """Weight of each target token in the loss, float32 [B, T]; 0 where not valid."""
+    by_language_BT = jnp.take(jnp.asarray(tables.language), batch["language"])
+    by_token_BT = jnp.take(jnp.asarray(tables.token), batch["targets"])
+    return batch["valid"] * by_language_BT * by_token_BT
+
+
+def nll_and_logsumexp(
+    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Negative log-likelihood [B, T], log-sum-exp [B, T] and logits [B, T, V].
+
+    The target's logit is picked by a masked sum rather than a gather, which stays
+    local when the vocabulary is sharded, and fuses with the other reductions.
+    """
+    logits_BTV = jnp.einsum(
+        "BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32
+    )
+    peak_BT1 = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True))
+    lse_BT = (
+        jnp.log(jnp.sum(jnp.exp(logits_BTV - peak_BT1), axis=-1)) + peak_BT1[..., 0]
+    )
+    ids_V = jnp.arange(w_VD.shape[0], dtype=targets_BT.dtype)
+    hit_BTV = targets_BT[..., None] == ids_V[None, None]
+    target_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
+    return lse_BT - target_BT, lse_BT, logits_BTV
+
+
+def _head_forward(x_BTD, w_VD, targets_BT, weights_BT, z_loss, dw_dtype):
+    """Loss, nll_BT, and (dx_BTD, dw_DV): None where no `dw_dtype` asks for them."""
+    nll_BT, lse_BT, logits_BTV = nll_and_logsumexp(x_BTD, w_VD, targets_BT)
+    loss = jnp.sum(weights_BT * (nll_BT + z_loss * jnp.square(lse_BT)))
+    if dw_dtype is None:
+        return loss, nll_BT, None
+    # d loss / d logits = weight * (softmax * (1 + 2 z lse) - onehot)
+    ids_V = jnp.arange(w_VD.shape[0], dtype=targets_BT.dtype)
+    hit_BTV = targets_BT[..., None] == ids_V[None, None]
+    scale_BT1 = (weights_BT * (1.0 + 2.0 * z_loss * lse_BT))[..., None]
+    d_BTV = jnp.exp(logits_BTV - lse_BT[..., None]) * scale_BT1
+    d_BTV -= jnp.where(hit_BTV, weights_BT[..., None], 0.0)
+    d_BTV = d_BTV.astype(x_BTD.dtype)
+    dx_BTD = jnp.einsum("BTV,VD->BTD", d_BTV, w_VD)
+    # x first: on CPU XLA transposes the first factor, and this one is the narrower.
+    return loss, nll_BT, (dx_BTD, sharding.weight_gradient(x_BTD, d_BTV, dw_dtype))
+
+
+def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, dw_dtype):
+    B, T, _ = x_BTD.shape
+    cast_w_VD = sharding.gather(w_VD, sharding.TABLE, x_BTD.dtype)
+    if not chunk or chunk >= T:
+        loss, nll_BT, grads = _head_forward(
+            x_BTD, cast_w_VD, targets_BT, weights_BT, z_loss, dw_dtype
+        )
+        if grads is not None:
+            dw_VD = sharding.constrain_parameter(grads[1].T, sharding.TABLE)
+            grads = (grads[0], dw_VD.astype(jnp.float32))
+        return loss, nll_BT, grads
+    if T % chunk:
+        raise UserError(
+            f"compute.loss_chunk={chunk} does not divide data.seq_len={T}: choose one "
+            "that does"
+        )
+
+    # Rows in groups P x Q, one for each part of the batch's division over devices, so
+    # that a device sums its own part of dw over the chunks. Were dw one sum, it would
+    # be added up over all devices in every chunk. It is in the dtype in which devices
+    # sum it afterwards; in float32 it is the largest array of all.
+    P, Q = sharding.batch_groups(B)
+
+    def cut(a: jax.Array) -> jax.Array:  # [B, T, ...] -> [T / chunk, P, Q, B', chunk]
+        a = a.reshape(P, Q, B // (P * Q), T // chunk, chunk, *a.shape[2:])
+        return jnp.moveaxis(sharding.divide_groups(a), 3, 0)
+
+    def forward(*part):
+        # A chunk's own part in float32: only what adds up is rounded.
+        part_dtype = None if dw_dtype is None else jnp.float32
+        return _head_forward(part[0], cast_w_VD, *part[1:], z_loss, part_dtype)
+
+    def step(carry, part):
+        loss, dw = carry
+        part_loss, nll, grads = jax.vmap(jax.vmap(forward))(*part)
+        dx = None
+        if grads is not None:
+            dx = grads[0]
+            dw = sharding.divide_groups((dw + grads[1]).astype(dw.dtype))
+        return (loss + jnp.sum(part_loss), dw), (nll, dx)
+
+    dw0 = None
+    if dw_dtype is not None:
+        dw0 = sharding.divide_groups(jnp.zeros((P, Q, *w_VD.shape[::-1]), dw_dtype))
+    parts = (cut(x_BTD), cut(targets_BT), cut(weights_BT))
+    (loss, dw_PQDV), (nll, dx) = jax.lax.scan(step, (jnp.zeros(()), dw0), parts)
+
+    def paste(a: jax.Array) -> jax.Array:  # the inverse of cut
+        return jnp.moveaxis(a, 0, 3).reshape(B, T, *a.shape[5:])
+
+    if dw_PQDV is None:
+        return loss, paste(nll), None
+    dw_VD = sharding.sum_groups(dw_PQDV.mT, sharding.TABLE)
+    return loss, paste(nll), (paste(dx), dw_VD.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def head_loss(
+    x_BTD, w_VD, targets_BT, weights_BT, z_loss: float, chunk: int, reduce_dtype: str
+):
+    """Sum of weight * (nll + z_loss * lse^2) over [B, T], and nll_BT for metrics.
+
+    The output head and the loss in one, so that the [B, T, V] logits need not exist:
+    with `chunk` > 0, only [B, chunk, V] of them do at a time, and the gradient is
+    formed in the same pass instead of recomputing them. `nll_BT` carries no gradient.
+    The gradient of w adds up over chunks and devices in `reduce_dtype`.
+    z-loss: PaLM, arXiv 2204.02311, section 5.
+    """
+    loss, nll_BT, _ = _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, None)
+    return loss, nll_BT
+
+
+def _head_fwd(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, reduce_dtype):
+    loss, nll_BT, grads = _head(
+        x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, reduce_dtype
+    )
+    return (loss, nll_BT), grads
+
+
+def _head_bwd(z_loss, chunk, reduce_dtype, grads, cotangents):
+    dx_BTD, dw_VD = grads
+    g = cotangents[0]
+    return dx_BTD * g.astype(dx_BTD.dtype), dw_VD * g, None, None
+
+
+head_loss.defvjp(_head_fwd, _head_bwd)
+
+
+def language_sums(
+    batch: Batch, nll_BT: jax.Array, num_languages: int
+) -> dict[str, jax.Array]:
+    """Sums per language, float32 [G]: nll (nats), targets (valid), tokens (all)."""
+    ids_G = jnp.arange(num_languages, dtype=jnp.int32)
+    of_language_BTG = batch["language"][..., None] == ids_G[None, None]
+
+    def total(values_BT: jax.Array) -> jax.Array:
+        # No matrix product: a TPU rounds the factors of one in float32 to bfloat16.
+        return jnp.sum(jnp.where(of_language_BTG, values_BT[..., None], 0.0), (0, 1))
+
+    return {
+        "nll": total(nll_BT * batch["valid"]),
+        "targets": total(batch["valid"]),
+        "tokens": total(jnp.ones_like(batch["valid"])),
+    }
+
+
+def weighted_loss(
+    x_BTD: jax.Array,
+    w_VD: jax.Array,
+    batch: Batch,
+    tables: TokenWeights,
+    z_loss: float = 0.0,
+    chunk: int = 0,
+    reduce_dtype: str = "float32",
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Numerator of the objective and the sums that go with it.
+
+    The objective is numerator / denominator, with the denominator the number of
+    valid targets (weights have mean 1 under the mixture, so this is unbiased).
+
+    Returns:
+      numerator: float32 scalar, to be differentiated.
+      sums: `denominator` and `numerator` scalars, `languages` from `language_sums`.
+    """
+    weights_BT = token_weights(batch, tables)
+    numerator, nll_BT = head_loss(
+        x_BTD, w_VD, batch["targets"], weights_BT, z_loss, chunk, reduce_dtype
+    )
+    sums = {
+        "numerator": numerator,
+        "denominator": jnp.sum(batch["valid"]),
+        "languages": language_sums(batch, nll_BT, len(tables.language)),
+    }
+    return numerator, sums

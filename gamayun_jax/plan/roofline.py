@@ -1,0 +1,195 @@
+"""What a training step must compute, move and take, from the config alone.
+
+Lower bounds from shapes: nothing is compiled here. `plan.py` sets the compiled program
+beside them. All figures are of one device and one optimiser step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gamayun_jax.config import Config, ModelConfig
+from gamayun_jax.model.transformer import flops_per_token
+from gamayun_jax.training.chips import Chip
+
+COMPUTE_BYTES = 2  # bfloat16: weights gathered, activations kept
+REDUCE_BYTES = {"float32": 4, "bfloat16": 2}  # of a gradient that devices sum
+STATE_BYTES = 12  # a parameter and Adam's two moments in float32
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a roofline cannot know: the shares of the data sheet's peaks reached."""
+
+    compute: float = 0.6  # of the dense peak, by everything that is not waiting
+    hbm: float = 0.8
+    ici: float = 0.8
+    dcn: float = 0.8
+
+
+def matrices(cfg: ModelConfig) -> dict[str, int]:
+    """Parameters of a layer's matrices and of the embedding and head, by name."""
+    D, H = cfg.d_model, cfg.head_dim
+    heads = 1 if cfg.tie_embeddings else 2
+    return {
+        "q": D * cfg.num_heads * H,
+        "k": D * cfg.num_kv_heads * H,
+        "v": D * cfg.num_kv_heads * H,
+        "o": D * cfg.num_heads * H,
+        "gate": D * cfg.d_ff,
+        "up": D * cfg.d_ff,
+        "down": D * cfg.d_ff,
+        "embedding": heads * cfg.vocab_size * D,
+    }
+
+
+def layer_parameters(cfg: ModelConfig) -> int:
+    """Parameters in the matrices of all layers."""
+    sizes = matrices(cfg)
+    return cfg.num_layers * sum(n for k, n in sizes.items() if k != "embedding")
+
+
+def recomputed_flops_per_token(cfg: Config) -> float:
+    """FLOPs of a token beyond the model's own: what the remat policy makes again.
+
+    The flash kernels' backward pass makes the scores again under every policy.
+    """
+    model, sizes = cfg.model, matrices(cfg.model)
+    again = {
+        "none": (),
+        "minimal": ("k", "v", "o"),
+        "offload": ("k", "v", "o"),
+        "attention": ("o", "gate", "up"),
+        "full": ("q", "k", "v", "o", "gate", "up"),
+    }[cfg.compute.remat]
+    scores = model.num_layers * model.num_heads * model.head_dim * cfg.data.seq_len
+    flops = 2.0 * model.num_layers * sum(sizes[k] for k in again) + scores
+    return flops + (2.0 * scores if cfg.compute.remat == "full" else 0.0)
+
+
+def kept_bytes_per_token(cfg: Config) -> float:
+    """Bytes of a token's activations that wait in HBM for the backward pass."""
+    model = cfg.model
+    q, kv = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
+    attention = 2 * q + 2 * kv
+    kept = {
+        "full": 0,
+        "offload": 0,
+        "attention": attention,
+        "minimal": 2 * q + 2 * model.d_ff,
+        # Norms, rotations, the gated product and the residual between the two halves.
+        "none": 2 * attention + 3 * model.d_ff + 3 * model.d_model,
+    }[cfg.compute.remat]
+    return COMPUTE_BYTES * model.num_layers * (model.d_model + kept)
+
+
+def rows(cfg: Config, mesh: Mapping[str, int]) -> int:
+    """Examples of one microbatch on one device."""
+    ways = mesh["data"] * mesh["fsdp"] * cfg.compute.microbatches
+    return max(1, cfg.data.batch_size // ways)
+
+
+def state_bytes(cfg: Config, mesh: Mapping[str, int]) -> float:
+    """Parameters and moments of one device."""
+    count = layer_parameters(cfg.model) + matrices(cfg.model)["embedding"]
+    return STATE_BYTES * count / (mesh["fsdp"] * mesh["tensor"])
+
+
+def memory_estimate(cfg: Config, mesh: Mapping[str, int]) -> float:
+    """Rough peak of one device in bytes, to choose what is worth compiling."""
+    model = cfg.model
+    B, T, t = rows(cfg, mesh), cfg.data.seq_len, mesh["tensor"]
+    vocab = model.vocab_size / t
+    table = vocab * model.d_model * (COMPUTE_BYTES + 4)  # gathered, and its gradient
+    chunk = cfg.compute.loss_chunk or T
+    logits = B * min(chunk, T) * vocab * 10
+    kept = B * T * kept_bytes_per_token(cfg)
+    layer = B * T * COMPUTE_BYTES * (6 * model.d_ff / t + 8 * model.d_model)
+    sums = 1 / 3 if cfg.compute.microbatches > 1 else 0
+    return state_bytes(cfg, mesh) * (4 / 3 + sums) + table + logits + kept + layer
+
+
+def least_moved_bytes(cfg: Config, mesh: Mapping[str, int]) -> dict[str, float]:
+    """Bytes that a device must send along each mesh axis, at the least.
+
+    fsdp: the weights are gathered for the forward and for the backward pass and their
+    gradients scattered, in `compute.reduce_dtype`, in every microbatch (ZeRO, arXiv
+    1910.02054, stage 3); the embedding is gathered once, because its uses are
+    neighbours. data: the scattered gradients are summed. tensor: two sums of the
+    activations in each pass of a layer (Megatron, arXiv 1909.08053), and those of
+    look-up and head.
+    """
+    model, m = cfg.model, cfg.compute.microbatches
+    d, f, t = mesh["data"], mesh["fsdp"], mesh["tensor"]
+    reduced = REDUCE_BYTES[cfg.compute.reduce_dtype]
+    layers = layer_parameters(model) / t
+    table = matrices(model)["embedding"] / t
+    gathered = COMPUTE_BYTES * (2 * layers + table)
+    fsdp = m * (gathered + reduced * (layers + table)) * (f - 1) / f
+    data = m * 2 * reduced * (layers + table) / f * (d - 1) / d
+    passes = 2 + (cfg.compute.remat != "none")
+    activations = rows(cfg, mesh) * cfg.data.seq_len * model.d_model * COMPUTE_BYTES
+    sums = 2 * passes * model.num_layers + 2
+    return {
+        "data": data,
+        "fsdp": fsdp,
+        "tensor": m * sums * 2 * activations * (t - 1) / t,
+    }
+
+
+def hbm_bytes(cfg: Config, mesh: Mapping[str, int]) -> float:
+    """Bytes to and from HBM: a lower bound.
+
+    The optimiser reads and writes its state and reads the gradients; each pass writes
+    and reads the gathered weights; what is kept is written and read once; the logits
+    are written in float32, read, their gradient written in bfloat16 and read twice.
+    """
+    model, m = cfg.model, cfg.compute.microbatches
+    count = layer_parameters(model) + matrices(model)["embedding"]
+    tokens = rows(cfg, mesh) * cfg.data.seq_len * m
+    optimiser = (2 * STATE_BYTES + 4) * count / (mesh["fsdp"] * mesh["tensor"])
+    weights = m * 3 * 2 * COMPUTE_BYTES * count / mesh["tensor"]
+    logits = tokens * model.vocab_size / mesh["tensor"] * (4 + 4 + 2 + 2 + 2)
+    return optimiser + weights + 2 * tokens * kept_bytes_per_token(cfg) + logits
+
+
+def step_seconds(
+    cfg: Config,
+    mesh: Mapping[str, int],
+    chip: Chip,
+    moved: Mapping[str, float],
+    dimensions: int,
+    slices: int = 1,
+    assume: Assumptions = Assumptions(),
+) -> dict[str, float]:
+    """Seconds of one step by resource, and `step`: the longest, the rest beside it.
+
+    Args:
+      moved: bytes that a device sends along each mesh axis. Of those along `data`,
+        the share that leaves the slice goes over DCN, after a sum inside the slice.
+      dimensions: of the torus that a slice is; an axis has the links of as many as it
+        spans, and axes take turns.
+    """
+    tokens = cfg.tokens_per_step / math.prod(mesh.values())
+    flops = flops_per_token(cfg.model, cfg.data.seq_len)
+    flops += recomputed_flops_per_token(cfg)
+    dcn = 0.0
+    if slices > 1:
+        dcn = moved.get("data", 0.0) / (mesh["data"] / slices)
+    whole = math.log(math.prod(mesh.values()) / slices)
+    ici = 0.0
+    for axis, amount in moved.items():
+        size = mesh[axis] // (slices if axis == "data" else 1)
+        if size > 1:
+            spans = max(1, round(dimensions * math.log(size) / whole))
+            inside = amount - (dcn if axis == "data" else 0.0)
+            ici += inside / (chip.ici_bandwidth * assume.ici * spans / dimensions)
+    seconds = {
+        "compute": tokens * flops / (chip.flops * assume.compute),
+        "hbm": hbm_bytes(cfg, mesh) / (chip.hbm_bandwidth * assume.hbm),
+        "ici": ici,
+        "dcn": dcn / (chip.dcn_bandwidth * assume.dcn) if dcn else 0.0,
+    }
+    return {**seconds, "step": max(seconds.values())}

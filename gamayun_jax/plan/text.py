@@ -1,0 +1,121 @@
+"""Plans (plan.py) as text: one for a person, several as a table in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gamayun_jax.training.chips import GIB
+
+
+def mesh_name(mesh: Mapping[str, int]) -> str:
+    """ "data 16 x fsdp 16": the axes that are more than 1."""
+    return " x ".join(f"{k} {n}" for k, n in mesh.items() if n != 1) or "1 device"
+
+
+def format_plan(p: Mapping[str, Any]) -> str:
+    """A plan for a person."""
+    m, s, a = p["memory"], p["seconds"], p["assumptions"]
+    bound = max((k for k in s if k != "step"), key=lambda k: s[k])
+
+    def gib(x: float) -> str:
+        return f"{x / GIB:.2f}"
+
+    lines = [
+        f"{p['config']}, {p['parameters'] / 1e9:.3f}B parameters, on "
+        f"{p['slices']} x {p['topology']} = {p['chips']} chips",
+        f"mesh       {mesh_name(p['mesh'])}; {p['rows_per_device']} examples a device "
+        f"in {p['microbatches']} microbatches; remat {p['remat']}",
+        f"fits       yes: peak {gib(m['peak'])} of {gib(p['hbm_bytes'])} GiB a chip "
+        f"(all buffers without reuse {gib(m['total'])})",
+        f"memory     parameters {gib(m['parameters'])}, optimiser "
+        f"{gib(m['optimiser'])}, activations and temporaries {gib(m['temporary'])} GiB"
+        + (f", on the host {gib(m['host'])} GiB" if m["host"] else ""),
+        f"FLOPs      {p['flops_per_token'] / 1e9:.2f}G a token, and "
+        f"{p['recomputed_flops_per_token'] / 1e9:.2f}G made again",
+        f"moved      GB a device and step, by kind and axis; gradients are summed in "
+        f"{p['reduce_dtype']}:",
+    ]
+    least = sum(p["least_moved_bytes"].values())
+    if p["moved_bytes"] is None:
+        lines.append(f"           unknown; the least is {least / 1e9:.3f}")
+    else:
+        lines += [
+            f"           {row['bytes'] / 1e9:8.3f}  {row['kind']:<18} "
+            f"{'+'.join(row['axes']):<12} {row['dtype']:<5} {row['count']} times"
+            for row in p["collectives"]
+            if row["bytes"] > 1e6
+        ]
+        ratio = f"{p['moved_bytes'] / least:.2f} of" if least else "without"
+        lines.append(
+            f"           {p['moved_bytes'] / 1e9:8.3f}  in all, {ratio} the least "
+            f"({least / 1e9:.3f})"
+        )
+    lines += [f"unknown    {text}" for text in p["unknown"]]
+    lines += [
+        f"step       {s['step']:.3f} s, bound by {bound}: "
+        + ", ".join(f"{k} {s[k]:.3f}" for k in s if k != "step"),
+        "           assumed: of the data sheet's peaks "
+        + ", ".join(f"{k} {v:.0%}" for k, v in a.items())
+        + "; all overlap",
+        "           compiler: its own estimates of all but kernels and waiting",
+        f"rate       {p['tokens_per_s'] / 1e6:.2f}M tokens/s, "
+        f"{p['tokens_per_s_per_chip'] / 1e3:.1f}k a chip, MFU {p['mfu']:.0%}",
+        f"budget     {p['tokens'] / 1e12:.3g}T tokens: {p['days']:.1f} days, "
+        f"{p['chip_hours']:,.0f} chip-hours"
+        + (f", cost {p['cost']:,.0f}" if p["cost"] is not None else ""),
+    ]
+    if better := p.get("faster"):
+        free = gib(p["hbm_bytes"] - m["peak"])
+        verb, how = (
+            ("takes", "compiled too")
+            if better["compiled"]
+            else ("would take", "by this roofline alone, not compiled: it may not fit")
+        )
+        lines.append(
+            f"faster     {free} GiB are free: {better['set']} {verb} "
+            f"{better['seconds']:.3f} s instead of {s['step']:.3f} ({how})"
+        )
+    return "\n".join(lines)
+
+
+def format_table(plans: Sequence[Mapping[str, Any]]) -> str:
+    """Plans as a table in Markdown, one a row."""
+    head = (
+        "topology", "chips", "mesh", "rows x micro", "remat", "peak GiB", "of",
+        "moved GB", "of least", "step s", "bound by", "tokens/s/chip", "MFU", "days",
+        "chip-hours",
+    )  # fmt: skip
+    rows = [head, tuple("---" for _ in head)]
+    for p in plans:
+        s, least = p["seconds"], sum(p["least_moved_bytes"].values())
+        moved = p["moved_bytes"]
+        rows.append(
+            (
+                f"{p['slices']} x {p['topology']}",
+                str(p["chips"]),
+                mesh_name(p["mesh"]),
+                f"{p['rows_per_device']} x {p['microbatches']}",
+                p["remat"],
+                f"{p['memory']['peak'] / GIB:.2f}",
+                f"{p['hbm_bytes'] / GIB:.0f}",
+                "unknown" if moved is None else f"{moved / 1e9:.2f}",
+                f"{moved / least:.2f}" if moved is not None and least else "",
+                f"{s['step']:.3f}",
+                max((k for k in s if k != "step"), key=lambda k: s[k]),
+                f"{p['tokens_per_s_per_chip'] / 1e3:.1f}k",
+                f"{p['mfu']:.0%}",
+                f"{p['days']:.1f}",
+                f"{p['chip_hours'] / 1e3:,.0f}k",
+            )
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    for p in plans:
+        where = f"{p['slices']} x {p['topology']}"
+        if p.get("not_compiled"):
+            lines.append(
+                f"\n{where}: {p['not_compiled']} more choices might be faster and were "
+                "not compiled"
+            )
+        lines += [f"\n{where}, unknown: {text}" for text in p["unknown"]]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Pages and figures from the records of runs: reads JSON, never JAX."""

@@ -1,0 +1,1 @@
+"""What a training run is made of: the step, its state, its folder, its faults."""

@@ -1,0 +1,544 @@
+"""Checkpoints: Orbax, asynchronous and atomic, verified when read back.
+
+A checkpoint holds three items: `params`, `opt_state` (arrays, with the step), and
+`meta` (JSON: resolved config, data cursors, curriculum and its fingerprint, lineage,
+running sums of the records). Evaluation and export read `params` and `meta` alone.
+
+Files may be cut, changed or lost after they were written. So `meta` has a checksum of
+every array, taken on the devices from the values themselves: one pass over memory at
+each save and restore, no pass over files, the same on any mesh; and one of itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from gamayun_jax.config import CheckpointConfig, Config, UserError, check_local
+from gamayun_jax.training import cluster
+from gamayun_jax.training.optimizer import parameter_path
+from gamayun_jax.training.run_folder import is_step, steps_in
+
+FORMAT = 2
+READABLE = (1, 2)  # 1 had no checksums
+ITEMS = ("params", "opt_state")
+# Of a file of a checkpoint: a process holds as much in memory before it writes.
+DATA_FILE_BYTES = 32 * 2**20
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint whose files are not what was written."""
+
+    def __init__(self, where: Path, reason: str, advice: str):
+        super().__init__(f"checkpoint {where} cannot be read ({reason}). {advice}")
+        self.reason = reason
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a train step maps to its successor. Plain nested dicts inside."""
+
+    step: Any  # int32 scalar: optimiser steps done in this run
+    params: Any
+    opt_state: Any
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: CheckpointConfig = CheckpointConfig(),
+        forever: Collection[int] = (),
+        read_only: bool = False,
+        in_flight: int | None = None,
+    ):
+        """The checkpoints in `folder`.
+
+        Args:
+          forever: steps that are never deleted (see `kept_forever`).
+          in_flight: bytes of parameters on their way to or from the disk at a time,
+            at least the largest one's; default: Orbax's own, tens of gigabytes.
+        """
+        keep: list[Any] = [policies.LatestN(cfg.keep)]
+        if forever:
+            keep.append(policies.CustomSteps(sorted(forever)))
+        self.folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        limit: Any = in_flight and in_flight / 1e9
+        handlers: dict[str, Any] = {
+            item: ocp.PyTreeCheckpointHandler(
+                # Compression saves a tenth of float32 values and takes most of the
+                # time; zarr3 is what keeps to DATA_FILE_BYTES.
+                use_compression=False,
+                use_zarr3=True,
+                save_concurrent_gb=limit,
+                save_device_host_concurrent_gb=limit,
+                restore_concurrent_gb=limit,
+            )
+            for item in ITEMS
+        }
+        handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._handlers = handlers
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_handlers=handlers
+        )
+        self._same_steps()
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, step: int, meta: dict[str, Any]) -> None:
+        """Begin to save; returns once the arrays are copied off the devices.
+
+        Raises:
+          UserError: this checkpoint, or the one before, cannot be written.
+        """
+        items = {"params": state.params, "opt_state": saved_optimizer(state)}
+        meta = {**meta, "format": FORMAT, "checksums": checksums(items)}
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        k: ocp.args.PyTreeSave(
+                            v, ocdbt_target_data_file_size=DATA_FILE_BYTES
+                        )
+                        for k, v in items.items()
+                    },
+                    meta=ocp.args.JsonSave({**meta, "sha256": json_sha256(meta)}),
+                ),
+                force=True,
+            )
+
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint that the run has gone back before."""
+        self._manager.delete(step)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON item; UserError if another version of this project wrote it."""
+        return self._agreed(step, lambda: self._meta(step))
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        if not isinstance(meta, dict) or (
+            "sha256" in meta and meta.pop("sha256") != json_sha256(meta)
+        ):
+            raise self._damaged(step, "its meta has changed since it was written")
+        if meta.get("format") not in READABLE:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} has format "
+                f"{meta.get('format')}, this version reads {FORMAT}"
+            )
+        if meta.get("step", step) != step:
+            raise self._damaged(step, f"it was saved as that of step {meta['step']}")
+        return meta
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state at `step`, on the shardings of `abstract`; every leaf checked.
+
+        Raises:
+          UserError: a state of another structure.
+          DamagedCheckpointError: what is read is not what was written.
+        """
+        items = {"params": abstract.params, "opt_state": saved_optimizer(abstract)}
+        restored = self._restore(step, items)
+        return TrainState(
+            step=restored["opt_state"]["step"],
+            params=restored["params"],
+            opt_state=restored["opt_state"]["opt_state"],
+        )
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The parameters alone; as `restore`."""
+        return self._restore(step, {"params": abstract_params})["params"]
+
+    def readers(self, step: int, abstract_params: Any) -> Any:
+        """Functions in place of the parameters; each reads its own, as `restore`."""
+
+        def reader(path: Any, leaf: Any) -> Callable[[], jax.Array]:
+            tree = leaf
+            for name in reversed(parameter_path(path).split("/")):
+                tree = {name: tree}
+
+            def read() -> jax.Array:
+                found = self._restore(step, {"params": tree}, partly=True)
+                return jax.tree.leaves(found)[0]
+
+            return read
+
+        return jax.tree_util.tree_map_with_path(reader, abstract_params)
+
+    def _restore(
+        self, step: int, items: dict[str, Any], partly: bool = False
+    ) -> dict[str, Any]:
+        expected, restored = self._agreed(
+            step, lambda: self._read_arrays(step, items, partly)
+        )
+
+        def compare() -> None:
+            for item, values in checksums(restored).items():
+                for name, value in values.items():
+                    if value != expected[item][name]:
+                        raise self._damaged(
+                            step, f"{item} {name!r} has changed since it was written"
+                        )
+
+        if expected is not None:
+            # What every device has whole may be damaged on one process alone.
+            self._agreed(step, compare)
+        return restored
+
+    def _read_arrays(
+        self, step: int, items: dict[str, Any], partly: bool
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """The checksums that were written, and what this process reads."""
+        where = self.folder / str(step)
+        expected = self._meta(step).get("checksums")
+        # A checkpoint of another model, or of another version, is not a damaged one.
+        if expected is not None:
+            for item, tree in items.items():
+                names = {name for name, _ in named_leaves(tree)}
+                known = set(expected[item])
+                if names - known or (known - names and not partly):
+                    raise UserError(
+                        f"checkpoint {where} holds other {item} than this config and "
+                        "this version have"
+                    )
+        arguments = {
+            k: ocp.args.PyTreeRestore(
+                v,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(v),
+                partial_restore=partly,
+            )
+            for k, v in items.items()
+        }
+        found = self._read(step, **arguments)
+        restored = {k: found[k] for k in items}
+        for item, tree in items.items():
+            verify(restored[item], tree, where)
+        return expected, restored
+
+    def _agreed(self, step: int, read: Callable[[], Any]) -> Any:
+        """What `read` gives, if it does on every process; otherwise all raise.
+
+        Whatever several processes do together comes after all have read: one that
+        cannot would leave the others alone in it.
+        """
+        result, error = None, None
+        try:
+            result = read()
+        except UserError as e:
+            error = e
+        damaged = isinstance(error, DamagedCheckpointError)
+        kinds = cluster.gather(0 if error is None else 1 if damaged else 2)
+        kind = kinds.max()
+        if error is not None and kind == (1 if damaged else 2):
+            raise error
+        who = np.flatnonzero(kinds == kind).tolist()
+        if kind == 1:
+            raise self._damaged(step, f"processes {who} cannot read it")
+        if kind == 2:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} does not fit on processes "
+                f"{who}: they say why"
+            )
+        return result
+
+    def newest(
+        self,
+        abstract: TrainState,
+        check: Callable[[dict[str, Any], str], None],
+        aside: Path,
+        log: Callable[[str], None],
+    ) -> tuple[int, dict[str, Any], TrainState, list[dict[str, Any]]] | None:
+        """(step, meta, state, lineage events) of the newest checkpoint that is whole.
+
+        Damaged newer ones are moved to the folder `aside`, with one event each. None
+        if there is no checkpoint at all.
+
+        Args:
+          check: called with each meta and its place before anything is moved or read
+            further; what it raises is raised.
+
+        Raises:
+          UserError: from `check`, or the last checkpoint that is left is damaged too.
+        """
+        events: list[dict[str, Any]] = []
+        while (step := self.latest()) is not None:
+            try:
+                meta = self.meta(step)
+                check(meta, f"{self.folder}/{step}")
+                return step, meta, self.restore(step, abstract), events
+            except DamagedCheckpointError as damage:
+                if len(self.steps()) == 1:
+                    raise
+                reason = damage.reason
+            place = self._set_aside(step, aside)
+            log(f"checkpoint {step} is damaged ({reason}): moved to {place}")
+            events.append({"event": "damaged", "step": step, "reason": reason})
+        return None
+
+    def _set_aside(self, step: int, aside: Path) -> Path:
+        place, number = aside / str(step), 1
+        while place.exists():
+            place, number = aside / f"{step}.{number}", number + 1
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            os.rename(self.folder / str(step), place)
+        barrier(f"set aside {step}")
+        self._manager.reload()
+        self._same_steps()
+        return place
+
+    def _same_steps(self) -> None:
+        """Return when all processes see the same checkpoints.
+
+        Raises:
+          UserError: they do not within half a minute.
+        """
+        for _ in range(30):
+            lists = cluster.gather(np.uint32(zlib.crc32(str(self.steps()).encode())))
+            if (lists == lists[0]).all():
+                return
+            time.sleep(1)  # a shared folder may show what is new with a delay
+            self._manager.reload()
+        who = np.flatnonzero(lists != lists[0]).tolist()
+        raise UserError(
+            f"processes {who} do not see the checkpoints in {self.folder} that the "
+            "first process sees: give all of them a --workdir that they share"
+        )
+
+    def _read(self, step: int, **items: Any) -> Any:
+        where = self.folder / str(step)
+        if step not in self._manager.all_steps():
+            raise UserError(
+                f"checkpoint {where} does not exist; there are: "
+                f"{', '.join(map(str, self.steps())) or 'none'}"
+            )
+        try:
+            # Not by the manager, which ends with a barrier: see `_agreed`.
+            folder = self._manager.directory / str(step)
+            return {
+                name: self._handlers[name].restore(folder / name, args=args)
+                for name, args in items.items()
+            }
+        except (jax.errors.JaxRuntimeError, MemoryError):  # nothing of the files
+            raise
+        except Exception as e:  # Orbax and TensorStore raise many kinds
+            if cluster.is_loss(e):
+                raise
+            reason = shortened(e)
+            raise self._damaged(step, f"{type(e).__name__}: {reason}") from e
+
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
+        others = [s for s in self.steps() if s != step]
+        return DamagedCheckpointError(
+            self.folder / str(step),
+            reason,
+            f"Move that folder away to go on from step {max(others)}"
+            if others
+            else "There is no other: start again in an empty folder",
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (jax.errors.JaxRuntimeError, MemoryError):  # nothing of the files
+            raise
+        except Exception as e:  # Orbax and TensorStore raise many kinds
+            if cluster.is_loss(e):
+                raise
+            there = steps_in(self.folder)  # none if the folder itself is gone
+            reason = shortened(e)
+            raise UserError(
+                f"a checkpoint cannot be written to {self.folder} "
+                f"({type(e).__name__}: {reason}): make room or give --workdir a folder "
+                "that can be written; the same command then goes on from "
+                + (f"step {max(there)}" if there else "the beginning")
+            ) from e
+
+    def check(self) -> None:
+        """Raise what went wrong in the background since the last save began."""
+        with self._writing():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Return when the last save is committed; raises what it raised."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def kept_forever(cfg: Config) -> list[int]:
+    """Steps whose checkpoints stay: the stages' ends, those that
+    checkpoint.keep_every_steps names, and the first regular one at or after each
+    checkpoint.keep_every_tokens tokens of the run."""
+    keep = cfg.checkpoint
+    steps = {cfg.stage_start(k + 1) for k in range(len(cfg.stages))}
+    if keep.keep_every_steps:
+        every = keep.keep_every_steps
+        steps |= set(range(every, cfg.total_steps, every))
+    if keep.keep_every_tokens:
+
+        def passed(step: int) -> int:
+            return step * cfg.tokens_per_step // keep.keep_every_tokens
+
+        every = keep.every_steps  # not by each so many tokens, which may be few
+        for step in range(every, cfg.total_steps + 1, every):
+            if passed(step) > passed(step - every):
+                steps.add(step)
+    return sorted(steps)
+
+
+def saved_optimizer(state: TrainState) -> dict[str, Any]:
+    """The item `opt_state` of a checkpoint."""
+    return {"opt_state": state.opt_state, "step": state.step}
+
+
+def shortened(e: Exception) -> str:
+    """An error's message on one line: its beginning and, for the cause, its end."""
+    text = " ".join(str(e).split())
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+def json_sha256(data: Any) -> str:
+    """Hash of plain JSON data, whatever the order of its keys."""
+    text = json.dumps(json.loads(json.dumps(data)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """(path, leaf) of every leaf."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(parameter_path(path), leaf) for path, leaf in leaves]
+
+
+def checksum(x: jax.Array, by_row: bool = False) -> jax.Array:
+    """uint32 of an array's values and their places: the sum of each element's bits
+    times an odd number of its place, modulo 2**32.
+
+    Integers add up the same in any order, so on any mesh. Any change of one element
+    changes the sum, since an odd number has an inverse; more escape once in 2**32.
+
+    Args:
+      by_row: go through the first axis in a loop, which must not be divided over
+        devices. XLA's CPU backend otherwise writes all the products to memory first.
+    """
+    if x.dtype.itemsize not in (1, 2, 4) or not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.int32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+
+    def of(values: jax.Array, first: Any) -> jax.Array:
+        """That of `values`, the first of which has the place `first`."""
+        bits = jax.lax.bitcast_convert_type(values, unsigned).astype(jnp.uint32)
+        odd = jnp.full(values.shape, 2 * jnp.uint32(first) + 1, jnp.uint32)
+        stride = 2
+        for axis in reversed(range(values.ndim)):
+            iota = jax.lax.broadcasted_iota(jnp.uint32, values.shape, axis)
+            odd += iota * jnp.uint32(stride % 2**32)
+            stride *= values.shape[axis]
+        return jnp.sum(bits * odd, dtype=jnp.uint32)
+
+    if not by_row or x.ndim < 2:
+        return of(x, 0)
+    size = jnp.uint32(math.prod(x.shape[1:]) % 2**32)
+
+    def add(row: jax.Array, total: jax.Array) -> jax.Array:
+        values = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
+        return total + of(values, row.astype(jnp.uint32) * size)
+
+    return jax.lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))
+
+
+def checksums(items: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """item -> path -> checksum of each array, in hexadecimal."""
+
+    def of(x: Any) -> Any:
+        x = jnp.asarray(x)
+        return jax.device_get(_checksum(x, len(x.sharding.device_set) == 1))
+
+    # One array at a time: together they would take the memory of all of them again.
+    values = jax.tree.map(of, items)
+    return {
+        item: {name: f"{int(v):08x}" for name, v in named_leaves(tree)}
+        for item, tree in values.items()
+    }
+
+
+_checksum = jax.jit(checksum, static_argnums=1)
+
+
+def barrier(name: str) -> None:
+    """Wait for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def verify(tree: Any, abstract: Any, where: Path) -> None:
+    """Check that every leaf is an array of the expected shape and dtype.
+
+    Orbax hands back a ShapeDtypeStruct for a leaf that the checkpoint lacks.
+
+    Raises:
+      UserError: naming the first leaf that is missing or different.
+    """
+    expected = jax.tree_util.tree_flatten_with_path(abstract)[0]
+    found = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+    for path, leaf in expected:
+        value = found.get(path)
+        if not isinstance(value, jax.Array):
+            raise UserError(f"checkpoint {where} lacks {parameter_path(path)!r}")
+        if value.shape != leaf.shape or value.dtype != leaf.dtype:
+            raise UserError(
+                f"checkpoint {where}: {parameter_path(path)!r} is "
+                f"{value.dtype}{list(value.shape)}, the config needs "
+                f"{leaf.dtype}{list(leaf.shape)}"
+            )
+
+
+def find_checkpoint(path: Path) -> tuple[Path, int]:
+    """(checkpoints folder, step) of a run folder (its newest) or of one checkpoint.
+
+    Raises:
+      UserError: neither a run folder nor a checkpoint.
+    """
+    check_local(path, "model ")
+    path = Path(path)
+    if is_step(path.name) and (path / "meta").is_dir():
+        return path.parent, int(path.name)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = [k for k in steps_in(folder) if (folder / str(k) / "meta").is_dir()]
+    if not steps:
+        raise UserError(
+            f"{path} has no checkpoint: give a run folder, or one of its "
+            "checkpoints/<step>"
+        )
+    return folder, max(steps)

@@ -1,0 +1,229 @@
+"""What a run writes between its steps: records, checkpoints, evaluations."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from gamayun_jax.config import UserError, to_json
+from gamayun_jax.model.transformer import flops_per_token
+from gamayun_jax.training import cluster
+from gamayun_jax.training.chips import chip_of
+from gamayun_jax.training.divergence import Diverged
+from gamayun_jax.training.meters import OVERHEADS
+from gamayun_jax.training.resume import Run
+
+BAD_RECORDS = "records set aside so far"  # an event of the lineage
+
+# --- records of training ---------------------------------------------------------
+
+
+def read_metrics(run: Run, keep: int = 1) -> None:
+    """Read the metrics of all but the newest `keep` steps, and record them.
+
+    The host reads one step late, so that the devices always have the next one queued.
+
+    Raises:
+      Diverged: the run has to go back.
+      UserError: loss or gradient is not finite, where that is not skipped.
+    """
+    cfg, meters = run.cfg, run.meters
+    ends = {cfg.stage_start(k + 1) for k in range(len(cfg.stages))}
+    while len(meters.in_flight) > keep:
+        step, metrics = meters.in_flight.pop(0)
+        with meters.timer.measure("wait"):
+            metrics = jax.device_get(metrics)
+        stage = cfg.stage_at(step - 1)
+        if fault := run.detector.observe(step, stage, metrics):
+            jax.block_until_ready(meters.in_flight)
+            raise Diverged(*fault, run.plan, run.rollbacks)
+        if not np.isfinite(metrics["numerator"] + metrics["grad_norm"]):
+            last = run.store.latest()
+            raise UserError(
+                f"loss or gradient is not finite at step {step}: lower "
+                f"stages.{cfg.stages[stage].name}.schedule.peak or "
+                f"optimizer.clip_norm; the last checkpoint is "
+                f"{'none' if last is None else f'step {last}'}"
+            )
+        meters.accumulator.add(metrics)
+        run.store.check()
+        if step % cfg.log.every_steps == 0 or step in ends:
+            write_record(run, step)
+            meters.begin_record()
+
+
+def train_record(
+    run: Run, step: int, times: Mapping[str, float], peak: float | None
+) -> dict[str, Any]:
+    """The record of the steps that end with `step`.
+
+    Args:
+      times: seconds by activity, of the timer's lap.
+      peak: FLOP/s of all devices; None where it is not known.
+    """
+    cfg, accumulator = run.cfg, run.meters.accumulator
+    lost = (times.get(f"{k}_s", 0.0) for k in OVERHEADS if k != "input")
+    busy = max(times["seconds"] - sum(lost), 1e-9)
+    steps = accumulator.sums["steps"]
+    flops = flops_per_token(cfg.model, cfg.data.seq_len) * cfg.tokens_per_step
+    return {
+        "kind": "train",
+        "step": step,
+        "tokens": run.tokens_at(step),
+        "stage": cfg.stages[cfg.stage_at(step - 1)].name,
+        **accumulator.record(cfg.languages),
+        "sources": {
+            name: {"tokens": examples * cfg.data.seq_len}
+            for name, examples in run.plan.served(step).items()
+        },
+        "time": {
+            **times,
+            "tokens_per_s": steps * cfg.tokens_per_step / busy,
+            "mfu": flops * steps / busy / peak if peak else None,
+            "stalled_steps": run.meters.stalls,
+        },
+    }
+
+
+def write_record(run: Run, step: int) -> None:
+    """Record the steps that end with `step`: file, TensorBoard, console."""
+    timer = run.meters.timer
+    times = timer.lap()
+    chip = chip_of(jax.devices()[0])
+    peak = chip.flops * jax.device_count() if chip else None
+    record = train_record(run, step, times, peak)
+    if jax.process_count() > 1:
+        record["hosts"] = cluster.compare(
+            {k: times.get(k, 0.0) for k in ("input_s", "wait_s")}
+        )
+    run.folder.add(record)
+    run.folder.write_goodput(timer.goodput(run.lineage["started"]))
+    flat = {k: record[k] for k in ("loss", "nll", "lr", "grad_norm")}
+    flat |= {k: record["time"][k] for k in ("tokens_per_s", "mfu")}
+    flat |= {f"nll/{k}": v["nll"] for k, v in record["languages"].items()}
+    scalars = {f"train/{k}": v for k, v in flat.items()}
+    run.folder.scalars(scalars, record["tokens"])
+    run.log(console_line(run, record))
+
+
+def console_line(run: Run, record: Mapping[str, Any]) -> str:
+    """A record on one line."""
+    rate, mfu = record["time"]["tokens_per_s"], record["time"]["mfu"]
+    left = (run.cfg.total_steps - record["step"]) * run.cfg.tokens_per_step / rate
+    return (
+        f"{record['stage']:>8} step {record['step']}/{run.cfg.total_steps}  tokens "
+        f"{record['tokens'] / 1e6:.2f}M  loss {record['loss'] or math.nan:.4f}  "
+        f"lr {record['lr']:.2e}  {rate:,.0f} tokens/s"
+        + (f"  MFU {mfu:.1%}" if mfu is not None else "")
+        + f"  left {datetime.timedelta(seconds=round(left))}"
+    )
+
+
+# --- checkpoints -----------------------------------------------------------------
+
+
+def save(run: Run, reason: str) -> None:
+    """Begin to save a checkpoint of the last step that is done."""
+    read_metrics(run, keep=0)
+    with run.meters.timer.measure("checkpoint"):
+        run.lineage["checkpoints"].append(
+            {
+                "step": run.step,
+                "tokens": run.tokens_at(run.step),
+                "reason": reason,
+                "stage": run.stage_name,
+            }
+        )
+        if counts := run.bad_records.counts:
+            others = [e for e in run.lineage["events"] if e["event"] != BAD_RECORDS]
+            event = {"event": BAD_RECORDS, "step": run.step, **counts}
+            run.lineage["events"] = [*others, event]
+        run.folder.sync()
+        run.store.save(run.state, run.step, run_meta(run))
+        # The one before is whole by now; this one is not yet.
+        finished = run.lineage["checkpoints"][:-1]
+        run.folder.write_lineage({**run.lineage, "checkpoints": finished})
+
+
+def run_meta(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of the run beside its arrays, as plain JSON."""
+    plan, step = run.plan, run.step
+    return dict(
+        step=step,
+        tokens=run.tokens_at(step),
+        config=to_json(run.cfg),
+        tokenizer=run.corpus.manifest["tokenizer"]["fingerprint"],
+        contents=run.corpus.contents(),
+        rest_of=plan.rest_of,
+        consumed=plan.consumed(step),
+        curricula=plan.curricula(step),
+        origin=run.origin,
+        lineage=run.lineage,
+        interval=run.meters.accumulator.to_json(),
+        watch=run.detector.to_json(),
+        times=run.meters.timer.to_json(),
+        rollbacks=run.rollbacks,
+        seed=plan.segments[plan.segment_before(step)].seed,
+        shares=plan.shares[run.cfg.stage_at(max(step - 1, 0))],
+    )
+
+
+# --- evaluations -----------------------------------------------------------------
+
+
+class Evaluator(Protocol):
+    """What is evaluated in the course of training."""
+
+    every_steps: int  # besides the start and the stages' ends; 0: not at all
+
+    def evaluate(
+        self, params: Any
+    ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+        """Its part of eval/<step>.json, and items under the names of their files."""
+
+    def headlines(self, result: Mapping[str, Any]) -> dict[str, float]:
+        """TensorBoard's scalars of what `evaluate` gave."""
+
+    def lines(self, result: Mapping[str, Any]) -> list[str]:
+        """The console's lines of it."""
+
+
+def evaluate_if_due(run: Run, evaluators: Sequence[Evaluator]) -> None:
+    """Run the evaluators that are due at this step, if that is not done yet."""
+    label = "" if run.step else "start"
+    if run.ends_stage:
+        label = f"end of {run.stage_name}"
+    due = [
+        e
+        for e in evaluators
+        if label or (e.every_steps and run.step % e.every_steps == 0)
+    ]
+    if not due or is_evaluated(run, label):
+        return
+    read_metrics(run, keep=0)
+    tokens = run.tokens_at(run.step)
+    result: dict[str, Any] = {"step": run.step, "tokens": tokens}
+    result |= {"stage": run.stage_name, "label": label, "sets": {}}
+    items: dict[str, list[dict[str, Any]]] = {}
+    with run.meters.timer.measure("evaluate"):
+        for evaluator in due:
+            found, of_it = evaluator.evaluate(run.state.params)
+            result |= found
+            items |= of_it
+    for name, rows in items.items() if label else ():
+        run.folder.write_items(run.step, name, rows)
+    run.folder.write_evaluation(run.step, result)
+    for evaluator in due:
+        run.folder.scalars(evaluator.headlines(result), tokens)
+        for line in evaluator.lines(result):
+            run.log(f"{'eval':>8} step {run.step}  {line}")
+
+
+def is_evaluated(run: Run, label: str) -> bool:
+    """The first process's word: others may see a shared folder with a delay."""
+    return bool(cluster.gather(run.folder.has_evaluation(run.step, label))[0])

@@ -1,0 +1,344 @@
+"""The run folder's records: config, lineage, metrics, and the lock on the folder.
+
+config.json     the resolved config of the last start
+lineage.json    where the run comes from and what happened to it
+parameters.txt  names, shapes and sizes of the parameters
+tokenizer.model the corpus's tokenizer
+metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash
+goodput.json    where the run's time went
+events.*        the same for TensorBoard
+eval/<step>.json
+eval/<step>.items/*.jsonl  units and items, at the start and at stage ends
+former/<n>/     the records of a start that --fresh moved aside
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gamayun_jax.config import Config, UserError, check_local, to_dict, to_json
+from gamayun_jax.data.files import (
+    atomic,
+    json_lines,
+    read_json,
+    write_json,
+    write_text,
+)
+from gamayun_jax.data.tokenizer import TextCoder
+
+# What a start writes, besides the checkpoints themselves.
+RECORDS = (
+    *("config.json", "lineage.json", "parameters.txt", "tokenizer.*", "eval"),
+    *("metrics.jsonl", "goodput.json", "events.*", "set_aside.*", "rollbacks.json"),
+    *("divergence", "damaged", "profile", "report"),
+)
+# What may lie in a folder where no run has begun: logs, scripts, notes; and folders.
+BESIDE = (".err", ".log", ".md", ".out", ".py", ".sh", ".txt")
+NO_RUN = ("compiled", "former", "lost+found")
+# What a run cannot change on its way: its state or its past would not fit any more.
+FIXED = ("model", "languages", "data.seq_len", "data.batch_size", "seed")
+
+
+def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (old, new) of every plain value that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in {**old, **new}:
+            path = f"{where}.{key}".lstrip(".")
+            found |= differences(old.get(key), new.get(key), path)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        found = {}
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            found |= differences(a, b, f"{where}.{i}")
+        return found
+    return {} if old == new else {where: (old, new)}
+
+
+def config_changes(former: Config, cfg: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (old, new) of what changed since the checkpoint was written.
+
+    Raises:
+      UserError: a change that a run cannot go on with.
+    """
+    changes = differences(to_dict(former), to_dict(cfg))
+    for name, (old, new) in changes.items():
+        if any(name == f or name.startswith(f + ".") for f in FIXED):
+            raise UserError(
+                f"{name} was {old!r} in the run's checkpoint and is {new!r} now: a run "
+                "cannot change it; set it back, or use another --workdir"
+            )
+    return changes
+
+
+class RunFolder:
+    """A run folder that this process (the first host's) writes, locked while open."""
+
+    def __init__(self, path: Path, writer: bool = True):
+        """`writer`: False on all hosts but the first, which then write nothing.
+
+        Raises:
+          UserError: the folder cannot be made, holds other files but no run, or
+            another run is using it.
+        """
+        check_local(path, "run folder ")
+        self.path = Path(path)
+        self.writer = writer
+        self._events: Any = None
+        self._metrics: Any = None
+        if not writer:
+            return
+        check_folder(self.path)
+        try:
+            (self.path / "eval").mkdir(parents=True, exist_ok=True)
+            # The kernel drops the lock with its owner, however that one dies.
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        except OSError as e:
+            raise UserError(
+                f"run folder {path} cannot be written ({e.strerror}): give --workdir a "
+                "folder that can"
+            ) from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            self._lock.close()
+            raise UserError(
+                f"run folder {path} is in use by another process: wait for it, or give "
+                "another --workdir"
+            ) from e
+
+    def close(self) -> None:
+        for file in (self._events, self._metrics, self.writer and self._lock):
+            if file:
+                file.close()
+
+    def begin_afresh(self) -> Path | None:
+        """Move the former start's records to former/<n>, which is returned.
+
+        Raises:
+          UserError: there are checkpoints, which a run can go on from; or none can be
+            written there.
+        """
+        folder = self.path / "checkpoints"
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(
+                f"{folder} is a link to what is not there, or a file: mount or restore "
+                "it, or take it away to begin anew"
+            )
+        if steps := checkpoint_steps(self.path):
+            raise UserError(
+                f"run folder {self.path} has a checkpoint of step {max(steps)}: leave "
+                "--fresh out to go on from it, or give another --workdir"
+            )
+        found = [p for pattern in RECORDS for p in sorted(self.path.glob(pattern))]
+        if not (self.writer and found):
+            return None
+        number = 1
+        while (place := self.path / "former" / str(number)).exists():
+            number += 1
+        place.mkdir(parents=True)
+        # The lineage last: until then the next start is told the same as this one.
+        for path in sorted(found, key=lambda p: p.name == "lineage.json"):
+            path.rename(place / path.name)
+        (self.path / "eval").mkdir()
+        return place
+
+    def write_config(self, cfg: Config) -> None:
+        if self.writer:
+            write_text(self.path / "config.json", to_json(cfg))
+
+    def write_tokenizer(self, tokenizer: TextCoder) -> None:
+        """Beside the checkpoints, so that the run can be used without its corpus."""
+        if self.writer:
+            tokenizer.write(self.path)
+
+    def lineage(self) -> dict[str, Any]:
+        """What the last start wrote, {} if none did.
+
+        Raises:
+          UserError: it is damaged, or not what a start writes.
+        """
+        path = self.path / "lineage.json"
+        if not path.exists():
+            return {}
+        advice = "restore it from a copy, or give another --workdir"
+        found = read_json(path, advice)
+        try:
+            _ = len(found.get("rollbacks", ())), (found.get("init_from") or {}).keys()
+            if all(type(c["step"]) is int for c in found.get("checkpoints", ())):
+                return found
+        except (AttributeError, KeyError, TypeError):
+            pass
+        raise UserError(f"{path} is not what `gamayun train` writes: {advice}")
+
+    def write_lineage(self, lineage: Mapping[str, Any]) -> None:
+        if self.writer:
+            write_json(self.path / "lineage.json", lineage)
+
+    def write_goodput(self, seconds: Mapping[str, float]) -> None:
+        if self.writer:
+            write_json(self.path / "goodput.json", seconds)
+
+    def write_parameters(self, overview: str) -> None:
+        if self.writer:
+            write_text(self.path / "parameters.txt", overview + "\n")
+
+    def has_evaluation(self, step: int, label: str) -> bool:
+        """Whether the evaluation at `step` is there, under that label."""
+        path = self.path / "eval" / f"{step}.json"
+        if not path.exists():
+            return False
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return False  # it is made again
+        return isinstance(found, dict) and found.get("label") == label
+
+    def write_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        if self.writer:
+            write_json(self.path / "eval" / f"{step}.json", result)
+
+    def write_items(self, step: int, name: str, rows: Iterable[Any]) -> None:
+        """One JSON object a line; before the evaluation itself, which completes it."""
+        if self.writer:
+            folder = self.path / "eval" / f"{step}.items"
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+            write_text(folder / f"{name}.jsonl", "".join(lines))
+
+    def start_metrics(self, step: int, tokens: int, tensorboard: bool) -> list[int]:
+        """Drop what was recorded after `step`, which will be made again; open for more.
+
+        At step 0 everything goes: it is of another start.
+
+        Returns:
+          numbers of lines of metrics.jsonl that are damaged, and stay as they are.
+        """
+        if not self.writer:
+            return []
+        for file in (self._events, self._metrics):
+            if file:
+                file.close()
+        for made, evaluation in evaluations(self.path).items():
+            if not step or made > step:
+                evaluation.unlink()
+                shutil.rmtree(evaluation.with_suffix(".items"), ignore_errors=True)
+        path = self.path / "metrics.jsonl"
+        data = path.read_bytes() if path.exists() and step else b""
+        lines = list(json_lines(data))
+        if data[-1:] != b"\n" and lines and lines[-1][1] is None:
+            lines.pop()  # torn by a crash: it will be made again
+        kept: list[bytes] = []
+        damaged: list[int] = []
+        later = False
+        for number, (line, record) in enumerate(lines, 1):
+            at = record.get("step") if record else None
+            if isinstance(at, int) and at > step:
+                later = True
+            elif isinstance(at, int) or not later:
+                kept.append(line + b"\n")
+                damaged += [] if isinstance(at, int) else [number]
+        with atomic(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path), purge_step=tokens + 1)
+        return damaged
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append one record; it is on disk once `sync` returns."""
+        if not self.writer:
+            return
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        self._metrics.write(line + "\n")
+        self._metrics.flush()
+
+    def sync(self) -> None:
+        """Force the records to disk; before a checkpoint that counts on them."""
+        if self.writer:
+            os.fsync(self._metrics.fileno())
+
+    def scalars(self, values: Mapping[str, float | None], tokens: int) -> None:
+        """TensorBoard scalars over tokens."""
+        if self._events is None:
+            return
+        for name, value in values.items():
+            if value is not None:
+                self._events.add_scalar(name, value, tokens)
+        self._events.flush()
+
+
+def check_folder(path: Path) -> None:
+    """Raise UserError for a folder that holds other files, and no run."""
+    if (path / "lineage.json").exists() or checkpoint_steps(path):
+        return
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        note = entry.suffix in BESIDE and entry.name != "parameters.txt"
+        empty = entry.is_dir() and not any(entry.iterdir())
+        if not (note or empty or entry.name in NO_RUN or entry.name.startswith(".")):
+            raise UserError(
+                f"{path} has {entry.name!r} in it, but no run: give another --workdir"
+            )
+
+
+def evaluations(run: Path) -> dict[int, Path]:
+    """Step -> file of the evaluations of a run folder, by step."""
+    paths = {p.stem: p for p in (run / "eval").glob("*.json")}
+    return {int(k): paths[k] for k in sorted(filter(is_step, paths), key=int)}
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints that are in a run folder."""
+    return steps_in(run / "checkpoints")
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder of them; none where there is no folder."""
+    found = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return sorted(int(p.name) for p in found if is_step(p.name))
+
+
+def is_step(name: str) -> bool:
+    """Whether a file or folder is named as a step's is."""
+    return name.isdecimal() and name == str(int(name))
+
+
+class BadRecordLog:
+    """What a process met in the corpus and could not use, each record once, in
+    set_aside.<process>.jsonl of the run folder."""
+
+    def __init__(self, run: Path, process: int):
+        self._path = run / f"set_aside.{process}.jsonl"
+        self._lock = threading.Lock()
+        self._known: set[tuple[str, int]] = set()
+        self.counts: dict[str, int] = {}  # by source
+        data = self._path.read_bytes() if self._path.exists() else b""
+        for _, row in json_lines(data):
+            try:
+                self._count(row["source"], row["shard"], row["record"])  # type: ignore[index]
+            except (KeyError, TypeError):
+                continue  # torn by a crash: it will be met again
+
+    def _count(self, source: str, shard: str, record: int) -> bool:
+        new = (shard, record) not in self._known
+        self._known.add((shard, record))
+        self.counts[source] = self.counts.get(source, 0) + new
+        return new
+
+    def __call__(self, source: str, shard: str, record: int, reason: str) -> None:
+        """Note a record; called from the loader's threads."""
+        with self._lock:
+            if not self._count(source, shard, record):
+                return
+            row = dict(source=source, shard=shard, record=record, reason=reason)
+            with open(self._path, "a", encoding="utf-8") as f:
+                f.write("\n" * (f.tell() > 0) + json.dumps(row, ensure_ascii=False))

@@ -1,0 +1,187 @@
+"""The train state and the one train step: pure, compiled once per stage.
+
+Shape suffixes: B batch, T length, D model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gamayun_jax.config import Config
+from gamayun_jax.model import sharding
+from gamayun_jax.model.loss import TokenWeights, weighted_loss
+from gamayun_jax.model.transformer import Transformer, unembedding
+from gamayun_jax.training import optimizer as optim
+from gamayun_jax.training.checkpoint import TrainState
+
+# --- state ----------------------------------------------------------------------
+
+
+def init_state(cfg: Config, key: jax.Array) -> TrainState:
+    """A new state with boxed parameters (they carry their logical axes)."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    params = Transformer(cfg.model, cfg.compute).init(key, one, one, one)["params"]
+    opt_state = optim.make_optimizer(cfg.optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def abstract_state(cfg: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated.
+
+    The one source for initialisation, restore and ahead-of-time compilation.
+    """
+    # The key is made inside: under the mesh of a topology no array can exist.
+    boxed = jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
+    plain = jax.eval_shape(lambda: nn.unbox(init_state(cfg, jax.random.key(0))))
+    shardings = sharding.logical_shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        plain,
+        shardings,
+    )
+
+
+def new_state(cfg: Config, mesh: Mesh) -> TrainState:
+    """Initialise on the devices, each its part: the state never exists unsharded."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+    init = jax.jit(lambda key: nn.unbox(init_state(cfg, key)), out_shardings=shardings)
+    return init(jax.random.key(cfg.seed))
+
+
+def reset_moments(cfg: Config, state: TrainState, abstract: TrainState) -> TrainState:
+    """The same parameters with the optimiser's state as at the start of a run."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
+    optimizer = optim.make_optimizer(cfg.optimizer)
+    init = jax.jit(optimizer.init, out_shardings=shardings)
+    return state.replace(opt_state=init(state.params))
+
+
+# --- step -----------------------------------------------------------------------
+
+
+def loss_sums(params, batch, cfg: Config, tables: TokenWeights):
+    """Numerator of the objective and all sums of one (micro)batch."""
+    x_BTD, _ = Transformer(cfg.model, cfg.compute).apply(
+        {"params": params}, batch["inputs"], batch["positions"], batch["segment_ids"]
+    )
+    return weighted_loss(
+        x_BTD,
+        unembedding(params),
+        batch,
+        tables,
+        cfg.optimizer.z_loss,
+        cfg.compute.loss_chunk,
+        cfg.compute.reduce_dtype,
+    )
+
+
+def gradient_sums(params, batch, cfg: Config, tables: TokenWeights):
+    """Gradient of the numerator and the sums, added over the microbatches."""
+    grad = jax.grad(loss_sums, has_aux=True)
+    count = cfg.compute.microbatches
+    if count == 1:
+        return grad(params, batch, cfg, tables)
+
+    def part(values_BT: jax.Array) -> jax.Array:
+        # Every count-th row, so that a device's rows stay on that device.
+        B, T = values_BT.shape
+        return jnp.moveaxis(values_BT.reshape(B // count, count, T), 1, 0)
+
+    def add(carry, microbatch):
+        new = grad(params, microbatch, cfg, tables)
+        return jax.tree.map(jnp.add, carry, new), None
+
+    parts = jax.tree.map(part, batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(lambda b: grad(params, b, cfg, tables), first),
+    )
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    cfg: Config,
+    stage: int,
+    tables: TokenWeights,
+    first_token: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One optimiser step; pure.
+
+    Args:
+      batch: see data.py.
+      stage: index into cfg.stages; its schedule gives the learning rate.
+      first_token: tokens trained before this run (of the run it was started from).
+
+    Returns:
+      The new state, and metrics: sums of weighted_loss, gradient norm, learning rate,
+      and `skipped`: 1 if loss or gradient were not finite, so that the state is the
+      old one but for its step number, and the sums are 0.
+    """
+    grads, sums = gradient_sums(state.params, batch, cfg, tables)
+    denominator = jnp.maximum(sums["denominator"], 1.0)
+    grads = jax.tree.map(lambda g: g / denominator, grads)
+    # Read at the middle of the step, so that no step has a rate of exactly 0.
+    # A float: JAX takes an integer for an int32, and a second stage starts beyond it.
+    tokens = float(first_token) + (state.step + 0.5) * float(cfg.tokens_per_step)
+    begin, end = stage_tokens(cfg, stage, first_token)
+    rate = optim.learning_rate(cfg.stages[stage].schedule, tokens, begin, end)
+    updates, opt_state = optim.make_optimizer(cfg.optimizer).update(
+        grads, state.opt_state, state.params
+    )
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    norm = optax.tree.norm(grads)
+    sums = {**sums, "grad_norm": norm, "skipped": jnp.zeros(())}
+    if cfg.divergence.skip:
+        good = jnp.isfinite(sums["numerator"]) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        served = sums["languages"]["tokens"]
+        sums = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), sums)
+        sums["languages"] = {**sums["languages"], "tokens": served}
+        sums["skipped"] = 1.0 - good.astype(jnp.float32)
+    metrics = {**sums, "learning_rate": rate}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def stage_tokens(cfg: Config, stage: int, first_token: int) -> tuple[int, int]:
+    """First token and end of a stage, counted from the start of the whole history."""
+    begin = first_token + cfg.stage_start(stage) * cfg.tokens_per_step
+    return begin, begin + cfg.stage_steps()[stage] * cfg.tokens_per_step
+
+
+def compile_step(
+    cfg: Config,
+    mesh: Mesh,
+    abstract: TrainState,
+    stage: int,
+    tables: TokenWeights,
+    first_token: int,
+) -> Any:
+    """The train step compiled for a stage; the state's buffers are donated."""
+    shape = (cfg.data.batch_size, cfg.data.seq_len)
+    rows = sharding.batch_sharding(mesh)
+    names = ("inputs", "targets", "positions", "segment_ids", "language")
+    batch = {k: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for k in names}
+    batch["valid"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+
+    def step(state, batch):
+        return train_step(state, batch, cfg, stage, tables, first_token)
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return (
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        .lower(abstract, batch)
+        .compile()
+    )

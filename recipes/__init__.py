@@ -1,0 +1,1 @@
+"""Ways to make data; part of the repository, not of the package."""

@@ -1,0 +1,1 @@
+"""How the embedded corpus and tasks are made, from public packages."""

@@ -1,0 +1,460 @@
+"""report.py: the page and tables of made-up runs, whole, damaged and hostile."""
+
+import copy
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from gamayun_jax.config import UserError
+from gamayun_jax.report import figures, read_run, report
+
+LANGUAGES = ("en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr")
+SOURCES = (*(f"{k}/help" for k in LANGUAGES), "en/hq")
+TOTAL, BOUNDARY = 2_100_000_000, 1_680_000_000
+
+
+def shares_at(tokens: float) -> dict[str, float]:
+    """English 37 % until the boundary, then 70 %, over a short ramp."""
+    f = min(1.0, max(0.0, (tokens - BOUNDARY) / 0.05 / TOTAL))
+    rest = (1 - (0.37 + 0.33 * f)) / (len(LANGUAGES) - 1)
+    shares = dict.fromkeys(SOURCES, rest)
+    return shares | {"en/help": 0.37 - 0.12 * f, "en/hq": 0.45 * f}
+
+
+def difficulty(language: str) -> float:
+    return 1.0 + 0.06 * LANGUAGES.index(language)
+
+
+def evaluation(step: int, label: str, quality: float, rng: random.Random) -> dict:
+    """Results whose bits per byte fall from 4 by `quality`, other in each language."""
+    progress, sets = step / 1000, {}
+    for name, se in (("help", 0.012), ("udhr", 0.03)):
+        rows = {}
+        for k in LANGUAGES:
+            bpb = (4.0 - quality * (progress**0.15 if progress else 0)) * difficulty(k)
+            bpb = bpb * (0.55 if k in ("ru", "zh", "ja", "ko") else 0.8)
+            bpb += rng.gauss(0, se / 2) + (0.2 if name == "udhr" else 0)
+            rows[k] = {
+                "units": 400, "tokens": 20_000, "bytes": 69_000, "bits": 69_000 * bpb,
+                "bits_se": 900.0, "bits_per_byte": bpb, "bits_per_byte_se": se,
+                "bits_per_unit": 172.5 * bpb, "nll": bpb * 2.39,
+                "parity": 0.9 + difficulty(k) / 3 - (0.233 if k == "en" else 0),
+                "accuracy": 0.002 + 0.4 * progress,
+                "baselines": {
+                    "uniform": 3.5 * difficulty(k), "unigram": 2.2 * difficulty(k),
+                    "xz": 1.3 * difficulty(k),
+                },
+            }  # fmt: skip
+        mean = sum(r["bits_per_byte"] for r in rows.values()) / len(rows)
+        means = {"bits_per_byte": mean, "bits_per_byte_se": se / 3, "accuracy": 0.2}
+        sets[name] = {"parallel": True, "languages": rows, "micro": means}
+        sets[name]["macro"] = means
+    stage = "align" if step <= 800 else "enrich"
+    tokens = TOTAL * step // 1000
+    return {
+        "step": step,
+        "tokens": tokens,
+        "stage": stage,
+        "label": label,
+        "sets": sets,
+    }
+
+
+def train_line(step: int, quality: float, rng: random.Random) -> dict:
+    x = step / 1000
+    languages = {
+        k: {
+            "nll": (9 - quality * 1.6 * x**0.2) * (0.8 + 0.2 * difficulty(k))
+            - (0.1 if x > 0.8 else 0)
+            + rng.gauss(0, 0.05),
+            "targets": 10_000,
+            "tokens": 10_240,
+        }
+        for k in LANGUAGES
+    }
+    tokens = int(TOTAL * x)
+    return {
+        "kind": "train", "step": step, "tokens": tokens,
+        "stage": "align" if x <= 0.8 else "enrich", "loss": 5.0, "nll": 5.0,
+        "lr": 4e-3 * min(x / 0.04, 1.0, max(0.0, (1 - x) / 0.2)),
+        "grad_norm": 0.5 + abs(rng.gauss(0, 0.1)), "languages": languages,
+        "sources": {s: {"tokens": int(tokens * shares_at(0)[s])} for s in SOURCES},
+        "time": {
+            "tokens_per_s": 41_000 + rng.gauss(0, 900), "mfu": None, "seconds": 52.0,
+            "data_wait_s": abs(rng.gauss(0, 0.4)),
+        },
+    }  # fmt: skip
+
+
+def records(quality: float = 2.4, every: int = 5, evals=(0, 800, 1000)) -> dict:
+    """All the records of a run: file name -> content."""
+    rng = random.Random(round(quality * 1000))
+    rows = []
+    for phase, begin, end in (("align", 0, BOUNDARY), ("enrich", BOUNDARY, TOTAL)):
+        for s in SOURCES:
+            share = shares_at(end)[s] if end == TOTAL else shares_at(0)[s]
+            tokens = int(share * (end - begin))
+            rows.append(
+                {"phase": phase, "source": s, "share": share, "tokens": tokens,
+                 "epochs": tokens / 5e8, "epochs_total": tokens / 4e8}
+            )  # fmt: skip
+    points = [0, BOUNDARY, BOUNDARY + int(0.05 * TOTAL), TOTAL]
+    lineage = {
+        "run": "tiny", "started": "2026-01-02T03:04:05+00:00", "parents": [],
+        "parameters": 2_361_280, "device": "1 x cpu", "init_from": None,
+        "corpus": {
+            "recipe": "9b83c8aad48dae91", "tokenizer": "697b98ec810dfc6c",
+            "sources": {s: {"documents": 900, "tokens": 500_000_000} for s in SOURCES},
+        },
+        "checkpoints": [
+            {"step": k, "tokens": TOTAL * k // 1000,
+             "stage": "align" if k <= 800 else "enrich",
+             "reason": "stage end" if k in (800, 1000) else "regular"}
+            for k in range(100, 1001, 100)
+        ],
+        "events": [
+            {"event": "resumed", "step": 300},
+            {"event": "config", "step": 300, "field": "log.every_steps", "old": 10},
+        ],
+        "versions": {"jax": "0.10.2", "flax": "0.12.8", "python": "3.11.7"},
+        "curriculum": {
+            "table": rows,
+            "shares": [{"tokens": p, "shares": shares_at(p)} for p in points],
+        },
+        "stages": [
+            {"name": "align", "start_tokens": 0, "end_tokens": BOUNDARY},
+            {"name": "enrich", "start_tokens": BOUNDARY, "end_tokens": TOTAL},
+        ],
+    }  # fmt: skip
+    labels = {0: "start", 800: "end of align", 1000: "end of enrich"}
+    return {
+        "config.json": {"name": "tiny", "languages": list(LANGUAGES)},
+        "lineage.json": lineage,
+        "metrics.jsonl": [
+            train_line(k, quality, rng) for k in range(every, 1001, every)
+        ],
+        **{
+            f"eval/{k}.json": evaluation(k, labels.get(k, ""), quality, rng)
+            for k in evals
+        },
+    }
+
+
+def write_run(folder: Path, files: dict, tail: str = "") -> Path:
+    (folder / "eval").mkdir(parents=True)
+    for name, content in files.items():
+        if name.endswith("l"):
+            text = "".join(json.dumps(line) + "\n" for line in content) + tail
+        else:
+            text = json.dumps(content)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page; fails on what would load or run."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        assert tag not in ("img", "link", "iframe", "object", "base", "form", "b\n")
+        for name, value in attrs:
+            assert not name.startswith("on"), (tag, name)
+            assert name not in ("src", "srcset", "action", "ping")
+            if name in ("href", "xlink:href"):
+                assert value.startswith("#")
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page_of(out: Path, *runs: Path) -> Page:
+    path = report.write_report(runs, out)
+    assert path == out / "index.html"
+    assert [p.name for p in out.iterdir()] == ["index.html"]
+    return Page(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "balanced", records(every=20))
+
+
+def test_one_run(run, tmp_path):
+    page = page_of(tmp_path, run)
+    text = " ".join(page.text)
+    assert page.tags.count("script") == 1
+    for word in ("balanced", "2.36M", "2.1B", "align → enrich", "end of enrich"):
+        assert word in text, word
+    for k in LANGUAGES:  # a row in both sets' tables, and labels in figures
+        assert page.text.count(k) >= 5, k
+    for name in ("help", "udhr"):
+        assert f"Held-out set “{name}” by language" in text
+    bpb = records(every=20)["eval/1000.json"]["sets"]["udhr"]["languages"]["ko"]
+    assert f"{bpb['bits_per_byte']:.3f}" in page.text
+    assert "Not recorded" not in text
+    assert "unreadable" not in text
+    assert "url(" not in re.sub(r"url\(#", "", page.source)
+    assert len(page.source) < 2_000_000
+    # The page's own colours, in both modes, and no others.
+    assert not set(re.findall(r"(?:fill|stroke): (#\w+)", page.source)) - {"#000000"}
+
+
+def test_same_records_same_page(run, tmp_path):
+    first = page_of(tmp_path / "a", run).source
+    assert page_of(tmp_path / "b", run).source == first
+
+
+def test_several_runs(run, tmp_path):
+    files = records(quality=2.6, every=20, evals=(0, 400, 800, 1000))
+    other = write_run(tmp_path / "other", files)
+    page = page_of(tmp_path / "out", run, other)
+    text = " ".join(page.text)
+    for words in ("Runs compared on “help”", "Runs compared on “udhr”", "− balanced",
+                  "other: Lineage", "balanced: Curriculum"):  # fmt: skip
+        assert words in text, words
+    a = records(every=20)["eval/1000.json"]["sets"]["help"]["languages"]["ru"]
+    b = files["eval/1000.json"]["sets"]["help"]["languages"]["ru"]
+    delta = b["bits_per_byte"] - a["bits_per_byte"]
+    error = math.sqrt(2) * 0.012
+    cell = re.search(
+        rf'<td class="(\w+)" data-v="{re.escape(str(delta))}">([^<]*)<small>([^<]*)',
+        page.source,
+    )
+    assert cell is not None
+    assert cell[1] == "better"
+    assert cell[2] == f"−{-delta:.3f}"
+    ends = (delta - 1.96 * error, delta + 1.96 * error)
+    assert cell[3].strip() == " … ".join(f"−{-x:.3f}" for x in ends) + " unpaired"
+
+
+def replace_strings(value, text: str):
+    """Every text in a record, keys that are names included, gets `text` appended."""
+    if isinstance(value, str):
+        return value + text
+    if isinstance(value, list):
+        return [replace_strings(v, text) for v in value]
+    if isinstance(value, dict):
+        names = (*LANGUAGES, *SOURCES, "help", "udhr")
+        return {
+            k + text if k in names else k: replace_strings(v, text)
+            for k, v in value.items()
+        }
+    return value
+
+
+def test_names_are_data(tmp_path):
+    evil = (
+        "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&$x^{$\\frac\n\ud800"
+    )
+    hostile = replace_strings(records(every=50), evil)
+    for line in hostile["metrics.jsonl"]:
+        line["kind"] = "train"
+    origin = {"checkpoint": evil, "run": evil, "restarted": [evil], "lineage": {}}
+    origin["lineage"] = copy.deepcopy(hostile["lineage.json"])
+    hostile["lineage.json"]["init_from"] = origin
+    folder = write_run(tmp_path / "a<b>&c", hostile, tail="<script>")
+    other = write_run(tmp_path / "<script>x", records(every=50))
+    page = page_of(tmp_path / "out", folder, other)
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert "<script>alert" in "".join(page.text)
+    read_run.run_table(folder)
+
+
+def test_torn_and_unknown_lines(tmp_path):
+    files = records(every=50)
+    files["metrics.jsonl"][3:3] = [{"kind": "later"}, 7, None, ["x"]]
+    page = page_of(tmp_path / "out", write_run(tmp_path / "r", files, '{"kind": "tra'))
+    said = "unreadable lines of metrics.jsonl left out: 4, number 5, 6, 7, "
+    assert said in " ".join(page.text)
+
+
+def damaged(seed: int) -> dict:
+    """A run's records with 4, 12, ... fields dropped or of another type."""
+    rng = random.Random(seed)
+    files = records(every=100)
+    junk = [None, "text", [], {}, -1, 1e300, float("nan"), 10**400, True, [{"x": 1}]]
+    for _ in range(4 * 3 ** (seed % 5)):
+        part, last = files, rng.choice([*files])
+        while isinstance(part[last], dict | list) and part[last]:
+            part = part[last]
+            last = rng.choice([*part] if isinstance(part, dict) else range(len(part)))
+            if rng.random() < 0.15:
+                break
+        if part is files:
+            continue
+        if isinstance(part, dict) and rng.random() < 0.5:
+            del part[last]
+        else:
+            part[last] = copy.deepcopy(rng.choice(junk))
+    return files
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_damaged_fields_leave_gaps(run, tmp_path, seed):
+    """Whatever is dropped or of another type, there is a page and a table."""
+    folder = write_run(tmp_path / "r", damaged(seed))
+    page_of(tmp_path / "out", *([folder], [run, folder])[seed % 2])
+    read_run.run_table(folder)
+
+
+def test_missing_files_leave_labelled_gaps(tmp_path):
+    folder = write_run(tmp_path / "r", {"config.json": {}})
+    text = " ".join(page_of(tmp_path / "out", folder).text)
+    assert text.count("Not recorded in this run") == 5
+    assert read_run.run_table(folder) == "no evaluation in this run"
+
+
+def test_no_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="is no run folder.*give the --workdir"):
+            report.write_report([folder], tmp_path / "out")
+    folder = write_run(tmp_path / "r", {"config.json": {}})
+    (folder / "lineage.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"lineage\.json is damaged.*restore"):
+        report.write_report([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_run_stays_small(tmp_path):
+    line = records(every=1000)["metrics.jsonl"][0]
+    lines = [{**line, "step": k, "tokens": 1000 * k} for k in range(1, 5001)]
+    files = {**records(), "metrics.jsonl": lines}
+    page = page_of(tmp_path / "out", write_run(tmp_path / "r", files))
+    assert len(page.source) < 1_000_000
+
+
+def test_language_table():
+    files = records()
+    evals = [files[f"eval/{k}.json"] for k in (0, 800, 1000)]
+    table = read_run.language_table(evals, LANGUAGES[::-1])
+    lines = table.splitlines()
+    assert 80 <= max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines[2:16]] == [
+        *LANGUAGES[::-1], "macro", "micro"
+    ]  # fmt: skip
+    assert len({len(line) for line in lines[1:14]}) == 1
+    assert "end of align" in lines[1]
+    assert "below xz -9e: 12 of 12 languages" in lines
+    assert "held-out set 'udhr'" in table
+    many = read_run.language_table(evals * 3).splitlines()
+    assert max(map(len, many)) <= 104
+    assert read_run.language_table([]) == ""
+
+
+def test_curriculum_figure_and_table(tmp_path):
+    points = records()["lineage.json"]["curriculum"]["shares"]
+    figure = figures.curriculum_figure(points)
+    figure.savefig(tmp_path / "c.png", dpi=50)
+    assert (tmp_path / "c.png").stat().st_size > 5000
+    labels = {t.get_text() for t in figure.axes[0].texts}
+    assert set(SOURCES) <= labels
+    stages = records()["lineage.json"]["stages"]
+    figure = figures.curriculum_figure(points, LANGUAGES, stages)
+    assert {"align", "enrich"} <= {t.get_text() for t in figure.axes[0].texts}
+    rows = [
+        {"phase": p, "source": s, "share": 0.5, "examples": 8, "epochs": 1.5,
+         "epochs_total": 2.5}
+        for p in ("align", "enrich") for s in ("en/hq", "ru/web")
+    ]  # fmt: skip
+    table = read_run.curriculum_table(rows, 256).splitlines()
+    assert len(table) == 6
+    rows.append({**rows[2], "source": "en/web", "share": 0.2})
+    total = read_run.curriculum_table(rows, 256).splitlines()[-1]
+    assert total.split() == ["enrich", "en,", "all", "70.00%", "4.1k"]
+    assert table[1].split() == ["align", "en/hq", "50.00%", "2.05k", "1.50", "2.50"]
+
+
+def test_numbers():
+    found = [
+        read_run.short(x) for x in (0, 391, 999.6, 2_100_000, 999_999, 1.5e12, None)
+    ]
+    assert found == ["0", "391", "1k", "2.1M", "1M", "1.5T", "–"]
+    assert read_run.plain("a\x00b\ud800" + "x" * 99, 10) == "a b xxxxx…"
+
+
+def test_loss_points_do_not_blend_stages(tmp_path):
+    lines = [
+        {"kind": "train", "tokens": k, "stage": "a" if k < 500 else "b",
+         "languages": {"en": {"nll": 5.0 if k < 500 else 3.0, "targets": 9}}}
+        for k in range(1000)
+    ]  # fmt: skip
+    folder = write_run(tmp_path / "r", {"metrics.jsonl": lines})
+    raw, smooth = figures.loss_points(read_run.read_run(folder), "en")
+    assert len(raw) <= 250
+    assert {y for _, y in raw + smooth} == {5.0, 3.0}
+
+
+def test_import_is_light():
+    code = "import sys, gamayun_jax.report.report as r; print([m for m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not {"'jax'", "'matplotlib'"} & set(out.stdout.strip("[]\n").split(", "))
+
+
+def quantised(folder: Path, bits: int, added: float) -> Path:
+    """A folder as `gamayun quantize` leaves it, as far as the report reads it."""
+    before = evaluation(1000, "before", 2.4, random.Random(0))
+    after = copy.deepcopy(before) | {"label": f"int{bits}"}
+    for part in after["sets"].values():
+        for row in (*part["languages"].values(), part["macro"]):
+            row["bits_per_byte"] += added
+    record = {
+        "format": 1, "run": "tiny", "step": 1000, "bits": bits,
+        "bytes": {"before": 4_000_000, "after": bits * 125_000},
+        "evals": [before, after],
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "quantised.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_quantised_weights_beside_their_floats(run, tmp_path):
+    small = [
+        quantised(tmp_path / f"int{b}", b, x) for b, x in ((4, 0.125), (8, -0.003))
+    ]
+    page = page_of(tmp_path / "out", run, *small)
+    assert "Quantised weights of tiny, “help”" in page.source
+    assert "Weights: before 4MB, int8 1MB, int4 500kB" in page.source
+    part = page.source.split("Quantised weights of tiny, “udhr”")[1].split("</table>")[
+        0
+    ]
+    assert part.count(">+0.125<") == len(LANGUAGES) + 2  # and the means
+    assert part.count(">−0.003<") == len(LANGUAGES) + 2
+    # Beyond noise, all but the mean over units, which is no further test; the errors of
+    # 0.03 are wider than 0.003.
+    assert part.count('class="worse"') == len(LANGUAGES) + 1
+    assert 'class="better"' not in part
+    assert "unpaired" in part
+    rng = random.Random(0)
+    for label, added in (("before", 0.0), ("int8", -0.3)):
+        (small[1] / "items" / label).mkdir(parents=True)
+        rows = [
+            {"id": i, "language": k, "bytes": 100,
+             "bits": 200 + added + rng.gauss(0, 0.1)}
+            for k in LANGUAGES for i in range(30)
+        ]  # fmt: skip
+        path = small[1] / "items" / label / "heldout-udhr.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    path = report.write_report([run, small[1]], tmp_path / "items")
+    part = path.read_text().split("Quantised weights of tiny, “udhr”")[1]
+    part = part.split("</table>")[0]
+    assert "unpaired" not in part
+    assert part.count('class="better"') == len(LANGUAGES) + 1
+    assert "Quantised" not in page_of(tmp_path / "out", run).source
+    (small[0] / "quantised.json").write_text("{")
+    with pytest.raises(UserError, match="quantised.json is damaged"):
+        report.write_report([run, small[0]], tmp_path / "out")

@@ -1,0 +1,93 @@
+"""Flags that the compiler knows, and that leave the user's own in force."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gamayun_jax.training import xla
+
+
+def test_flags_only_where_they_belong(tmp_path):
+    environment = {"XLA_FLAGS": "--xla_gpu_enable_pipelined_all_gather=false"}
+    xla.set_flags(environment, tmp_path / "no driver")
+    assert environment == {"XLA_FLAGS": "--xla_gpu_enable_pipelined_all_gather=false"}
+    xla.set_flags(environment, tmp_path)
+    flags = environment["XLA_FLAGS"].split()
+    assert flags[:-1] == list(xla.GPU_FLAGS)
+    assert flags[-1] == "--xla_gpu_enable_pipelined_all_gather=false"
+
+
+def test_the_compiler_knows_the_flags():
+    """An unknown one ends the process."""
+    code = "import jax; jax.numpy.ones(3).block_until_ready()"
+
+    def run(flags):
+        environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True).returncode
+
+    assert run(xla.GPU_FLAGS) == 0
+    assert run([*xla.GPU_FLAGS, "--xla_gpu_not_a_flag=true"]) != 0
+
+
+def test_a_tpu_is_looked_for_where_there_may_be_one(tmp_path, monkeypatch):
+    """A Google network card is none; what the user wants is done; without libtpu,
+    and with a GPU at hand, JAX looks for itself."""
+    monkeypatch.setattr(xla.importlib.util, "find_spec", lambda name: name)
+    card, chip, driver = (tmp_path / n for n in ("card/0", "chip/0", "driver"))
+    for device, number in ((card, "0x0042"), (chip, "0x0063")):
+        device.mkdir(parents=True)
+        (device / "vendor").write_text("0x1ae0\n")
+        (device / "device").write_text(f"{number}\n")
+    driver.touch()
+
+    def platforms(pci, drivers=(), environment=()):
+        environment = dict(environment)
+        xla.skip_absent_tpu(environment, pci, drivers)
+        return environment.get("JAX_PLATFORMS")
+
+    assert platforms(tmp_path / "no PCI") == "cpu"
+    assert platforms(card.parent) == "cpu"
+    assert platforms(chip.parent) is None
+    assert platforms(card.parent, [driver]) is None
+    assert platforms(card.parent, (), {"JAX_PLATFORMS": "tpu"}) == "tpu"
+    monkeypatch.setattr(xla.importlib.util, "find_spec", lambda name: None)
+    assert platforms(card.parent) is None
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu"
+)
+def test_libtpu_is_silent_on_a_cpu_machine(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    code = (
+        "import sys\nfrom gamayun_jax import cli\ntry:\n    cli.main(['--version'])\n"
+        "except SystemExit:\n    import jax\n    jax.devices()"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_no_cache_on_cpus(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    xla.keep_compilations(tmp_path / "compiled")
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_cache_where_programs_stay_valid(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    try:
+        xla.keep_compilations(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == before  # the user's own stays
+        jax.config.update("jax_compilation_cache_dir", None)
+        xla.keep_compilations(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
