@@ -65,8 +65,9 @@ def ours(scan: bool) -> Callable[[], Any]:
 
     from gamayun_jax import config as c
     from gamayun_jax.data.loader import make_batch
+    from gamayun_jax.data.token_weights import make_token_weights
     from gamayun_jax.model import sharding
-    from gamayun_jax.model.loss import make_token_weights
+    from gamayun_jax.model.loss import TokenWeights
     from gamayun_jax.training import step
 
     replace = dataclasses.replace
@@ -90,7 +91,7 @@ def ours(scan: bool) -> Callable[[], Any]:
     names = cfg.languages
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         state = step.new_state(cfg, mesh)
-        tables = make_token_weights(
+        weights = make_token_weights(
             c.TokenWeightConfig("bytes"),
             names,
             V,
@@ -98,7 +99,9 @@ def ours(scan: bool) -> Callable[[], Any]:
             np.full(V, 4, np.int32),
             dict.fromkeys(names, 4.0),
         )
-        run = step.compile_step(cfg, mesh, step.abstract_state(cfg, mesh), 0, tables, 0)
+        run = step.compile_step(
+            cfg, mesh, step.abstract_state(cfg, mesh), 0, TokenWeights(*weights), 0
+        )
     languages = np.arange(B, dtype=np.int32) % len(names)
     rows = sharding.batch_sharding(mesh)
     batch = jax.device_put(make_batch(tokens(), languages, 1, 0), rows)

@@ -15,8 +15,10 @@ from tqdm import tqdm
 from gamayun_jax.config import Config
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.loader import batches
+from gamayun_jax.data.token_weights import build_token_weights
 from gamayun_jax.evaluate.run_tasks import training_evaluators
 from gamayun_jax.model import sharding
+from gamayun_jax.model.loss import TokenWeights
 from gamayun_jax.training.checkpoint import Checkpoints, kept_forever
 from gamayun_jax.training.divergence import (
     Diverged,
@@ -30,7 +32,6 @@ from gamayun_jax.training.profiling import Profile
 from gamayun_jax.training.recording import evaluate_if_due, read_metrics, save
 from gamayun_jax.training.resume import (
     Run,
-    build_token_weights,
     open_run_folder,
     start_or_resume,
 )
@@ -139,7 +140,8 @@ def enter_stage(run: Run, stage: int) -> Any:
     if reset and run.step and run.step == cfg.stage_start(stage):
         run.state = reset_moments(cfg, run.state, run.abstract)
     with run.meters.timer.measure("compile"):
-        weights = build_token_weights(cfg, run.corpus, run.plan, stage)
+        shares = run.plan.language_shares(cfg, stage)
+        weights = TokenWeights(*build_token_weights(cfg, run.corpus, shares, stage))
         return compile_step(
             cfg, run.mesh, run.abstract, stage, weights, run.tokens_before
         )

@@ -11,14 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from clu.parameter_overview import get_parameter_overview
 from jax.sharding import Mesh
 
 from gamayun_jax.config import Config, UserError, from_json, to_dict
 from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.loader import DataPlan, make_plan, mixture_notes
-from gamayun_jax.model.loss import TokenWeights, make_token_weights
+from gamayun_jax.data.token_weights import build_token_weights
 from gamayun_jax.training import cluster
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState, barrier
 from gamayun_jax.training.divergence import (
@@ -93,35 +92,6 @@ class Run:
         return self.step in {self.cfg.stage_start(k) for k in stages}
 
 
-def build_token_weights(
-    cfg: Config, corpus: Corpus, plan: DataPlan, stage: int
-) -> TokenWeights:
-    """A stage's tables of token weights, from the corpus's bytes and the plan's shares.
-
-    Raises:
-      UserError: see make_token_weights; names the stage.
-    """
-    size: dict[str, list[int]] = {name: [0, 0] for name in cfg.languages}
-    for source in corpus.sources.values():
-        size[source.language][0] += source.bytes
-        # Without each document's BOS and EOS, which spell nothing.
-        size[source.language][1] += source.tokens - 2 * source.documents
-    byte_lengths = np.zeros(cfg.model.vocab_size, np.int32)
-    known = corpus.tokenizer().byte_lengths()
-    byte_lengths[: len(known)] = known
-    try:
-        return make_token_weights(
-            cfg.stages[stage].token_weights,
-            cfg.languages,
-            cfg.model.vocab_size,
-            plan.language_shares(cfg, stage),
-            byte_lengths,
-            {name: b / t for name, (b, t) in size.items() if t},
-        )
-    except UserError as e:
-        raise UserError(f"stages.{cfg.stages[stage].name}.{e}") from e
-
-
 def check_stages(
     cfg: Config, corpus: Corpus, plan: DataPlan, tokens_before: int = 0
 ) -> None:
@@ -132,7 +102,7 @@ def check_stages(
     """
     check_schedules(cfg, tokens_before)
     for k in range(len(cfg.stages)):
-        build_token_weights(cfg, corpus, plan, k)
+        build_token_weights(cfg, corpus, plan.language_shares(cfg, k), k)
 
 
 def open_run_folder(workdir: Path, writer: bool, fresh: bool, log: Log) -> RunFolder:
