@@ -144,7 +144,7 @@ def main() -> None:
                     chunk=args.chunk, mesh=mesh, maxtext_gib=peer, jax=jax.__version__,
                 )  # fmt: skip
                 try:
-                    p = aot.make_plan(cfg, args.topology, cache=args.cache)
+                    p = aot.plan_topology(cfg, args.topology, cache=args.cache)
                 except UserError as e:
                     print(json.dumps({**row, "refused": str(e)}), flush=True)
                     continue

@@ -100,7 +100,7 @@ def make_corpus(folder: Path) -> tuple[c.Config, Corpus]:
 
 
 def ours(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray]]:
-    plan = loader.make_plan(cfg, corpus)
+    plan = loader.make_data_plan(cfg, corpus)
     return iter(loader.local_batches(cfg, corpus, plan, np.arange(B), 0))
 
 
@@ -139,7 +139,7 @@ def memory_map(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray]]
 
 def grain_examples(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray]]:
     bos = corpus.tokenizer().bos_id
-    plan = loader.make_plan(cfg, corpus)
+    plan = loader.make_data_plan(cfg, corpus)
 
     class Selection(grain.transforms.DatasetSelectionMap):
         def __len__(self) -> int:

@@ -199,7 +199,7 @@ def run_curriculum(args: argparse.Namespace) -> int:
             store, _, _, origin = lineage.load_origin(args.init_from, cfg, found)
             store.close()
             first = origin["tokens"]
-        plan = loader.make_plan(cfg, found, origin)
+        plan = loader.make_data_plan(cfg, found, origin)
         lineage.check_corpus(cfg, found)
         resume.check_stages(cfg, found, plan, first)
         table = plan.table()
@@ -341,7 +341,7 @@ def run_plan(args: argparse.Namespace) -> int:
         plans = aot.search(cfg, args.topology, args.slices, log=note, **options)
         print(f"{plan_text.format_table(plans)}\n\n{plan_text.format_plan(plans[0])}")
     else:
-        made = aot.make_plan(cfg, args.topology, args.slices, log=note, **options)
+        made = aot.plan_topology(cfg, args.topology, args.slices, log=note, **options)
         made["faster"] = aot.faster(cfg, made, assume, args.cache)
         plans = [made]
         print(plan_text.format_plan(plans[0]))
@@ -437,16 +437,15 @@ def task_bars() -> Iterator[Any]:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from gamayun_jax.evaluate import heldout
     from gamayun_jax.inference import generator, sampling
-    from gamayun_jax.interop import huggingface
+    from gamayun_jax.interop import huggingface, load_model
 
     names = [f.name for f in dataclasses.fields(sampling.Sampling)]
     chosen = sampling.Sampling(**{name: getattr(args, name) for name in names})
     prompts = args.prompt or []
     if not prompts and not args.interactive:
         raise UserError("nothing to continue: give --prompt TEXT or --interactive")
-    cfg, params, meta, mesh = heldout.load_params(args.model, quantised=True)
+    cfg, params, meta, mesh = load_model.load_params(args.model, quantised=True)
     tokenizer = huggingface.open_tokenizer(args.model, meta, cfg.data.corpus)
     model = generator.Generator(cfg.model, params, mesh, tokenizer, cfg.compute)
     options = dict(truncate=True, literal=args.literal)
@@ -507,12 +506,12 @@ def run_quantize(args: argparse.Namespace) -> int:
 
     from gamayun_jax.evaluate import heldout, run_tasks
     from gamayun_jax.inference import quantize
-    from gamayun_jax.interop import huggingface
+    from gamayun_jax.interop import huggingface, load_model
     from gamayun_jax.report import read_run
 
     if args.out.exists():
         raise UserError(f"{args.out} exists already: choose another folder")
-    cfg, params, meta, _ = heldout.load_params(args.model, quantised=True)
+    cfg, params, meta, _ = load_model.load_params(args.model, quantised=True)
     where = args.corpus or cfg.data.corpus
     if not (where or args.no_eval):
         raise UserError(

@@ -49,8 +49,8 @@ LONG = {
     "data.documents": 558,
     "data.loader": 566,
     "data.tokenizer": 473,
-    "evaluate.heldout": 626,
-    "evaluate.run_tasks": 527,
+    "evaluate.heldout": 582,
+    "evaluate.run_tasks": 528,
     "interop.hf_weights": 644,
     "interop.huggingface": 482,
     "model.transformer": 523,
@@ -64,10 +64,10 @@ LONG_FUNCTIONS = {
     "data.build.make",
     "data.build_jobs.scan",
     "data.corpus.open_corpus",
-    "data.loader.make_plan",
+    "data.loader.make_data_plan",
     "evaluate.heldout.__init__",
     "interop.model_card.model_card",
-    "plan.aot.make_plan",
+    "plan.aot.plan_topology",
     "training.resume.start_or_resume",
 }
 # Used by other modules and not documented yet: take names out, add none.

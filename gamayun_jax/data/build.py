@@ -37,8 +37,8 @@ from gamayun_jax.data.contamination import Contamination
 from gamayun_jax.data.corpus import (
     FORMAT,
     Corpus,
-    choose,
     open_corpus,
+    subsample_units,
     text_key,
     token_dtype,
     told_damage,
@@ -365,7 +365,7 @@ def make(
         rows: dict[str, Any] = {}
         for language, units in languages.items():
             # The texts that an evaluation scores: all, or as many as the config says.
-            scored = (choose(units, n) for n in (0, cfg.evaluation.max_units))
+            scored = (subsample_units(units, n) for n in (0, cfg.evaluation.max_units))
             texts = ["\n".join(t for _, t in s).encode() for s in scored]
             rows[language] = {
                 "units": len(units),

@@ -312,7 +312,7 @@ class Corpus:
         return self.sources[name]
 
 
-def choose(units: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
+def subsample_units(units: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
     """The first `limit` units by the hash of their id: the same in every language.
 
     Empty units stay, at 0 bits: without one, a language's units were not the others'.

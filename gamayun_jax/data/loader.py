@@ -239,7 +239,7 @@ def unbuilt_plan(cfg: Config) -> tuple[Corpus, DataPlan, list[dict[str, Any]]]:
     "estimated".
 
     Raises:
-      UserError: as `make_plan`, or sources that no corpus could be built from.
+      UserError: as `make_data_plan`, or sources that no corpus could be built from.
     """
     check_recipe(cfg)
     sources = cfg.corpus.sources
@@ -252,7 +252,7 @@ def unbuilt_plan(cfg: Config) -> tuple[Corpus, DataPlan, list[dict[str, Any]]]:
     corpus = expected_corpus(
         cfg, {s.name: s.tokens if known else ample for s in sources}
     )
-    plan = make_plan(cfg, corpus)
+    plan = make_data_plan(cfg, corpus)
     table = plan.table()
     if known:
         return corpus, plan, table
@@ -272,7 +272,7 @@ def unbuilt_plan(cfg: Config) -> tuple[Corpus, DataPlan, list[dict[str, Any]]]:
     return corpus, plan, table
 
 
-def make_plan(
+def make_data_plan(
     cfg: Config,
     corpus: Corpus,
     origin: Mapping[str, Any] | None = None,

@@ -36,12 +36,12 @@ from gamayun_jax.demo_corpus import HELDOUT, heldout_files
 from gamayun_jax.evaluate import run_tasks
 from gamayun_jax.evaluate.heldout import (
     HeldoutEvaluator,
-    choose,
-    load_params,
     pack,
+    subsample_units,
     windows,
 )
 from gamayun_jax.interop.huggingface import open_tokenizer
+from gamayun_jax.interop.load_model import load_params
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
 from gamayun_jax.report.figures import alignment_figure, best_layer
@@ -295,7 +295,7 @@ def parallel_texts(
     chosen: dict[str, dict[str, list[tuple[str, str]]]] = {}
     for name, texts in found.items():
         units = {
-            k: dict(choose(rows, limit))
+            k: dict(subsample_units(rows, limit))
             for k, rows in texts.items()
             if not languages or k in languages
         }

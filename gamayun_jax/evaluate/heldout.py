@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,16 +27,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gamayun_jax.config import Config, MeshConfig, ModelConfig, UserError, from_json
-from gamayun_jax.data.corpus import Corpus, choose, open_corpus, text_key, xz_bytes
+from gamayun_jax.config import Config, ModelConfig, UserError
+from gamayun_jax.data.corpus import (
+    Corpus,
+    open_corpus,
+    subsample_units,
+    text_key,
+    xz_bytes,
+)
 from gamayun_jax.data.loader import global_batch, host_rows
 from gamayun_jax.data.tokenizer import TextCoder
-from gamayun_jax.inference import quantize
 from gamayun_jax.interop import huggingface
+from gamayun_jax.interop.load_model import LoadedModel, load_params
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import nll_and_logsumexp
-from gamayun_jax.model.transformer import Transformer, abstract_params, unembedding
-from gamayun_jax.training import checkpoint
+from gamayun_jax.model.transformer import Transformer, unembedding
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,9 @@ class HeldoutEvaluator:
         for name, found in self.sets.items():
             chosen: list[str] = []
             for language in found:
-                units = choose(corpus.heldout(name, language), cfg.evaluation.max_units)
+                units = subsample_units(
+                    corpus.heldout(name, language), cfg.evaluation.max_units
+                )
                 ids = [i for i, _ in units]
                 chosen = chosen or ids
                 if self._parallel[name] and ids != chosen:
@@ -526,62 +532,12 @@ def baselines(
     }
 
 
-class Loaded(NamedTuple):
-    """A model: its config, parameters on a mesh, and its checkpoint's meta."""
-
-    cfg: Config
-    params: Any
-    meta: dict[str, Any]
-    mesh: Mesh
-
-
-def load_params(path: Path, quantised: bool = False) -> Loaded:
-    """A model with its parameters on this machine's devices.
-
-    Args:
-      path: run folder (its newest checkpoint), one checkpoint, or a folder in Hugging
-        Face's format, which is read straight onto the devices.
-      quantised: leave quantised parameters as they are; else they become floats.
-
-    Raises:
-      UserError: none of these, or damaged.
-    """
-    if huggingface.is_hf_folder(path):
-        mesh = sharding.make_mesh(MeshConfig())
-        loaded = Loaded(*huggingface.read_hf(path, mesh), mesh)
-        for note in huggingface.notes_on(loaded.meta["lineage"]["imported"]):
-            print(note, file=sys.stderr)
-        return loaded
-    folder, step = checkpoint.find_checkpoint(path)
-    store = checkpoint.Checkpoints(folder, read_only=True)
-    meta = store.meta(step)
-    cfg = from_json(meta["config"], f"{folder}/{step}")
-    # Not the mesh of the training: this machine may have other devices.
-    mesh = sharding.make_mesh(MeshConfig())
-    sharding.check_model(cfg.model, mesh)
-    boxed = abstract_params(cfg.model, cfg.compute)
-    shardings = sharding.logical_shardings(boxed, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        nn.unbox(boxed),
-        shardings,
-    )
-    bits = meta.get("bits")
-    if bits:
-        abstract = quantize.abstract_quantised(abstract, bits)
-    params = store.restore_params(step, abstract)
-    store.close()
-    if bits and not quantised:
-        params = jax.jit(quantize.dequantize_all, out_shardings=shardings)(params)
-    return Loaded(cfg, params, meta, mesh)
-
-
 def evaluate_heldout(
     path: Path,
     corpus_folder: Path | None = None,
     languages: Sequence[str] | None = None,
     batch_size: int | None = None,
-    loaded: Loaded | None = None,
+    loaded: LoadedModel | None = None,
     window: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Evaluate a model on the held-out sets of a corpus, with the model's tokenizer.

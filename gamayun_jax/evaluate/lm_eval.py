@@ -27,12 +27,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gamayun_jax.config import UserError, check_local
-from gamayun_jax.evaluate import heldout
 from gamayun_jax.evaluate.loglikelihood import Request, Scorer
 from gamayun_jax.inference.generator import Generator
 from gamayun_jax.inference.sampling import Sampling
 from gamayun_jax.interop import huggingface
 from gamayun_jax.interop.hf_tokenizer import HFTokenizer, write_tokenizer
+from gamayun_jax.interop.load_model import load_params
 
 MAX_NEW = 256  # tokens to generate where the task says nothing, as in --model hf
 
@@ -70,7 +70,7 @@ class GamayunLM(TemplateLM):
         super().__init__()
         check_local(path, "path=")
         folder = Path(path)
-        cfg, params, meta, mesh = heldout.load_params(folder)
+        cfg, params, meta, mesh = load_params(folder)
         compute = dataclasses.replace(cfg.compute, dtype=dtype)
         own = huggingface.open_tokenizer(folder, meta, cfg.data.corpus)
         self.tokenizer = load_tokenizer(folder, own, cfg.model.max_seq_len)

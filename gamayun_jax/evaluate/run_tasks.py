@@ -39,6 +39,7 @@ from gamayun_jax.evaluate.tasks import (
 )
 from gamayun_jax.inference.generator import Generator
 from gamayun_jax.interop import huggingface
+from gamayun_jax.interop.load_model import load_params
 from gamayun_jax.model.transformer import Transformer, compute_dtype, parameter_count
 from gamayun_jax.report.read_run import cell, error_text
 
@@ -406,7 +407,7 @@ def evaluate_model(
     Raises:
       UserError: a model that cannot be read, or without a tokenizer.
     """
-    loaded = evaluate.load_params(path)
+    loaded = load_params(path)
     cfg, params, meta, mesh = loaded
     result: dict[str, Any] = {
         "format": FORMAT,

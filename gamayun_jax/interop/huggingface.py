@@ -126,7 +126,7 @@ def read_hf(
 ) -> tuple[Config, Any, dict[str, Any]]:
     """A Hugging Face folder's config, parameters and meta, as of a checkpoint.
 
-    Nothing is written: `evaluate.load_params` takes such folders as they are.
+    Nothing is written: `load_model.load_params` takes such folders as they are.
 
     Args:
       mesh: parameters go straight onto it; default: onto one device.
@@ -318,7 +318,7 @@ def open_tokenizer(
 
     Args:
       path: the model: run folder, one checkpoint, or a Hugging Face folder.
-      meta: of its checkpoint, as `evaluate.load_params` returns it.
+      meta: of its checkpoint, as `load_model.load_params` returns it.
       corpus: the corpus it was trained on, which is looked into last.
       given: look only here: a folder or a .model file.
 

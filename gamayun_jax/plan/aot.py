@@ -261,7 +261,7 @@ def progress(log: Callable[[str], None] | None, what: str) -> Iterator[None]:
 # --- the plan ---------------------------------------------------------------------
 
 
-def make_plan(
+def plan_topology(
     cfg: Config,
     topology: str,
     slices: int = 1,
@@ -493,7 +493,7 @@ def faster(
         compiled = bool(cache and cache_file(c, topology, slices, cache).exists())
         if compiled:
             try:
-                p = make_plan(c, topology, slices, assume=assume, cache=cache)
+                p = plan_topology(c, topology, slices, assume=assume, cache=cache)
             except OutOfMemoryError:
                 continue
             seconds = p["seconds"]["step"]
@@ -563,7 +563,7 @@ def search(
             break
         _, c = left.pop(0)
         try:
-            plans.append(make_plan(c, topology, slices, price, assume, cache, log))
+            plans.append(plan_topology(c, topology, slices, price, assume, cache, log))
             text = f"{plans[-1]['seconds']['step']:.3f} s a step"
         except UserError as e:
             refused = text = str(e)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gamayun_jax.config import Config, UserError, from_json, to_dict
 from gamayun_jax.data.corpus import Corpus
-from gamayun_jax.data.loader import DataPlan, make_plan, mixture_notes
+from gamayun_jax.data.loader import DataPlan, make_data_plan, mixture_notes
 from gamayun_jax.data.token_weights import build_token_weights
 from gamayun_jax.training import cluster
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState, barrier
@@ -153,7 +153,7 @@ def start_or_resume(
     def check(meta: dict[str, Any], where: str) -> None:
         config_changes(from_json(meta["config"], where), cfg)
         check_origin(init_from, meta["origin"], None, folder.path)
-        plan = make_plan(cfg, corpus, meta["origin"], rest_of=rest_of(meta))
+        plan = make_data_plan(cfg, corpus, meta["origin"], rest_of=rest_of(meta))
         check_past(cfg, plan, corpus, meta, where)
         check_contents(meta, corpus, where)
         before = meta["origin"]["tokens"] if meta["origin"] else 0
@@ -176,7 +176,7 @@ def start_or_resume(
         step, meta, state, events = found
         changes = config_changes(from_json(meta["config"]), cfg)
         origin, rollbacks = meta["origin"], rollbacks_of(meta, rollbacks)
-        plan = make_plan(cfg, corpus, origin, rollbacks, rest_of(meta))
+        plan = make_data_plan(cfg, corpus, origin, rollbacks, rest_of(meta))
         moved = {e["step"] for e in events}
         for lost in lost_checkpoints(folder.lineage(), rollbacks, step):
             if lost not in moved:
@@ -249,7 +249,7 @@ def start(
     """
     if init_from is None:
         check_origin(None, None, recorded.get("init_from"), folder.path)
-        plan = make_plan(cfg, corpus, None, rollbacks)
+        plan = make_data_plan(cfg, corpus, None, rollbacks)
         check_stages(cfg, corpus, plan)
         return new_state(cfg, mesh), plan, None
     source, step, meta, origin = load_origin(init_from, cfg, corpus)
@@ -257,7 +257,7 @@ def start(
         log(f"corpus: {text}")
     for name in origin["restarted"]:
         log(f"source {name} is not what it was: its data begin anew")
-    plan = make_plan(cfg, corpus, origin, rollbacks)
+    plan = make_data_plan(cfg, corpus, origin, rollbacks)
     check_stages(cfg, corpus, plan, origin["tokens"])
     state = start_from(cfg, abstract, source, step, meta)
     source.close()
@@ -265,7 +265,7 @@ def start(
 
 
 def rest_of(meta: Mapping[str, Any]) -> str:
-    """What the shares of a checkpoint's mixture leave to others (see make_plan): a
+    """What the shares of a checkpoint's mixture leave to others (see make_data_plan): a
     former release's checkpoint does not say."""
     return meta.get("rest_of", "sources")
 

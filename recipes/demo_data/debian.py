@@ -306,7 +306,7 @@ def write_lines(
     )
 
 
-def choose(
+def select_documents(
     documents: Sequence[Document], budget: float, counts: Counter[str]
 ) -> list[dict[str, str]]:
     """Documents as rows, in order of a hash, until `budget` bytes of text are full.
@@ -369,7 +369,7 @@ def write_corpus(
         groups[doc.language, doc.domain].append(doc)
     for (k, domain), group in sorted(groups.items()):
         budget = budgets.get("hq" if domain == "hq" else k, float("inf"))
-        rows = choose(group, budget, report.rejected[f"{k}/{domain}"])
+        rows = select_documents(group, budget, report.rejected[f"{k}/{domain}"])
         write_lines(out / "train" / f"{k}.{domain}.jsonl.zst", rows, out, report)
     manifest = dict(
         languages=list(languages),

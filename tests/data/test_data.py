@@ -17,7 +17,7 @@ from gamayun_jax.config import (
     to_json,
 )
 from gamayun_jax.data import loader
-from gamayun_jax.data.loader import host_rows, local_batches, make_batch, make_plan
+from gamayun_jax.data.loader import host_rows, local_batches, make_batch, make_data_plan
 from gamayun_jax.model import sharding
 from gamayun_jax.training.lineage import check_contents, check_past, corpus_changes
 
@@ -61,7 +61,7 @@ def read(config, corpus, plan, rows, first=0, steps=13):
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_the_global_batch_does_not_depend_on_the_hosts(config, corpus, hosts):
-    plan = make_plan(config, corpus)
+    plan = make_data_plan(config, corpus)
     whole = read(config, corpus, plan, np.arange(8))
     per = 8 // hosts
     parts = [
@@ -75,7 +75,7 @@ def test_the_global_batch_does_not_depend_on_the_hosts(config, corpus, hosts):
 
 
 def test_reading_from_the_middle(config, corpus):
-    plan = make_plan(config, corpus)
+    plan = make_data_plan(config, corpus)
     whole, rest = (read(config, corpus, plan, np.arange(8), k) for k in (0, 9))
     for a, b in zip(whole[9:], rest, strict=True):
         np.testing.assert_array_equal(a["inputs"], b["inputs"])
@@ -92,7 +92,7 @@ def test_an_epoch_serves_every_record_once_and_the_next_in_another_order(
         mixture=dataclasses.replace(config.stages[0].mixture, shares={"tr/help": 1.0}),
     )
     cfg = dataclasses.replace(config, stages=(stage,))
-    plan = make_plan(cfg, corpus)
+    plan = make_data_plan(cfg, corpus)
     batches = read(cfg, corpus, plan, np.arange(8), steps=steps)
     inputs = np.concatenate([b["inputs"] for b in batches])
     epochs = [
@@ -121,7 +121,7 @@ def test_cursors_restart_where_the_transition_says_so(config, corpus):
         config.stages[1], transition=TransitionConfig(cursors="restart")
     )
     cfg = dataclasses.replace(config, stages=(config.stages[0], second))
-    going_on, again = make_plan(config, corpus), make_plan(cfg, corpus)
+    going_on, again = make_data_plan(config, corpus), make_data_plan(cfg, corpus)
     assert len(again.segments) == 2
     assert again.consumed(7) == going_on.consumed(7)
     before = going_on.consumed(7)
@@ -146,7 +146,7 @@ def three_segments(config):
 
 def test_what_is_counted_per_segment_at_every_step(three_segments, corpus):
     """Against the examples themselves, before, at and after each boundary."""
-    plan = make_plan(three_segments, corpus)
+    plan = make_data_plan(three_segments, corpus)
     assert [s.first_example for s in plan.segments] == [0, 56, 104]
     assert len({s.seed for s in plan.segments}) == 3
     dataset, _ = plan.lookup(np.arange(17 * 8))
@@ -171,7 +171,7 @@ def test_what_is_counted_per_segment_at_every_step(three_segments, corpus):
 
 def test_a_restart_after_another_run_has_an_order_of_its_own(three_segments, corpus):
     """Also where both runs have the same seed and begin anew."""
-    former = make_plan(three_segments, corpus)
+    former = make_data_plan(three_segments, corpus)
     origin = {"cursors": {}, "seed": former.segments[0].seed, "shares": {}}
     stages = (
         dataclasses.replace(
@@ -179,7 +179,9 @@ def test_a_restart_after_another_run_has_an_order_of_its_own(three_segments, cor
         ),
         *three_segments.stages[1:],
     )
-    plan = make_plan(dataclasses.replace(three_segments, stages=stages), corpus, origin)
+    plan = make_data_plan(
+        dataclasses.replace(three_segments, stages=stages), corpus, origin
+    )
     seeds = [origin["seed"], *(s.seed for s in plan.segments)]
     assert len(set(seeds)) == 4
 
@@ -197,25 +199,25 @@ def two_domains(config, corpus):
 
 def test_what_a_config_may_not_mean_is_said(two_domains, config, corpus):
     cfg, other = two_domains
-    plan = make_plan(cfg, other)
+    plan = make_data_plan(cfg, other)
     assert plan.language_shares(cfg, 0)["en"] == pytest.approx(0.5)
     (text,) = loader.mixture_notes(cfg, other, plan)
     assert "stages.align.mixture.shares names 'en'" in text
     assert "get nothing" in text
     assert text.endswith("en/help")
-    former = make_plan(cfg, other, rest_of="sources")
+    former = make_data_plan(cfg, other, rest_of="sources")
     assert former.shares[0]["en/help"] > 0.1
     (text,) = loader.mixture_notes(cfg, other, former)
     assert f"have {former.shares[0]['en/help']:.2%} of the rest" in text
     mixture = MixtureConfig("natural", {"en/hq": 0.5, "en/help": 0.0})
     stage = dataclasses.replace(cfg.stages[0], mixture=mixture)
     plain = dataclasses.replace(cfg, stages=(stage,))
-    assert loader.mixture_notes(plain, other, make_plan(plain, other)) == []
-    assert loader.mixture_notes(config, corpus, make_plan(config, corpus)) == []
+    assert loader.mixture_notes(plain, other, make_data_plan(plain, other)) == []
+    assert loader.mixture_notes(config, corpus, make_data_plan(config, corpus)) == []
     weights = TokenWeightConfig("target_share", {"en": 0.8, "ru": 0.6, "tr": 0.4})
     stage = dataclasses.replace(config.stages[0], token_weights=weights)
     weighted = dataclasses.replace(config, stages=(stage,))
-    (text,) = loader.mixture_notes(weighted, corpus, make_plan(weighted, corpus))
+    (text,) = loader.mixture_notes(weighted, corpus, make_data_plan(weighted, corpus))
     assert "stages.align.token_weights.weights sum to 1.8" in text
 
 
@@ -224,17 +226,17 @@ def test_a_ramp_that_is_too_long_is_told_in_tokens(config, corpus, replace):
     cfg = dataclasses.replace(config, stages=(config.stages[0], second))
     want = r"^stages.enrich.mixture.ramp_tokens=3584 exceeds the stage's tokens=3072:"
     with pytest.raises(UserError, match=want):
-        make_plan(cfg, corpus)
+        make_data_plan(cfg, corpus)
     long = replace(config.stages[0], "tokens", 2**40)
     cfg = dataclasses.replace(config, stages=(long,))
     with pytest.raises(UserError, match=rf"^stages.align.tokens={2**40} is more than"):
-        make_plan(cfg, corpus)
+        make_data_plan(cfg, corpus)
 
 
 def past_error(former, cfg, corpus, step):
     with pytest.raises(UserError) as e:
         check_past(
-            cfg, make_plan(cfg, corpus), corpus, meta_of(former, corpus, step), "x"
+            cfg, make_data_plan(cfg, corpus), corpus, meta_of(former, corpus, step), "x"
         )
     return str(e.value)
 
@@ -270,7 +272,9 @@ def test_a_changed_past_is_told_by_its_fields_first(config, three_segments, corp
     assert past_error(on, restart, corpus, 9).startswith(want)
     want = "stages.enrich.transition.cursors was 'restart' and is 'continue': "
     assert past_error(restart, on, corpus, 9).startswith(want)
-    check_past(restart, make_plan(restart, corpus), corpus, meta_of(on, corpus, 7), "x")
+    check_past(
+        restart, make_data_plan(restart, corpus), corpus, meta_of(on, corpus, 7), "x"
+    )
     shorter = dataclasses.replace(three_segments, stages=three_segments.stages[:2])
     want = "stages.third is not in the config any more: "
     assert past_error(three_segments, shorter, corpus, 15).startswith(want)
@@ -285,7 +289,9 @@ def test_a_changed_past_is_told_by_its_fields_first(config, three_segments, corp
     info = dataclasses.replace(corpus.sources["en/help"], records=records)
     cut = dataclasses.replace(cut, sources={**corpus.sources, "en/help": info})
     with pytest.raises(UserError, match=rf"^size of en/help was \d+ and is {records}"):
-        check_past(config, make_plan(config, cut), cut, meta_of(config, corpus, 9), "x")
+        check_past(
+            config, make_data_plan(config, cut), cut, meta_of(config, corpus, 9), "x"
+        )
 
 
 def test_rows_of_this_host_cover_the_batch():
@@ -303,19 +309,19 @@ def test_rows_of_this_host_cover_the_batch():
 def test_a_language_that_the_config_lacks(config, corpus):
     cfg = dataclasses.replace(config, languages=("en", "ru"))
     with pytest.raises(UserError, match="'tr/help' in language 'tr'"):
-        make_plan(cfg, corpus)
+        make_data_plan(cfg, corpus)
 
 
 def test_a_seq_len_that_does_not_divide(config, corpus, replace):
     with pytest.raises(UserError, match="divide"):
-        make_plan(replace(config, "data.seq_len", 48), corpus)
+        make_data_plan(replace(config, "data.seq_len", 48), corpus)
 
 
 def meta_of(cfg, corpus, step, rollbacks=(), origin=None):
     """What a checkpoint says of the past."""
     return {
         "step": step,
-        "curricula": make_plan(cfg, corpus, origin, rollbacks).curricula(step),
+        "curricula": make_data_plan(cfg, corpus, origin, rollbacks).curricula(step),
         "config": to_json(cfg),
         "rollbacks": list(rollbacks),
         "contents": corpus.contents(),
@@ -340,7 +346,7 @@ def test_what_was_served_of_a_changed_shard_is_counted(three_segments, corpus, s
     """Against the rows that were read: with segments, and examples left out."""
     left_out = loader.Skipped(1, "en/help", 3, 5)
     rollbacks = [{"skipped": [dataclasses.asdict(left_out)]}]
-    plan = make_plan(three_segments, corpus, None, rollbacks)
+    plan = make_data_plan(three_segments, corpus, None, rollbacks)
     records = corpus.records("en/help")
     files = [row["file"] for row in corpus.manifest["sources"]["en/help"]["shards"]]
     assert len(files) > 1

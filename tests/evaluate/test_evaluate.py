@@ -13,8 +13,8 @@ import pytest
 from flax import linen as nn
 
 from gamayun_jax.config import MeshConfig, UserError
-from gamayun_jax.data.corpus import Corpus
-from gamayun_jax.evaluate import heldout as evaluate
+from gamayun_jax.data.corpus import Corpus, subsample_units
+from gamayun_jax.evaluate import heldout
 from gamayun_jax.evaluate.heldout import (
     HeldoutEvaluator,
     pack,
@@ -107,7 +107,7 @@ def test_units_equal_those_run_alone(config, corpus, parameters, result, charact
     run = jax.jit(lambda t, p, s: model.apply({"params": parameters}, t, p, s)[0])
     want, whole = [], 0
     for language in config.languages:
-        for _, text in evaluate.choose(corpus.heldout("udhr", language), 10):
+        for _, text in subsample_units(corpus.heldout("udhr", language), 10):
             ids = tokenizer.encode(text)
             stream = [tokenizer.bos_id, *ids]
             begin, done, total = 0, 0, np.zeros(2)
@@ -142,7 +142,7 @@ def test_chunks_never_form_all_logits():
     ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
 
     def program(chunk):
-        score = functools.partial(evaluate.token_scores, chunk=chunk)
+        score = functools.partial(heldout.token_scores, chunk=chunk)
         return jax.jit(score).lower(x, w, ids).as_text()
 
     assert "4x64x512" in program(0)
@@ -192,7 +192,7 @@ def test_baselines(config, corpus, result):
     import lzma
 
     rows = result[1]["languages"]
-    units = evaluate.choose(corpus.heldout("udhr", "ru"), 10)
+    units = subsample_units(corpus.heldout("udhr", "ru"), 10)
     text = "\n".join(t for _, t in units).encode()
     assert rows["ru"]["baselines"]["xz"] == pytest.approx(
         8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
@@ -200,7 +200,7 @@ def test_baselines(config, corpus, result):
     tokens_per_byte = rows["ru"]["tokens"] / rows["ru"]["bytes"]
     assert rows["ru"]["baselines"]["uniform"] == pytest.approx(9 * tokens_per_byte)
     assert rows["ru"]["baselines"]["unigram"] < rows["ru"]["baselines"]["uniform"]
-    for bits in evaluate.unigram_bits(corpus).values():
+    for bits in heldout.unigram_bits(corpus).values():
         assert (2.0**-bits).sum() == pytest.approx(1)
 
 
@@ -329,7 +329,7 @@ def test_errors_of_parallel_means_are_the_bootstrap_s_over_units(
 
 def test_the_same_units_are_chosen_in_every_language(corpus):
     chosen = [
-        [i for i, _ in evaluate.choose(corpus.heldout("udhr", k), 7)]
+        [i for i, _ in subsample_units(corpus.heldout("udhr", k), 7)]
         for k in ("en", "ru", "tr")
     ]
     assert chosen[0] == chosen[1] == chosen[2]
@@ -360,7 +360,7 @@ def test_a_missing_language_is_a_named_gap(config, corpus, parameters):
 
 def test_empty_units_count(config, corpus, parameters):
     units = corpus.heldout("udhr", "ru")
-    chosen = evaluate.choose(units, 10)
+    chosen = subsample_units(units, 10)
     left = {i for i, _ in chosen[5:]}
 
     def of(changes):

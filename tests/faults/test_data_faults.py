@@ -19,7 +19,7 @@ from gamayun_jax import train
 from gamayun_jax.config import UserError
 from gamayun_jax.data import corpus as corpus_module
 from gamayun_jax.data.corpus import BadRecordError, open_corpus
-from gamayun_jax.data.loader import LocalBatches, make_plan
+from gamayun_jax.data.loader import LocalBatches, make_data_plan
 
 
 def quiet(text):
@@ -65,10 +65,10 @@ def test_a_shard_set_aside_is_padding_and_listed(copy, config, damage):
     assert list(corpus.damaged) == [str(shard)]
     cfg = policy(cfg, faults="set_aside")
     met = []
-    plan, rows = make_plan(cfg, corpus), np.arange(8)
+    plan, rows = make_data_plan(cfg, corpus), np.arange(8)
     found = LocalBatches(cfg, corpus, plan, rows, lambda *a: met.append(a))
     whole = open_corpus(config.data.corpus)
-    expected = LocalBatches(config, whole, make_plan(config, whole), rows)
+    expected = LocalBatches(config, whole, make_data_plan(config, whole), rows)
     aside = 0
     for step in range(13):
         got, want = found[step], expected[step]

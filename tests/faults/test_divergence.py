@@ -15,7 +15,7 @@ import pytest
 
 from gamayun_jax import train
 from gamayun_jax.config import DivergenceConfig, UserError
-from gamayun_jax.data.loader import LocalBatches, make_plan
+from gamayun_jax.data.loader import LocalBatches, make_data_plan
 from gamayun_jax.training import checkpoint, divergence, resume, step
 from gamayun_jax.training.divergence import DivergenceDetector, spike_limit
 
@@ -39,7 +39,7 @@ def final(run, at=13):
 @pytest.fixture
 def poison(config, corpus, monkeypatch):
     """poison([(step, row), ...], value): their loss becomes `value`."""
-    plan = make_plan(config, corpus)
+    plan = make_data_plan(config, corpus)
     rows = np.arange(config.data.batch_size)
     batches = LocalBatches(config, corpus, plan, rows)
 
@@ -61,7 +61,7 @@ def poison(config, corpus, monkeypatch):
 
 def served(cfg, corpus, rollbacks):
     """Every row that a run serves, in order."""
-    plan = make_plan(cfg, corpus, None, rollbacks)
+    plan = make_data_plan(cfg, corpus, None, rollbacks)
     batches = LocalBatches(cfg, corpus, plan, np.arange(cfg.data.batch_size))
     return np.concatenate([batches[s]["inputs"] for s in range(cfg.total_steps)])
 
@@ -115,16 +115,16 @@ def test_bad_steps_in_a_row_roll_back_and_are_left_out(
     old, new = served(strict, corpus, []), served(strict, corpus, [decision])
     np.testing.assert_array_equal(old[:32], new[:32])
     assert not (new[:, None] == bad[None]).all(-1).any()
-    plan = make_plan(strict, corpus, None, [decision])
+    plan = make_data_plan(strict, corpus, None, [decision])
     dataset, position = plan.lookup(np.arange(13 * 8))
-    former, before = make_plan(strict, corpus).lookup(np.arange(13 * 8))
+    former, before = make_data_plan(strict, corpus).lookup(np.arange(13 * 8))
     np.testing.assert_array_equal(dataset, former)
     assert len({*zip(dataset.tolist(), position.tolist(), strict=True)}) == 13 * 8
     left_out = {*zip(former[32:48].tolist(), before[32:48].tolist(), strict=True)}
     assert not left_out & {*zip(dataset.tolist(), position.tolist(), strict=True)}
     meta = final(run)
     assert meta["lineage"]["rollbacks"] == meta["rollbacks"] == [decision]
-    straight = make_plan(strict, corpus).consumed(13)
+    straight = make_data_plan(strict, corpus).consumed(13)
     extra = {k: meta["consumed"][k] - straight[k] for k in straight}
     assert sum(extra.values()) == 16
     assert [r["step"] for r in records(run)] == [4, 7, 8, 12, 13]
@@ -246,11 +246,11 @@ def test_off_by_flag(config, poison, tmp_path):
 
 def test_a_rollback_to_an_earlier_place_leaves_out_both(config, corpus):
     """Left out twice, the second time from an earlier step: neither comes back."""
-    first = make_plan(config, corpus)
+    first = make_data_plan(config, corpus)
     one = {"skipped": first.positions(6, 6)}
-    second = make_plan(config, corpus, None, [one])
+    second = make_data_plan(config, corpus, None, [one])
     two = {"skipped": second.positions(4, 5)}
-    third = make_plan(config, corpus, None, [one, two])
+    third = make_data_plan(config, corpus, None, [one, two])
 
     def pairs(plan, a, b):
         examples = np.arange((a - 1) * 8, b * 8)

@@ -22,9 +22,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from gamayun_jax import cli
 from gamayun_jax.config import UserError
 from gamayun_jax.data.tokenizer import TextStream, Tokenizer
-from gamayun_jax.evaluate import heldout as evaluate
-from gamayun_jax.evaluate import run_tasks, tasks
-from gamayun_jax.interop import huggingface
+from gamayun_jax.evaluate import heldout, run_tasks, tasks
+from gamayun_jax.interop import huggingface, load_model
 from gamayun_jax.interop.hf_tokenizer import HFTokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer
@@ -143,7 +142,7 @@ def test_long_texts_are_scored_in_the_model_s_own_window(corpus, config, tmp_pat
         )
     ).float().eval()  # fmt: skip
     model.save_pretrained(tmp_path)
-    cfg, params, _, mesh = evaluate.load_params(tmp_path)
+    cfg, params, _, mesh = load_model.load_params(tmp_path)
     # Rows of 64, so that there are longer ones and full ones.
     data = dataclasses.replace(cfg.data, seq_len=64)
     compute = dataclasses.replace(cfg.compute, loss_chunk=32, dtype="float32")
@@ -171,7 +170,7 @@ def test_long_texts_are_scored_in_the_model_s_own_window(corpus, config, tmp_pat
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         build = functools.partial(
-            evaluate.HeldoutEvaluator, cfg, Texts(), mesh,
+            heldout.HeldoutEvaluator, cfg, Texts(), mesh,
             Transformer(cfg.model, cfg.compute), None, own,
         )  # fmt: skip
         for window in (None, 128):
@@ -233,7 +232,7 @@ def test_generation_from_folder_run_and_quantised(imported, corpus, tmp_path, ca
     assert cli.main(argv) == 0
     if folder.name == "random-qwen3":  # int8 costs little
         say = [
-            evaluate.evaluate_checkpoint(x, corpus.folder, ["ru"])["sets"]["udhr"]
+            heldout.evaluate_checkpoint(x, corpus.folder, ["ru"])["sets"]["udhr"]
             for x in (folder, small)
         ]
         a, b = (s["macro"]["bits_per_byte"] for s in say)
@@ -242,7 +241,7 @@ def test_generation_from_folder_run_and_quantised(imported, corpus, tmp_path, ca
 
 def test_a_folder_is_read_straight_onto_the_mesh(imported):
     folder, model = imported
-    cfg, params, meta, mesh = evaluate.load_params(folder)
+    cfg, params, meta, mesh = load_model.load_params(folder)
     assert mesh.size == jax.device_count() == 8
     table = params["embedding"]
     np.testing.assert_array_equal(table, model.get_input_embeddings().weight.detach())

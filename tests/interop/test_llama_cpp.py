@@ -18,7 +18,7 @@ from gamayun_jax import train
 from gamayun_jax.config import ComputeConfig
 from gamayun_jax.evaluate import heldout
 from gamayun_jax.inference.generator import Generator
-from gamayun_jax.interop import huggingface
+from gamayun_jax.interop import huggingface, load_model
 from gamayun_jax.model import transformer as model_module
 
 SOURCE = os.environ.get("LLAMA_CPP")
@@ -56,7 +56,7 @@ def both(config, tmp_path_factory):
     """(our config, parameters, tokenizer, llama.cpp in float32 and in Q8_0)."""
     folder = tmp_path_factory.mktemp("llama")
     assert train.train(config, folder / "run") == 0
-    cfg, params, meta, _ = heldout.load_params(folder / "run")
+    cfg, params, meta, _ = load_model.load_params(folder / "run")
     tokenizer = huggingface.open_tokenizer(folder / "run", meta, cfg.data.corpus)
     huggingface.export_hf(folder / "run", folder / "out")
     command = [sys.executable, f"{SOURCE}/convert_hf_to_gguf.py", folder / "out"]

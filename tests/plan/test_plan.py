@@ -188,12 +188,12 @@ def test_what_cannot_be_read_is_unknown_and_the_rest_is_kept(
     def broken(*_):
         raise KeyError("no such computation")
 
-    whole = aot.make_plan(on_cpus, "v5e:2x4")
+    whole = aot.plan_topology(on_cpus, "v5e:2x4")
     assert whole["unknown"] == []
     assert whole["moved_bytes"] > 0
     monkeypatch.setattr(aot.hlo, "collectives", broken)
     for _ in range(2):  # compiled, and from the cache
-        p = aot.make_plan(on_cpus, "v5e:2x4", cache=tmp_path)
+        p = aot.plan_topology(on_cpus, "v5e:2x4", cache=tmp_path)
         assert p["memory"] == whole["memory"]
         assert p["collectives"] is p["moved_bytes"] is None
         assert p["seconds"]["step"] > 0
@@ -206,9 +206,9 @@ def test_what_cannot_be_read_is_unknown_and_the_rest_is_kept(
 
 def test_a_loop_that_counts_once_makes_no_plan_faster(on_cpus, monkeypatch):
     monkeypatch.setattr(aot.hlo, "collectives", lambda *_: [])
-    nothing = aot.make_plan(on_cpus, "v5e:2x4")
+    nothing = aot.plan_topology(on_cpus, "v5e:2x4")
     monkeypatch.setattr(aot.hlo, "unknown_loops", lambda _: ["layers"])
-    p = aot.make_plan(on_cpus, "v5e:2x4")
+    p = aot.plan_topology(on_cpus, "v5e:2x4")
     assert p["moved_bytes"] == 0.0
     assert p["seconds"]["ici"] > nothing["seconds"]["ici"] == 0.0
     assert "how often the loop layers runs" in plan_text.format_plan(p)
@@ -217,7 +217,7 @@ def test_a_loop_that_counts_once_makes_no_plan_faster(on_cpus, monkeypatch):
 def test_progress_is_told_while_it_compiles(on_cpus, monkeypatch):
     lines = []
     monkeypatch.setattr(aot, "TICK_SECONDS", 0.01)
-    aot.make_plan(on_cpus, "v5e:2x4", log=lines.append)
+    aot.plan_topology(on_cpus, "v5e:2x4", log=lines.append)
     assert lines[0].startswith(
         "v5e:2x4, data 2 x fsdp 4, remat full, microbatches 1: c"
     )
@@ -236,7 +236,7 @@ def times(monkeypatch):
     tried = []
 
     def use(seconds):
-        def make_plan(cfg, topology, slices=1, *_, **__):
+        def plan_topology(cfg, topology, slices=1, *_, **__):
             choice = (cfg.compute.remat, cfg.compute.microbatches)
             tried.append(choice)
             if seconds.get(choice) is None:
@@ -249,7 +249,7 @@ def times(monkeypatch):
                 "seconds": {**step, "step": max(step.values())},
             }  # fmt: skip
 
-        monkeypatch.setattr(aot, "make_plan", make_plan)
+        monkeypatch.setattr(aot, "plan_topology", plan_topology)
         monkeypatch.setattr(aot, "topology_devices", lambda *_: (None,) * 64)
         return tried
 
@@ -324,7 +324,7 @@ def small(stage1):
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4"])
 def test_plan_of_a_small_model(small, topology, tmp_path):
     """Splash attention under the mesh, traffic near the least, figures that add up."""
-    p = aot.make_plan(small, topology, price=2.0, cache=tmp_path)
+    p = aot.plan_topology(small, topology, price=2.0, cache=tmp_path)
     assert p["mesh"] == {"data": 4, "fsdp": 4, "tensor": 1}
     m = p["memory"]
     assert m["parameters"] == pytest.approx(parameter_count(small.model), rel=0.01)
@@ -347,7 +347,7 @@ def test_plan_of_a_small_model(small, topology, tmp_path):
     broken = dataclasses.replace(small, name="other")
     assert len(list(tmp_path.iterdir())) == 1
     jax.clear_caches()
-    again = aot.make_plan(small, topology, price=2.0, cache=tmp_path)
+    again = aot.plan_topology(small, topology, price=2.0, cache=tmp_path)
     assert again == p
     assert broken.name != small.name
 
@@ -380,7 +380,7 @@ def test_a_step_that_does_not_fit(small, tmp_path):
     )
     for _ in range(2):  # compiled, and from the cache
         with pytest.raises(aot.OutOfMemoryError, match="GiB too much; what helps"):
-            aot.make_plan(big, "v5e:4x4", cache=tmp_path)
+            aot.plan_topology(big, "v5e:4x4", cache=tmp_path)
 
 
 @needs_libtpu
@@ -388,10 +388,10 @@ def test_a_step_that_does_not_fit(small, tmp_path):
 def test_sizes_that_do_not_fit_a_topology(small):
     wrong = dataclasses.replace(small, mesh=MeshConfig(1, 5, -1))
     with pytest.raises(UserError, match="5 does not divide 16"):
-        aot.make_plan(wrong, "v5e:4x4")
+        aot.plan_topology(wrong, "v5e:4x4")
     data = dataclasses.replace(small.data, batch_size=24)
     with pytest.raises(UserError, match="use a multiple of 16"):
-        aot.make_plan(dataclasses.replace(small, data=data), "v5e:4x4")
+        aot.plan_topology(dataclasses.replace(small, data=data), "v5e:4x4")
     with pytest.raises(UserError, match="not one that the TPU compiler knows"):
         aot.topology_devices("v5e:3x5")
 

@@ -302,8 +302,8 @@ def test_a_smaller_sample_is_a_prefix_of_a_larger_one():
         extract_text.Document("de", "help", "p", str(k), {"1": f"Absatz {k} " * 20})
         for k in range(30)
     ]
-    large = debian.choose(documents, 4000, Counter())
-    small = debian.choose(documents[::-1], 2000, Counter())
+    large = debian.select_documents(documents, 4000, Counter())
+    small = debian.select_documents(documents[::-1], 2000, Counter())
     assert small == large[: len(small)]
     assert 4 < len(small) < len(large) < 30
 

@@ -29,7 +29,7 @@ from gamayun_jax.config import (
 )
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.files import file_sha256
-from gamayun_jax.data.loader import make_plan
+from gamayun_jax.data.loader import make_data_plan
 from gamayun_jax.training import checkpoint, cluster, signals
 from gamayun_jax.training.lineage import check_corpus, load_origin, share_points
 from gamayun_jax.training.run_folder import BadRecordLog, RunFolder
@@ -165,7 +165,7 @@ def test_shares_read_back_from_the_records_are_the_curriculum_s(
     straight, config, corpus
 ):
     """Counted on the device from what was trained on, not from the plan."""
-    plan = make_plan(config, corpus)
+    plan = make_data_plan(config, corpus)
     for stage in ("align", "enrich"):
         steps = [r["step"] for r in records(straight) if r["stage"] == stage]
         first = 0 if stage == "align" else 7
@@ -237,7 +237,7 @@ def test_a_stage_that_begins_its_data_anew_resumes_exactly(step, restarted, tmp_
 
 def test_init_from_inside_each_segment_goes_on_with_its_order(restarted, corpus):
     cfg, run = restarted
-    plan = make_plan(cfg, corpus)
+    plan = make_data_plan(cfg, corpus)
     for step, segment in ((6, 0), (7, 0), (9, 1), (13, 1)):
         path = run / "checkpoints" / str(step)
         store, _, meta, origin = load_origin(path, cfg, corpus)
@@ -432,7 +432,7 @@ def test_init_from_goes_on_with_parameters_tokens_and_cursors(
     first = records(run)[0]
     assert first["tokens"] == (7 + 4) * 8 * 64
     meta = checkpoint.Checkpoints(run / "checkpoints", read_only=True).meta(6)
-    start = make_plan(config, corpus).consumed(7)
+    start = make_data_plan(config, corpus).consumed(7)
     assert meta["origin"]["cursors"] == start
     assert meta["consumed"]["en/help"] == start["en/help"] + 24
     assert meta["consumed"]["tr/help"] == start["tr/help"]
@@ -449,7 +449,7 @@ def test_init_from_goes_on_with_parameters_tokens_and_cursors(
             dataclasses.replace(stage, transition=TransitionConfig("reset", "restart")),
         ),
     )
-    plan = make_plan(restart, corpus, meta["origin"])
+    plan = make_data_plan(restart, corpus, meta["origin"])
     assert plan.consumed(0)["en/help"] == 0
 
 
@@ -480,7 +480,7 @@ def test_a_corpus_swapped_under_a_run_is_refused(
     run = cut_after(straight, 7, tmp_path / "run")
     before = (run / "lineage.json").read_text()
     swapped = replace(config, "data.corpus", str(reversed_corpus.folder))
-    served = make_plan(config, corpus).served(7)["tr/help"]
+    served = make_data_plan(config, corpus).served(7)["tr/help"]
     with pytest.raises(UserError, match=f"with {served} of the {served} examples"):
         train.train(swapped, run, log=quiet)
     assert (run / "lineage.json").read_text() == before
@@ -505,7 +505,7 @@ def test_init_from_begins_a_swapped_source_anew(
     store, _, _, origin = load_origin(path, config, reversed_corpus)
     store.close()
     assert origin["restarted"] == ["tr/help"]
-    cursors = make_plan(config, corpus).consumed(7)
+    cursors = make_data_plan(config, corpus).consumed(7)
     assert origin["cursors"] == {k: cursors[k] for k in ("en/help", "ru/help")}
     recipe, source = origin["corpus_changes"]
     assert "its recipe was" in recipe
@@ -662,14 +662,14 @@ def test_init_from_is_never_ignored(straight, config, tmp_path):
 
 def test_no_example_comes_again_after_init_from(config, corpus):
     """Whatever the seed of the second config: the order goes on, not only the count."""
-    plan = make_plan(config, corpus)
+    plan = make_data_plan(config, corpus)
     origin = {
         "cursors": plan.consumed(7),
         "seed": plan.segments[-1].seed,
         "shares": plan.shares[0],
     }
     second = dataclasses.replace(config, seed=5, stages=(config.stages[1],))
-    going_on = make_plan(second, corpus, origin)
+    going_on = make_data_plan(second, corpus, origin)
     assert going_on.segments[0].seed == plan.segments[0].seed
     # A ramp in a first stage begins at the former run's shares.
     points = share_points(second, going_on)
@@ -683,7 +683,10 @@ def test_no_example_comes_again_after_init_from(config, corpus):
             ),
         ),
     )
-    assert make_plan(restart, corpus, origin).segments[0].seed != plan.segments[0].seed
+    assert (
+        make_data_plan(restart, corpus, origin).segments[0].seed
+        != plan.segments[0].seed
+    )
 
 
 def test_a_second_stage_far_beyond_int32_tokens(config):

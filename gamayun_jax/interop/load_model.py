@@ -1,0 +1,68 @@
+"""A model with its parameters on this machine's devices, whatever it is stored as."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from gamayun_jax.config import Config, MeshConfig, from_json
+from gamayun_jax.inference import quantize
+from gamayun_jax.interop import huggingface
+from gamayun_jax.model import sharding
+from gamayun_jax.model.transformer import abstract_params
+from gamayun_jax.training import checkpoint
+
+
+class LoadedModel(NamedTuple):
+    """A model: its config, parameters on a mesh, and its checkpoint's meta."""
+
+    cfg: Config
+    params: Any
+    meta: dict[str, Any]
+    mesh: Mesh
+
+
+def load_params(path: Path, quantised: bool = False) -> LoadedModel:
+    """A model with its parameters on this machine's devices.
+
+    Args:
+      path: run folder (its newest checkpoint), one checkpoint, or a folder in Hugging
+        Face's format, which is read straight onto the devices.
+      quantised: leave quantised parameters as they are; else they become floats.
+
+    Raises:
+      UserError: none of these, or damaged.
+    """
+    if huggingface.is_hf_folder(path):
+        mesh = sharding.make_mesh(MeshConfig())
+        loaded = LoadedModel(*huggingface.read_hf(path, mesh), mesh)
+        for note in huggingface.notes_on(loaded.meta["lineage"]["imported"]):
+            print(note, file=sys.stderr)
+        return loaded
+    folder, step = checkpoint.find_checkpoint(path)
+    store = checkpoint.Checkpoints(folder, read_only=True)
+    meta = store.meta(step)
+    cfg = from_json(meta["config"], f"{folder}/{step}")
+    # Not the mesh of the training: this machine may have other devices.
+    mesh = sharding.make_mesh(MeshConfig())
+    sharding.check_model(cfg.model, mesh)
+    boxed = abstract_params(cfg.model, cfg.compute)
+    shardings = sharding.logical_shardings(boxed, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.unbox(boxed),
+        shardings,
+    )
+    bits = meta.get("bits")
+    if bits:
+        abstract = quantize.abstract_quantised(abstract, bits)
+    params = store.restore_params(step, abstract)
+    store.close()
+    if bits and not quantised:
+        params = jax.jit(quantize.dequantize_all, out_shardings=shardings)(params)
+    return LoadedModel(cfg, params, meta, mesh)
