@@ -116,7 +116,7 @@ def scans(tokens: np.ndarray, bos: int) -> dict[str, np.ndarray]:
         "targets": targets,
         "positions": places - last,
         "segment_ids": segments,
-        "valid": (targets != bos).astype(np.float32),
+        "loss_mask": (targets != bos).astype(np.float32),
     }
 
 

@@ -103,8 +103,8 @@ def ours(scan: bool) -> Callable[[], Any]:
             cfg, mesh, step.abstract_state(cfg, mesh), 0, TokenWeights(*weights), 0
         )
     languages = np.arange(B, dtype=np.int32) % len(names)
-    rows = sharding.batch_sharding(mesh)
-    batch = jax.device_put(make_batch(tokens(), languages, 1, 0), rows)
+    batch = make_batch(tokens(), languages, 1, 0)
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
 
     def one() -> None:
         nonlocal state

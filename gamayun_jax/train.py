@@ -101,9 +101,9 @@ def train(
 def fit(run: Run, stop: StopSignal, trace: Profile) -> int:
     """Train to the end or a signal; raises Diverged where the run has to go back."""
     cfg, meters, first_step = run.cfg, run.meters, run.step
-    rows = sharding.batch_sharding(run.mesh)
+    batch_sharding = sharding.batch_sharding(run.mesh)
     evaluators = training_evaluators(cfg, run.corpus, run.mesh)
-    data = batches(cfg, run.corpus, run.plan, rows, run.step, run.bad_records)
+    data = batches(cfg, run.corpus, run.plan, batch_sharding, run.step, run.bad_records)
     stage = -1
     with progress_bar(run) as bar:
         meters.timer.add("start", time.perf_counter() - run.began)

@@ -153,7 +153,7 @@ def random_batch(rows: int, length: int, vocab: int) -> dict[str, np.ndarray]:
         "language": np.repeat(rng.integers(0, 3, (rows, 1)), length, 1).astype("i4"),
         "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
         "segment_ids": np.ones(shape, np.int32),
-        "valid": (rng.random(shape) > 0.3).astype(np.float32),
+        "loss_mask": (rng.random(shape) > 0.3).astype(np.float32),
     }
 
 

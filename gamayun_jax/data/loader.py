@@ -10,7 +10,7 @@ A batch is a dict of arrays [B, T], B rows over all hosts:
   positions        int32  of each input in its document (0 where a row cuts into one)
   segment_ids      int32  number of the document in the row, from 1; 0 is padding
   language         int32  index into Config.languages
-  valid            float32 1 where the target counts: not padding, and not the first
+  loss_mask        float32 1 where the target counts: not padding, and not the first
                    token of another document (targets never cross documents)
 """
 
@@ -444,7 +444,7 @@ def make_batch(
         "positions": positions,
         "segment_ids": segment_ids,
         "language": np.repeat(language.astype(np.int32), T).reshape(B, T),
-        "valid": ((targets != pad) & (targets != bos)).astype(np.float32),
+        "loss_mask": ((targets != pad) & (targets != bos)).astype(np.float32),
     }
 
 

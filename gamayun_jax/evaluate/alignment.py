@@ -65,7 +65,7 @@ class PooledStates:
         self._shape = (cfg.model.num_layers + 1, units, cfg.model.d_model)
 
         def step(params, sums_SUD, batch):
-            unit_BT, mask_BT = batch["unit"].reshape(-1), batch["valid"]
+            unit_BT, mask_BT = batch["unit"].reshape(-1), batch["loss_mask"]
 
             def pool(states_SBTD):
                 masked = states_SBTD.astype(jnp.float32) * mask_BT[None, ..., None]
@@ -102,7 +102,7 @@ class PooledStates:
         ]
         rows = pack(parts, self._length)
         if prefix:
-            rows["valid"][rows["positions"] == 0] = 0.0
+            rows["loss_mask"][rows["positions"] == 0] = 0.0
         del rows["targets"]
         lack = -len(rows["inputs"]) % self._batch
         padded = {

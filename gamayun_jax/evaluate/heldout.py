@@ -81,7 +81,7 @@ def windows(unit: int, ids: Sequence[int], bos: int, length: int) -> list[Window
 def pack(parts: Sequence[Window], length: int) -> dict[str, np.ndarray]:
     """Windows to rows, first fit in order of decreasing length: int32 arrays [R, T].
 
-    `unit` numbers the unit of each target; `valid` is 1.0 where it counts.
+    `unit` numbers the unit of each target; `loss_mask` is 1.0 where it counts.
     """
     rows: list[list[Window]] = []
     free: list[int] = []
@@ -99,7 +99,7 @@ def pack(parts: Sequence[Window], length: int) -> dict[str, np.ndarray]:
         free[r] -= n
     names = ("inputs", "targets", "positions", "segment_ids", "unit")
     out = {name: np.zeros((len(rows), length), np.int32) for name in names}
-    out["valid"] = np.zeros((len(rows), length), np.float32)
+    out["loss_mask"] = np.zeros((len(rows), length), np.float32)
     for r, row in enumerate(rows):
         at = 0
         for segment, part in enumerate(row, 1):
@@ -110,7 +110,7 @@ def pack(parts: Sequence[Window], length: int) -> dict[str, np.ndarray]:
             out["positions"][r, span] = np.arange(n) + part.position
             out["segment_ids"][r, span] = segment
             out["unit"][r, span] = part.unit
-            out["valid"][r, at + part.scored : at + n] = 1.0
+            out["loss_mask"][r, at + part.scored : at + n] = 1.0
             at += n
     return out
 
@@ -298,7 +298,7 @@ class HeldoutEvaluator:
             nll_BT, hit_BT = token_scores(
                 x_BTD, unembedding(params), batch["targets"], cfg.compute.loss_chunk
             )
-            both = jnp.stack([nll_BT, hit_BT], axis=-1) * batch["valid"][..., None]
+            both = jnp.stack([nll_BT, hit_BT], axis=-1) * batch["loss_mask"][..., None]
             flat = both.reshape(-1, 2)
             return sums + jax.ops.segment_sum(flat, batch["unit"].reshape(-1), count)
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from gamayun_jax.config import ComputeConfig, ModelConfig
 from gamayun_jax.inference.quantize import dequantize, map_leaves
-from gamayun_jax.inference.sampling import choose
+from gamayun_jax.inference.sampling import sample_token
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import (
     Block,
@@ -125,7 +125,7 @@ class Decoder:
         return logits(head, x_BTD)[:, 0], filled
 
     def _next(self, logits_BV, state, values, stops, program):
-        token_B = choose(logits_BV, state["seen"], values, state["step"], program)
+        token_B = sample_token(logits_BV, state["seen"], values, state["step"], program)
         seen_BV, rows = state["seen"], jnp.arange(len(token_B))
         if program[2]:
             seen_BV = seen_BV.at[rows, token_B].set(True)

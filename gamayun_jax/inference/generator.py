@@ -172,9 +172,9 @@ class Generator:
                         on_text(row, text)
 
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
-            rows = sharding.batch_sharding(self.mesh)
+            batch_sharding = sharding.batch_sharding(self.mesh)
             placed = (
-                jax.make_array_from_callback(x.shape, rows, x.__getitem__)
+                jax.make_array_from_callback(x.shape, batch_sharding, x.__getitem__)
                 for x in (tokens_BT, lengths_B)
             )
             state, first_B = self.decoder.prefill(

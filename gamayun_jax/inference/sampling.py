@@ -83,7 +83,7 @@ def kept(sorted_BV: jax.Array, top_k: Any, top_p: Any, min_p: Any) -> jax.Array:
     return jnp.maximum(keep_BV.sum(axis=-1), 1)
 
 
-def choose(
+def sample_token(
     logits_BV: jax.Array,
     seen_BV: jax.Array,
     values: dict[str, Any],

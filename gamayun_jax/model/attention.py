@@ -111,26 +111,28 @@ def self_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
-    kind: str = "auto",
+    attention_impl: str = "auto",
 ) -> jax.Array:
     """`attention` of whole sequences to themselves.
 
     Args:
-      kind: ComputeConfig.attention. "auto" takes splash on TPU and cudnn on GPU where
-        they can compute these shapes, and xla otherwise.
+      attention_impl: ComputeConfig.attention. "auto" takes splash on TPU and cudnn on
+        GPU where they can compute these shapes, and xla otherwise.
 
     Returns:
       [B, T, N, H] in the dtype of `q_BTNH`.
 
     Raises:
-      UserError: `kind` is a kernel that cannot compute these shapes.
+      UserError: `attention_impl` is a kernel that cannot compute these shapes.
     """
     backend = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
-    chosen = backend if kind == "auto" else kind
+    chosen = backend if attention_impl == "auto" else attention_impl
     why_not = {"splash": _not_splash, "cudnn": _not_cudnn}.get(chosen)
     problem = why_not(q_BTNH) if why_not else ""
-    if problem and kind != "auto":
-        raise UserError(f"compute.attention={kind!r}: {problem}; use 'auto' or 'xla'")
+    if problem and attention_impl != "auto":
+        raise UserError(
+            f"compute.attention={attention_impl!r}: {problem}; use 'auto' or 'xla'"
+        )
     if chosen == "xla" or problem:
         out_BTNH = _by_parts(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         return checkpoint_name(out_BTNH, OUTPUT)

@@ -1,7 +1,7 @@
 """Token weights, and weighted cross-entropy as sums that add up over anything.
 
 `token_weights` is the only place where the training weight of a token is decided.
-Everything returned is a sum (numerator, denominator, per-language sums), so that
+Everything returned is a sum (of losses, targets, per language), so that
 microbatches, devices and hosts add theirs and divide once: a mean of means would
 weigh short batches more.
 
@@ -34,10 +34,10 @@ class TokenWeights(NamedTuple):
 
 
 def token_weights(batch: Batch, tables: TokenWeights) -> jax.Array:
-    """Weight of each target token in the loss, float32 [B, T]; 0 where not valid."""
+    """Weight of each target token in the loss, float32 [B, T]; 0 where masked."""
     by_language_BT = jnp.take(jnp.asarray(tables.language), batch["language"])
     by_token_BT = jnp.take(jnp.asarray(tables.token), batch["targets"])
-    return batch["valid"] * by_language_BT * by_token_BT
+    return batch["loss_mask"] * by_language_BT * by_token_BT
 
 
 def nll_and_logsumexp(
@@ -81,13 +81,13 @@ def _head_forward(x_BTD, w_VD, targets_BT, weights_BT, z_loss, dw_dtype):
 
 def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, dw_dtype):
     B, T, _ = x_BTD.shape
-    cast_w_VD = sharding.gather(w_VD, sharding.TABLE, x_BTD.dtype)
+    cast_w_VD = sharding.gather(w_VD, sharding.VOCAB_MATRIX_AXES, x_BTD.dtype)
     if not chunk or chunk >= T:
         loss, nll_BT, grads = _head_forward(
             x_BTD, cast_w_VD, targets_BT, weights_BT, z_loss, dw_dtype
         )
         if grads is not None:
-            dw_VD = sharding.constrain_parameter(grads[1].T, sharding.TABLE)
+            dw_VD = sharding.constrain_parameter(grads[1].T, sharding.VOCAB_MATRIX_AXES)
             grads = (grads[0], dw_VD.astype(jnp.float32))
         return loss, nll_BT, grads
     if T % chunk:
@@ -131,7 +131,7 @@ def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, dw_dtype):
 
     if dw_PQDV is None:
         return loss, paste(nll), None
-    dw_VD = sharding.sum_groups(dw_PQDV.mT, sharding.TABLE)
+    dw_VD = sharding.sum_groups(dw_PQDV.mT, sharding.VOCAB_MATRIX_AXES)
     return loss, paste(nll), (paste(dx), dw_VD.astype(jnp.float32))
 
 
@@ -170,7 +170,7 @@ head_loss.defvjp(_head_fwd, _head_bwd)
 def language_sums(
     batch: Batch, nll_BT: jax.Array, num_languages: int
 ) -> dict[str, jax.Array]:
-    """Sums per language, float32 [G]: nll (nats), targets (valid), tokens (all)."""
+    """Sums per language, float32 [G]: nll (nats), targets (unmasked), tokens (all)."""
     ids_G = jnp.arange(num_languages, dtype=jnp.int32)
     of_language_BTG = batch["language"][..., None] == ids_G[None, None]
 
@@ -179,9 +179,9 @@ def language_sums(
         return jnp.sum(jnp.where(of_language_BTG, values_BT[..., None], 0.0), (0, 1))
 
     return {
-        "nll": total(nll_BT * batch["valid"]),
-        "targets": total(batch["valid"]),
-        "tokens": total(jnp.ones_like(batch["valid"])),
+        "nll": total(nll_BT * batch["loss_mask"]),
+        "targets": total(batch["loss_mask"]),
+        "tokens": total(jnp.ones_like(batch["loss_mask"])),
     }
 
 
@@ -194,22 +194,22 @@ def weighted_loss(
     chunk: int = 0,
     reduce_dtype: str = "float32",
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Numerator of the objective and the sums that go with it.
+    """The loss summed over the batch, and the sums that go with it.
 
-    The objective is numerator / denominator, with the denominator the number of
-    valid targets (weights have mean 1 under the mixture, so this is unbiased).
+    The objective is loss_sum / target_count. Weights have mean 1 under the mixture,
+    so dividing by the number of targets that count is unbiased.
 
     Returns:
-      numerator: float32 scalar, to be differentiated.
-      sums: `denominator` and `numerator` scalars, `languages` from `language_sums`.
+      loss_sum: float32 scalar, to be differentiated.
+      sums: `loss_sum` and `target_count` scalars, `languages` from `language_sums`.
     """
     weights_BT = token_weights(batch, tables)
-    numerator, nll_BT = head_loss(
+    loss_sum, nll_BT = head_loss(
         x_BTD, w_VD, batch["targets"], weights_BT, z_loss, chunk, reduce_dtype
     )
     sums = {
-        "numerator": numerator,
-        "denominator": jnp.sum(batch["valid"]),
+        "loss_sum": loss_sum,
+        "target_count": jnp.sum(batch["loss_mask"]),
         "languages": language_sums(batch, nll_BT, len(tables.language)),
     }
-    return numerator, sums
+    return loss_sum, sums

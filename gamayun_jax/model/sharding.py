@@ -41,7 +41,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("norm", None),
 )
 
-TABLE = ("vocab_rows", None)  # logical axes of the embedding and the output matrix
+# Logical axes of the embedding and of the output matrix.
+VOCAB_MATRIX_AXES = ("vocab_rows", None)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -23,9 +23,9 @@ from jax.ad_checkpoint import checkpoint_name
 from gamayun_jax.config import ComputeConfig, ModelConfig
 from gamayun_jax.model import sharding
 from gamayun_jax.model.attention import OUTPUT, attention, self_attention
+from gamayun_jax.model.sharding import VOCAB_MATRIX_AXES
 
 Cache = dict[str, jax.Array]
-
 
 # What the backward pass keeps of a layer's forward pass besides the layer's input, by
 # name of the policy. `minimal` makes the products k, v and o again, the cheapest ones
@@ -196,7 +196,7 @@ class Attention(nn.Module):
 
     cfg: ModelConfig
     dtype: jnp.dtype
-    kind: str = "auto"  # ComputeConfig.attention
+    attention_impl: str = "auto"  # ComputeConfig.attention
     reduce_dtype: str = "float32"  # ComputeConfig.reduce_dtype
     lean: bool = False  # see Block
 
@@ -245,8 +245,8 @@ class Attention(nn.Module):
         qkv = (q_BTNH, k_BTKH, v_BTKH)
         if layer_cache is None and q_contexts is None:
             # Initialisation looks at one token, which no kernel takes.
-            kind = "xla" if self.is_initializing() else self.kind
-            out_BTNH = self_attention(*qkv, q_segments, kind)
+            impl = "xla" if self.is_initializing() else self.attention_impl
+            out_BTNH = self_attention(*qkv, q_segments, impl)
         else:
             out_BTNH = attention(*qkv, q_segments, kv_segments, offset, q_contexts)
         w_NHD = _weight(self, "o", (N, H, D), ("head_rows", None, None), out_std)
@@ -295,7 +295,7 @@ class Block(nn.Module):
 
     cfg: ModelConfig
     dtype: jnp.dtype
-    kind: str = "auto"
+    attention_impl: str = "auto"
     reduce_dtype: str = "float32"
     lean: bool = False
 
@@ -304,7 +304,8 @@ class Block(nn.Module):
         eps = self.cfg.norm_eps
         h_BTD = RMSNorm(eps, lean=self.lean, name="attention_norm")(x_BTD)
         how = (self.reduce_dtype, self.lean)
-        attend = Attention(self.cfg, self.dtype, self.kind, *how, name="attention")
+        args = (self.cfg, self.dtype, self.attention_impl)
+        attend = Attention(*args, *how, name="attention")
         h_BTD, layer_cache = attend(h_BTD, cos_BT1H, sin_BT1H, segments, layer_cache)
         x_BTD = x_BTD + h_BTD
         h_BTD = RMSNorm(eps, lean=self.lean, name="mlp_norm")(x_BTD)
@@ -324,7 +325,7 @@ def look_up(
     Left to itself, the partitioner looks up the whole global batch on every device,
     and sums the whole table's gradient over all of them.
     """
-    table = sharding.gather(table_VD, sharding.TABLE, dtype)
+    table = sharding.gather(table_VD, VOCAB_MATRIX_AXES, dtype)
     return jnp.take(table, tokens_BT, axis=0)
 
 
@@ -347,7 +348,7 @@ def _look_up_bwd(dtype, reduce_dtype, kept, dx_BTD):
         return zeros.at[tokens].add(dx.astype(jnp.float32)).astype(reduce_dtype)
 
     parts = sharding.divide_groups(jax.vmap(jax.vmap(add))(cut(dx_BTD), cut(tokens_BT)))
-    return sharding.sum_groups(parts, sharding.TABLE).astype(table_VD.dtype), None
+    return sharding.sum_groups(parts, VOCAB_MATRIX_AXES).astype(table_VD.dtype), None
 
 
 look_up.defvjp(_look_up_fwd, _look_up_bwd)
@@ -387,11 +388,10 @@ class Transformer(nn.Module):
         """
         cfg, dtype = self.cfg, self.dtype
         shape = (cfg.vocab_size, cfg.d_model)
-        embedding_VD = _param(self, "embedding", shape, sharding.TABLE, cfg.init_std)
+        embedding_VD = _param(self, "embedding", shape, VOCAB_MATRIX_AXES, cfg.init_std)
         if not cfg.tie_embeddings:
-            _param(self, "unembedding", shape, sharding.TABLE, cfg.init_std)
-        reduce_dtype = self.compute.reduce_dtype
-        x_BTD = look_up(embedding_VD, tokens_BT, dtype, reduce_dtype)
+            _param(self, "unembedding", shape, VOCAB_MATRIX_AXES, cfg.init_std)
+        x_BTD = look_up(embedding_VD, tokens_BT, dtype, self.compute.reduce_dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         self.sow("intermediates", "embedded", x_BTD)
 
@@ -431,7 +431,7 @@ class Transformer(nn.Module):
             cfg,
             dtype,
             self.compute.attention,
-            reduce_dtype,
+            self.compute.reduce_dtype,
             lean=not remat and not sharding.divides_parameters(),
             name="layers",
         )(x_BTD, layer_caches, *context)

@@ -78,7 +78,7 @@ class DivergenceDetector:
                 return first, step, reason
             return None
         self.in_a_row = 0
-        loss = float(metrics["numerator"]) / max(float(metrics["denominator"]), 1.0)
+        loss = float(metrics["loss_sum"]) / max(float(metrics["target_count"]), 1.0)
         if cfg.spike and len(self.losses) >= cfg.window // 2:
             limit = spike_limit(self.losses, cfg.spike)
             if loss > limit:

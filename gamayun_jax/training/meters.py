@@ -17,6 +17,12 @@ import numpy as np
 
 # Overheads: time of a run that is not spent in steps.
 OVERHEADS = ("start", "compile", "input", "checkpoint", "evaluate")
+# Metric of a step -> name of its sum in checkpoints, whose format is older.
+SUMMED = {
+    "loss_sum": "numerator",
+    "target_count": "denominator",
+    "grad_norm": "grad_norm",
+}
 STALL_SECONDS = 1e-3  # of waiting for data, which is not yet called a stall
 
 
@@ -35,8 +41,8 @@ class MetricAccumulator:
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         self.sums["steps"] += 1
-        for name in ("numerator", "denominator", "grad_norm"):
-            self.sums[name] += float(metrics[name])
+        for metric, name in SUMMED.items():
+            self.sums[name] += float(metrics[metric])
         self.sums["skipped"] += int(metrics["skipped"])
         self.sums["learning_rate"] = float(metrics["learning_rate"])
         for name, values in metrics["languages"].items():
@@ -173,7 +179,7 @@ class Meters:
         waited = time.perf_counter() - waiting
         self.timer.add("input", waited)
         # The step before is done: the device waits too.
-        idle = bool(self.in_flight) and self.in_flight[-1][1]["numerator"].is_ready()
+        idle = bool(self.in_flight) and self.in_flight[-1][1]["loss_sum"].is_ready()
         self.stalls += idle and waited > STALL_SECONDS
         return batch
 

@@ -42,7 +42,7 @@ def read_metrics(run: Run, keep: int = 1) -> None:
         if fault := run.detector.observe(step, stage, metrics):
             jax.block_until_ready(meters.in_flight)
             raise Diverged(*fault, run.plan, run.rollbacks)
-        if not np.isfinite(metrics["numerator"] + metrics["grad_norm"]):
+        if not np.isfinite(metrics["loss_sum"] + metrics["grad_norm"]):
             last = run.store.latest()
             raise UserError(
                 f"loss or gradient is not finite at step {step}: lower "

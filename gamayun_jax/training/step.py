@@ -66,7 +66,7 @@ def reset_moments(cfg: Config, state: TrainState, abstract: TrainState) -> Train
 
 
 def loss_sums(params, batch, cfg: Config, tables: TokenWeights):
-    """Numerator of the objective and all sums of one (micro)batch."""
+    """`weighted_loss` of one (micro)batch: its loss_sum, and all sums."""
     x_BTD, _ = Transformer(cfg.model, cfg.compute).apply(
         {"params": params}, batch["inputs"], batch["positions"], batch["segment_ids"]
     )
@@ -82,7 +82,7 @@ def loss_sums(params, batch, cfg: Config, tables: TokenWeights):
 
 
 def gradient_sums(params, batch, cfg: Config, tables: TokenWeights):
-    """Gradient of the numerator and the sums, added over the microbatches."""
+    """Gradient of `loss_sum` and all sums, added over the microbatches."""
     grad = jax.grad(loss_sums, has_aux=True)
     count = cfg.compute.microbatches
     if count == 1:
@@ -127,8 +127,8 @@ def train_step(
       old one but for its step number, and the sums are 0.
     """
     grads, sums = gradient_sums(state.params, batch, cfg, tables)
-    denominator = jnp.maximum(sums["denominator"], 1.0)
-    grads = jax.tree.map(lambda g: g / denominator, grads)
+    target_count = jnp.maximum(sums["target_count"], 1.0)
+    grads = jax.tree.map(lambda g: g / target_count, grads)
     # Read at the middle of the step, so that no step has a rate of exactly 0.
     # A float: JAX takes an integer for an int32, and a second stage starts beyond it.
     tokens = float(first_token) + (state.step + 0.5) * float(cfg.tokens_per_step)
@@ -141,7 +141,7 @@ def train_step(
     norm = optax.tree.norm(grads)
     sums = {**sums, "grad_norm": norm, "skipped": jnp.zeros(())}
     if cfg.divergence.skip:
-        good = jnp.isfinite(sums["numerator"]) & jnp.isfinite(norm)
+        good = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             (params, opt_state),
@@ -171,10 +171,10 @@ def compile_step(
 ) -> Any:
     """The train step compiled for a stage; the state's buffers are donated."""
     shape = (cfg.data.batch_size, cfg.data.seq_len)
-    rows = sharding.batch_sharding(mesh)
+    layout = sharding.batch_sharding(mesh)
     names = ("inputs", "targets", "positions", "segment_ids", "language")
-    batch = {k: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for k in names}
-    batch["valid"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+    batch = {k: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout) for k in names}
+    batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
 
     def step(state, batch):
         return train_step(state, batch, cfg, stage, tables, first_token)

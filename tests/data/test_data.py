@@ -49,7 +49,7 @@ def test_a_batch_by_hand(rows, padding):
             assert batch["targets"][r, t] == row[t + 1]
             assert batch["segment_ids"][r, t] == (0 if is_pad else segment)
             assert batch["positions"][r, t] == (0 if is_pad else position)
-            assert batch["valid"][r, t] == (row[t + 1] not in (PAD, BOS))
+            assert batch["loss_mask"][r, t] == (row[t + 1] not in (PAD, BOS))
             assert batch["language"][r, t] == r
     assert {v.dtype.name for k, v in batch.items()} == {"int32", "float32"}
 

@@ -264,9 +264,9 @@ def test_packing_loses_nothing():
         for w in windows(u, rng.integers(5, 99, rng.integers(1, 30)).tolist(), 1, 16)
     ]
     rows = pack(parts, 16)
-    assert rows["valid"].sum() == sum(len(w.targets) - w.scored for w in parts)
+    assert rows["loss_mask"].sum() == sum(len(w.targets) - w.scored for w in parts)
     for u in range(40):
-        mine = (rows["unit"] == u) & (rows["valid"] > 0)
+        mine = (rows["unit"] == u) & (rows["loss_mask"] > 0)
         want = sorted(
             t for w in parts if w.unit == u for t in w.targets[w.scored :].tolist()
         )

@@ -72,7 +72,7 @@ def test_a_shard_set_aside_is_padding_and_listed(copy, config, damage):
     aside = 0
     for step in range(13):
         got, want = found[step], expected[step]
-        lost = ~got["valid"].any(1)
+        lost = ~got["loss_mask"].any(1)
         aside += int(lost.sum())
         # The others are as if nothing had happened.
         np.testing.assert_array_equal(got["inputs"][~lost], want["inputs"][~lost])

@@ -221,8 +221,8 @@ def test_the_limit_stops_with_a_report(config, tmp_path, monkeypatch):
     weighted_loss = step.weighted_loss
 
     def loss(*args):
-        numerator, sums = weighted_loss(*args)
-        return numerator * jnp.nan, sums
+        loss_sum, sums = weighted_loss(*args)
+        return loss_sum * jnp.nan, sums
 
     monkeypatch.setattr(step, "weighted_loss", loss)
     cfg = dataclasses.replace(
@@ -266,7 +266,7 @@ def test_the_watch_forgets_at_a_new_stage_and_survives_saving():
     cfg = DivergenceConfig(spike=20.0, window=8)
 
     def metrics(loss):
-        return {"skipped": 0.0, "numerator": loss * 10, "denominator": 10.0}
+        return {"skipped": 0.0, "loss_sum": loss * 10, "target_count": 10.0}
 
     watch = DivergenceDetector(cfg)
     rng = np.random.default_rng(3)

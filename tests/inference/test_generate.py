@@ -15,7 +15,7 @@ from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserErro
 from gamayun_jax.inference.decode import Decoder
 from gamayun_jax.inference.generator import Generator, bucket
 from gamayun_jax.inference.quantize import dequantize_all, quantize
-from gamayun_jax.inference.sampling import Sampling, choose, kept, penalised
+from gamayun_jax.inference.sampling import Sampling, kept, penalised, sample_token
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, abstract_params, logits
 
@@ -313,7 +313,7 @@ def test_filters(top_k, top_p, min_p):
 
 @functools.partial(jax.jit, static_argnums=2)
 def drawing(logits_BV, values, program):
-    return choose(logits_BV, jnp.zeros_like(logits_BV, bool), values, 0, program)
+    return sample_token(logits_BV, jnp.zeros_like(logits_BV, bool), values, 0, program)
 
 
 def test_repetition_penalty():

@@ -81,7 +81,7 @@ def test_parts_of_the_queries(monkeypatch):
     """Long sequences are cut, the last part short; the scores never exist whole."""
     monkeypatch.setattr(module, "PART", 16)
     qkv, segments = inputs(2, 72, 4, 2, 8)
-    assert_same(functools.partial(self_attention, kind="xla"), qkv, segments)
+    assert_same(functools.partial(self_attention, attention_impl="xla"), qkv, segments)
 
     def gradients(q, k, v):
         return jax.grad(
@@ -145,7 +145,7 @@ def test_kernels_divide_over_the_mesh(sizes):
 
 
 @pytest.mark.parametrize(
-    ("kind", "T", "H", "dtype", "message"),
+    ("impl", "T", "H", "dtype", "message"),
     [
         ("splash", 100, 128, "float32", "multiple of 128, not 100"),
         ("splash", 128, 80, "float32", "multiple of 64, not 80"),
@@ -153,12 +153,16 @@ def test_kernels_divide_over_the_mesh(sizes):
         ("cudnn", 128, 256, "bfloat16", "multiple of 8 up to 128, not 256"),
     ],
 )
-def test_shapes_that_a_kernel_cannot_take(kind, T, H, dtype, message):
+def test_shapes_that_a_kernel_cannot_take(impl, T, H, dtype, message):
     shape = jax.ShapeDtypeStruct((1, T, 2, H), jnp.dtype(dtype))
     ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
     with pytest.raises(UserError, match=message):
         jax.eval_shape(
-            functools.partial(self_attention, kind=kind), shape, shape, shape, ids
+            functools.partial(self_attention, attention_impl=impl),
+            shape,
+            shape,
+            shape,
+            ids,
         )
     # "auto" takes the plain path for them, whatever the platform.
     out = jax.eval_shape(self_attention, shape, shape, shape, ids)

@@ -99,7 +99,7 @@ def test_a_token_s_weight_is_the_product_and_zero_where_invalid(random_batch):
     tables = TokenWeights(np.float32([1, 2, 3]), np.linspace(0, 2, V, dtype=np.float32))
     got = token_weights(batch, tables)
     want = tables.language[batch["language"]] * tables.token[batch["targets"]]
-    np.testing.assert_allclose(got, want * batch["valid"], rtol=1e-6)
+    np.testing.assert_allclose(got, want * batch["loss_mask"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -122,17 +122,17 @@ def test_sums_add_over_any_split_of_the_batch(cuts, random_batch):
     whole, added = sums(np.s_[:]), jax.tree.map(lambda *a: sum(a), *map(sums, cuts))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(added), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
-    _, nll, *_ = reference(x, w, batch["targets"], batch["valid"], 0)
+    _, nll, *_ = reference(x, w, batch["targets"], batch["loss_mask"], 0)
     for i in range(3):
         of_language = batch["language"] == i
         found = [whole["languages"][k][i] for k in ("nll", "targets", "tokens")]
-        wanted = (nll * batch["valid"], batch["valid"], np.ones((B, T)))
+        wanted = (nll * batch["loss_mask"], batch["loss_mask"], np.ones((B, T)))
         np.testing.assert_allclose(
             found, [(a * of_language).sum() for a in wanted], rtol=1e-5
         )
-    assert whole["denominator"] == batch["valid"].sum()
-    weights = batch["valid"] * tables.language[batch["language"]]
-    np.testing.assert_allclose(whole["numerator"], (weights * nll).sum(), rtol=1e-5)
+    assert whole["target_count"] == batch["loss_mask"].sum()
+    weights = batch["loss_mask"] * tables.language[batch["language"]]
+    np.testing.assert_allclose(whole["loss_sum"], (weights * nll).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_any_sharding_and_microbatching_gives_the_same(
     gradients_on, sizes, microbatches
 ):
     alone, found = gradients_on((1, 1, 1)), gradients_on(sizes, microbatches)
-    assert found.sums["denominator"] == alone.sums["denominator"]
+    assert found.sums["target_count"] == alone.sums["target_count"]
     leaves = zip(jax.tree.leaves(alone[:2]), jax.tree.leaves(found[:2]), strict=True)
     for a, b in leaves:
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()

@@ -211,8 +211,11 @@ def test_rows_that_do_not_divide_over_fsdp():
     shape = {"data": 1, "fsdp": 256, "tensor": 1}
     mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
     at = sharding.parameter_spec
-    assert at((151_936, 1536), sharding.TABLE, mesh) == P("tensor", "fsdp")
-    assert at((131_072, 2048), sharding.TABLE, mesh)[0] == ("tensor", "fsdp")
+    assert at((151_936, 1536), sharding.VOCAB_MATRIX_AXES, mesh) == P("tensor", "fsdp")
+    assert at((131_072, 2048), sharding.VOCAB_MATRIX_AXES, mesh)[0] == (
+        "tensor",
+        "fsdp",
+    )
     # Heads, then their width, then the model's.
     assert at((16, 128, 2048), ("head_rows", None, None), mesh)[2] == "fsdp"
     small = jax.sharding.AbstractMesh((2, 64, 2), tuple(shape))
