@@ -25,10 +25,10 @@ demo-long: setup
 	$(BIN)/gamayun demo --long 8 --workdir runs/demo-long
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
 
 # Kill the corpus build, training and the report at least a hundred times.
 soak: setup

@@ -28,20 +28,22 @@ import dataclasses
 import functools
 import math
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from gamayun_jax import config as c
+from gamayun_jax import train
 from gamayun_jax.data import build
 from gamayun_jax.data import corpus as corpus_module
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
-from gamayun_jax.training import step
+from gamayun_jax.training import resume, step
 from gamayun_jax.training.checkpoint import TrainState
 
 LANGUAGES = ("en", "ru", "tr")
@@ -116,6 +118,42 @@ def small_config(folder: Path) -> c.Config:
         evaluation=c.EvalConfig(batch_size=8, max_units=10),
         log=c.LogConfig(every_steps=4, tensorboard=False),
     )
+
+
+def shared(function: Callable, key: Callable) -> Callable:
+    """A function whose results are kept, by `key` of its arguments."""
+    results: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def call(*args):
+        k = key(*args)
+        if k not in results:
+            results[k] = function(*args)
+        return results[k]
+
+    return call
+
+
+def of_state(cfg: c.Config, mesh: jax.sharding.Mesh) -> Any:
+    """All that the initial state depends on."""
+    return repr((cfg.model, cfg.compute, cfg.optimizer, cfg.seed)), mesh
+
+
+def of_step(cfg, mesh, abstract, stage, tables, first_token):
+    """All that a stage's compiled step depends on."""
+    tokens = step.stage_tokens(cfg, stage, first_token)
+    shape = cfg.data.batch_size, cfg.data.seq_len
+    parts = (cfg.stages[stage].schedule, cfg.divergence, tokens, shape, first_token)
+    arrays = tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(tables))
+    return of_state(cfg, mesh), repr(parts), arrays, step.weighted_loss
+
+
+# Small runs train the same few programs: in a process each is made once. The step's
+# buffers are donated, so a run gets a copy of the initial state.
+train.compile_step = shared(train.compile_step, of_step)
+resume.abstract_state = shared(resume.abstract_state, of_state)
+_new_state = shared(resume.new_state, of_state)
+resume.new_state = lambda *args: jax.tree.map(jnp.copy, _new_state(*args))
 
 
 @pytest.fixture(scope="session")

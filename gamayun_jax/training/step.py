@@ -38,8 +38,9 @@ def abstract_state(cfg: Config, mesh: Mesh) -> TrainState:
     """
     # The key is made inside: under the mesh of a topology no array can exist.
     boxed = jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
-    plain = jax.eval_shape(lambda: nn.unbox(init_state(cfg, jax.random.key(0))))
     shardings = sharding.logical_shardings(boxed, mesh)
+    # The boxes have one leaf each: the tree without them has the same leaves.
+    plain = jax.tree.unflatten(jax.tree.structure(shardings), jax.tree.leaves(boxed))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         plain,

@@ -137,7 +137,7 @@ def test_what_another_process_cannot_read_is_set_aside_by_all(
         return np.array([value, int(turn == asked)])
 
     real = checkpoint.checksums
-    monkeypatch.setattr(checkpoint.hosts, "gather", gather)
+    monkeypatch.setattr(checkpoint.cluster, "gather", gather)
     monkeypatch.setattr(
         checkpoint, "checksums", lambda x: summed.append(len(calls)) or real(x)
     )
@@ -152,7 +152,7 @@ def test_what_another_process_cannot_read_is_set_aside_by_all(
 
 
 def test_processes_that_do_not_share_the_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.hosts, "gather", lambda x: np.array([x, x + 1]))
+    monkeypatch.setattr(checkpoint.cluster, "gather", lambda x: np.array([x, x + 1]))
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"processes \[1\] do not see the checkpoints"):
         Checkpoints(tmp_path / "checkpoints")
