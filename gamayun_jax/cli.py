@@ -60,8 +60,7 @@ def run_demo(args: argparse.Namespace) -> int:
     print(f"1/3 corpus and tokenizer -> {folder}", flush=True)
     corpus_build.build(cfg, folder)
     print(f"2/3 training, two stages -> {args.workdir}", flush=True)
-    status = train.train(cfg, args.workdir)
-    if status:
+    if status := train.train(cfg, args.workdir):
         return status
     print("3/3 report", flush=True)
     page = report.write_report([args.workdir], args.workdir / "report")
@@ -356,8 +355,8 @@ def note(text: str) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from gamayun_jax.evaluate import run_tasks, tasks
-    from gamayun_jax.report import eval_page, read_run
+    from gamayun_jax.evaluate import results, run_tasks, tasks
+    from gamayun_jax.report import eval_page, read_run, task_page
 
     names = args.tasks or []
     if "all" in names:
@@ -378,9 +377,9 @@ def run_eval(args: argparse.Namespace) -> int:
     if "sets" in result:
         print(read_run.language_table([result]))
     if chosen:
-        print(run_tasks.task_table(result["tasks"]))
+        print(task_page.task_table(result["tasks"]))
     if args.out:
-        run_tasks.write_results(args.out, result, rows)
+        results.write_results(args.out, result, rows)
         page = eval_page.write_page(result, args.out)
         items = "items/ and " if rows else ""
         print(f"{args.out}/eval.json, {items}{page.name} are written")
@@ -389,28 +388,30 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def run_align(args: argparse.Namespace) -> int:
     from gamayun_jax.evaluate import alignment
+    from gamayun_jax.report import alignment_page
 
-    result = alignment.align(
-        args.model, args.out, args.corpus, args.languages, args.eval
-    )
-    print(alignment.table(result))
+    out = args.out
+    result = alignment.align(args.model, out, args.corpus, args.languages, args.eval)
+    if out:
+        alignment_page.write_figures(result, out)
+    print(alignment_page.table(result))
     return 0
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    from gamayun_jax.evaluate import tasks
+    from gamayun_jax.evaluate import results, run_tasks, tasks
     from gamayun_jax.report import compare
 
     names = [n for n in args.tasks if n != "all"]
     if "all" in args.tasks:
         names = [*tasks.known_tasks(), *names]
     chosen = []
-    if not all(compare.is_result(m) for m in args.models):
+    if not all(results.is_result(m) for m in args.models):
         chosen = [tasks.load_task(n, args.languages, args.limit) for n in names]
         tasks.check_languages(chosen, args.languages)
     with task_bars() as watch:
-        results = compare.collect(args.models, chosen, args.out, note, watch)
-    found = compare.compare(results)
+        folders = run_tasks.evaluate_missing(args.models, chosen, args.out, note, watch)
+    found = compare.compare([results.read_results(f) for f in folders])
     print(compare.comparison_text(found))
     print(f"\n{compare.write_comparison(found, args.out)}")
     return 0
@@ -504,7 +505,7 @@ def run_lm_eval(args: argparse.Namespace) -> int:
 def run_quantize(args: argparse.Namespace) -> int:
     import jax
 
-    from gamayun_jax.evaluate import heldout, run_tasks
+    from gamayun_jax.evaluate import heldout, results
     from gamayun_jax.inference import quantize
     from gamayun_jax.interop import huggingface, load_model
     from gamayun_jax.report import read_run
@@ -524,16 +525,16 @@ def run_quantize(args: argparse.Namespace) -> int:
     old, new = (quantize.size_bytes(tree) for tree in (params, small))
     print(f"{args.out}: {new:,} bytes of weights, before {old:,}", flush=True)
     del params, small
-    results = []
+    evals = []
     for path, label in ((args.model, "before"), (args.out, f"int{args.bits}")):
         if not args.no_eval:
             result, items = heldout.evaluate_heldout(path, args.corpus)
-            results.append({**result, "label": label})
+            evals.append({**result, "label": label})
             for name, found in items.items():
-                run_tasks.write_items(args.out / "items" / label, name, found)
-    quantize.write_record(args.out, meta, args.bits, (old, new), results)
-    if results:
-        print(read_run.language_table(results, cfg.languages))
+                results.write_items(args.out / "items" / label, name, found)
+    quantize.write_record(args.out, meta, args.bits, (old, new), evals)
+    if evals:
+        print(read_run.language_table(evals, cfg.languages))
     return 0
 
 
@@ -563,8 +564,7 @@ def run_report(args: argparse.Namespace) -> int:
         if read_run.read_quantised(folder) is not None:
             continue
         run = read_run.read_run(folder)
-        table = stage_changes.stage_table(run)
-        if table:
+        if table := stage_changes.stage_table(run):
             print(f"{run.name}\n{table}\n" if len(args.runs) > 1 else f"{table}\n")
     print(page)
     return 0

@@ -33,18 +33,17 @@ from gamayun_jax.data.files import write_json
 from gamayun_jax.data.loader import global_batch, host_rows
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.demo_corpus import HELDOUT, heldout_files
-from gamayun_jax.evaluate import run_tasks
 from gamayun_jax.evaluate.heldout import (
     HeldoutEvaluator,
     pack,
     subsample_units,
     windows,
 )
+from gamayun_jax.evaluate.results import read_items
 from gamayun_jax.interop.huggingface import open_tokenizer
 from gamayun_jax.interop.load_model import load_params
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
-from gamayun_jax.report.figures import alignment_figure, best_layer
 
 Texts = Mapping[str, Sequence[tuple[str, str]]]  # language -> (id, text)
 
@@ -249,7 +248,7 @@ def consistency_of(folder: Path) -> dict[str, Any]:
         found = {}
         for name, told in result.get("tasks", {}).items():
             if told["kind"] == "multiple_choice" and told["parallel"]:
-                rows = run_tasks.read_items(folder / "items", name)
+                rows = read_items(folder / "items", name)
                 found[name] = consistency(rows, told["metric"])
     except UserError:
         raise
@@ -323,7 +322,7 @@ def align(
 
     Args:
       path: run folder, one checkpoint or a folder in Hugging Face's format.
-      out: folder for alignment.json and a picture of each set.
+      out: folder for alignment.json.
       corpus_folder: whose parallel held-out sets are used; default: the run's own, and
         where that is not there, the sets that come with this package, without parity.
       languages: default: all of the sets.
@@ -383,45 +382,4 @@ def align(
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "alignment.json", result)
-        for name in result["sets"]:
-            alignment_figure(result, name).savefig(out / f"{name}.png", dpi=150)
     return result
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """Text for the terminal: by language, retrieval with all others at the best layers,
-    and parity; then the consistency of answers."""
-    lines = []
-    for name, told in result["sets"].items():
-        best = {kind: best_layer(result, name, kind) for kind in ("plain", "centred")}
-        lines.append(
-            f"{name}: {told['units']} units, chance {told['chance']:.4f}; accuracy@1 "
-            f"at layer {best['plain']}, centred at layer {best['centred']}, of "
-            f"{result['layers'][-1]}"
-        )
-        lines.append(
-            f"{'':6}{'from':>8}{'to':>8}{'centred from':>14}{'to':>8}{'parity':>9}"
-        )
-        for k in told["languages"]:
-            cells = []
-            for kind, layer in best.items():
-                accuracy = told["retrieval"][kind]["accuracy"]
-                rest = [j for j in told["languages"] if j != k]
-                cells.append(float(np.mean([accuracy[k][j][layer] for j in rest])))
-                cells.append(float(np.mean([accuracy[j][k][layer] for j in rest])))
-            parity = told["parity"].get(k)
-            last = f"{parity:9.3f}" if parity is not None else f"{'-':>9}"
-            a, b, c, d = cells
-            lines.append(f"{k:6}{a:8.3f}{b:8.3f}{c:14.3f}{d:8.3f}{last}")
-        both = (told["retrieval"][kind]["mean"][layer] for kind, layer in best.items())
-        plain, centred = both
-        lines.append(f"{'mean':6}{plain:8.3f}{plain:8.3f}{centred:14.3f}{centred:8.3f}")
-    for name, told in result["consistency"].items():
-        shown = {k: "-" if v is None else f"{v:.3f}" for k, v in told["mean"].items()}
-        lines.append(
-            f"{name} ({told['metric']}): two languages pick the same in "
-            f"{shown['same']} of items (by accuracy alone {shown['expected']}, chance "
-            f"{shown['chance']}), in {shown['same_wrong']} where both are wrong "
-            f"(chance {shown['chance_wrong']})"
-        )
-    return "\n".join(lines)

@@ -29,8 +29,6 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from gamayun_jax.report.read_run import fixed, num
-
 LEVEL = 0.05
 FEW = 16  # 2 ** FEW signs are tried
 MACRO = "macro"
@@ -50,29 +48,6 @@ class Cell:
     high: float | None
     p: float  # two-sided
     items: int | None = None
-
-
-def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], metric: str
-) -> dict[str, tuple[float, float]]:
-    """Id -> (new - old, weight) of the rows that both have, of one language.
-
-    Bits weigh by the item's bytes, and only where both scored as many. Rows without
-    the metric are left out.
-    """
-    found = {}
-    for i in sorted(old.keys() & new.keys()):
-        if metric == "bits_per_byte":
-            a, b = num(old[i], "bits"), num(new[i], "bits")
-            weight = num(old[i], "bytes")
-            if weight != num(new[i], "bytes"):
-                continue
-        else:
-            a, b = (num(x, "correct", metric) for x in (old[i], new[i]))
-            weight = 1.0
-        if a is not None and b is not None and weight is not None:
-            found[i] = b - a, weight
-    return found
 
 
 def residuals(
@@ -218,15 +193,3 @@ def verdicts(found: Sequence[Cell], better: Sequence[int]) -> list[str]:
         "same" if not real else "better" if sign * c.difference > 0 else "worse"
         for c, sign, real in zip(found, better, marked, strict=True)
     ]
-
-
-def interval_text(cell: Cell, scale: float = 1.0, digits: int = 3) -> str:
-    """ "−0.010 … +0.004": with as many digits as show on which side of 0 it is."""
-    if cell.low is None or cell.high is None:
-        return "–"
-    near = min(abs(cell.low), abs(cell.high)) * scale
-    if cell.low * cell.high > 0:
-        while digits < 9 and round(near, digits) == 0:
-            digits += 1
-    low, high = (fixed(scale * x, f"+.{digits}f") for x in (cell.low, cell.high))
-    return f"{low} … {high}"

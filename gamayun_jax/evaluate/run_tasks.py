@@ -1,8 +1,6 @@
 """Tasks on a model: what it scores and writes, item by item, and the summary.
 
-A result folder holds eval.json (summaries, and all that is needed to reproduce them),
-items/<task>.jsonl and items/heldout-<set>.jsonl, one line an item in the task's order,
-which `gamayun compare` and the stage report pair by language and id.
+What it writes is a result folder (results.py).
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +20,18 @@ from jax.sharding import Mesh
 
 from gamayun_jax.config import Config, UserError
 from gamayun_jax.data.corpus import Corpus
-from gamayun_jax.data.files import read_json_lines, write_json, write_text
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.evaluate import heldout as evaluate
 from gamayun_jax.evaluate import task_metrics
 from gamayun_jax.evaluate.heldout import HeldoutEvaluator
 from gamayun_jax.evaluate.loglikelihood import Request, Scorer
+from gamayun_jax.evaluate.results import (
+    FORMAT,
+    is_result,
+    plain_name,
+    read_results,
+    write_results,
+)
 from gamayun_jax.evaluate.tasks import (
     Item,
     Task,
@@ -41,9 +44,7 @@ from gamayun_jax.inference.generator import Generator
 from gamayun_jax.interop import huggingface
 from gamayun_jax.interop.load_model import load_params
 from gamayun_jax.model.transformer import Transformer, compute_dtype, parameter_count
-from gamayun_jax.report.read_run import cell, error_text
 
-FORMAT = 1
 PROMPTS = 32  # continued at a time
 Progress = Callable[[int], Any]
 
@@ -449,80 +450,47 @@ def evaluate_model(
     return result, rows
 
 
-def plain_name(path: Path) -> str:
-    """What a model is called in tables: its folder, and the step if it is given."""
-    path = Path(path).absolute()
-    if path.name.isdigit() and path.parent.name == "checkpoints":
-        return f"{path.parents[1].name} {path.name}"
-    return path.name
-
-
 def texts_of(task: Task) -> int:
     """How many texts a task scores or writes: what `progress` adds up to, about."""
     items = (i for v in task.items.values() for i in v)
     return sum(len(i["choices"]) if "choices" in i else 1 for i in items)
 
 
-def write_items(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows of a task below a result folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows]
-    write_text(folder / f"{name}.jsonl", "".join(lines))
+def evaluate_missing(
+    models: Sequence[Path],
+    tasks: Sequence[Task],
+    out: Path,
+    log: Callable[[str], None],
+    watch: Callable[[str, int], Progress | None] = lambda name, total: None,
+) -> list[Path]:
+    """The result folder of each model; a result folder stands for itself.
 
+    Models are evaluated into OUT/<n>-<name>, unless their results are there already, so
+    that an interrupted comparison goes on.
 
-def read_items(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The rows that `write_items` wrote; UserError if they cannot be read."""
-    path = folder / f"{name}.jsonl"
-    try:
-        rows = read_json_lines(path)
-        for number, row in enumerate(rows, 1):
-            if not (isinstance(row, dict) and {"id", "language"} <= row.keys()):
-                raise ValueError(f"line {number} has no id or language")
-        return rows
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}): run `gamayun eval` again") from e
-
-
-def write_results(
-    out: Path, result: Mapping[str, Any], rows: Mapping[str, Any]
-) -> None:
-    """eval.json and items/ of a result folder."""
-    (out / "items").mkdir(parents=True, exist_ok=True)
-    for name, found in rows.items():
-        write_items(out / "items", name, found)
-    write_json(out / "eval.json", result)
-
-
-def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Plain text: a task's headline metric by language, with chance and baseline."""
-    lines = []
-    order = dict.fromkeys(k for task in tasks.values() for k in task["languages"])
-    for name, task in tasks.items():
-        metric, found = task["metric"], task["languages"]
-        lines.append(f"{name}: {task['description']} ({metric} ± standard error)")
-        lines.append(
-            f"  {'':<7}{'':>17}{'chance':>9}{task['baseline']:>10}{'items':>8}"
-        )
-        rows = [(k, found[k]) for k in order if k in found]
-        for language, row in [*rows, ("macro", task["macro"])]:
-            if metric not in row:
-                continue
-            error = error_text(task, row).removesuffix(" %")
-            line = f"  {language:<7}{cell(task, row[metric]):>8}"
-            line += f"{' ' + error:<9}"
-            line += "".join(
-                f"{cell(task, row.get(k)):>9}" for k in ("chance", "baseline")
+    Raises:
+      UserError: a result folder of a former version, or a model that cannot be read.
+    """
+    folders = []
+    for number, path in enumerate(models):
+        if is_result(path):
+            folders.append(path)
+            continue
+        if (path / "eval.json").is_file():
+            raise UserError(
+                f"{path} has no items/, written by a former version without tasks: run "
+                "`gamayun eval --out` again"
             )
-            line += f"{row.get('items', ''):>9}"
-            if row.get("parity") is not None:
-                line += f"   parity {row['parity']:.2f}"
-            if row.get("truncated"):
-                line += f"   {row['truncated']} prompts cut"
-            lines.append(line.rstrip())
-        if task["gaps"]:
-            lines.append(f"  no items: {' '.join(task['gaps'])}")
-        for reason, items in task["set_aside"].items():
-            shown = ", ".join(items["first"])
-            lines.append(f"  set aside, {reason}: {items['count']} ({shown})")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+        folder = out / f"{number}-{plain_name(path).replace(' ', '-')}"
+        folders.append(folder)
+        if is_result(folder):
+            result, _ = read_results(folder)
+            hashes = {name: task["hash"] for name, task in result["tasks"].items()}
+            same_model = result["model"]["path"] == str(path)
+            if same_model and hashes == {t.name: t.hash for t in tasks}:
+                log(f"{path}: results of before, in {folder}")
+                continue
+        log(f"{path}: evaluating")
+        result, items = evaluate_model(path, tasks, heldout=False, watch=watch)
+        write_results(folder, result, items)
+    return folders

@@ -9,118 +9,26 @@ hundred cells of nothing five would else be marked.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data.files import write_json, write_text
-from gamayun_jax.evaluate import run_tasks
 from gamayun_jax.evaluate.paired import (
     LEVEL,
     MACRO,
     RULE,
     Cell,
     cells,
-    differences,
-    interval_text,
     verdicts,
 )
-from gamayun_jax.evaluate.tasks import Task
 from gamayun_jax.report.figures import axes, colours_of, horizontal, styled, to_svg
 from gamayun_jax.report.html import html_page, html_table, section, td
 from gamayun_jax.report.read_run import INK, PAPER, cell, error_text, esc, plain
+from gamayun_jax.report.stage_changes import interval_text, item_differences
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
-
-
-def is_result(path: Path) -> bool:
-    """Whether a folder is what `gamayun eval --out` wrote."""
-    return (Path(path) / "eval.json").is_file() and (Path(path) / "items").is_dir()
-
-
-def read_result(path: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """eval.json and the items of each task; UserError if they cannot be read.
-
-    Held-out sets are among the tasks, as `set_task` tells them.
-    """
-    path = Path(path)
-    try:
-        result = json.loads((path / "eval.json").read_text(encoding="utf-8"))
-        sets = dict(result.get("sets", {}))
-        result["tasks"] = {
-            **{f"heldout-{name}": set_task(name, part) for name, part in sets.items()},
-            **result.get("tasks", {}),
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{path}/eval.json cannot be read ({e!r}): run `gamayun eval --out` again"
-        ) from e
-    if result.get("format") != run_tasks.FORMAT:
-        raise UserError(f"{path}/eval.json is of another version: run it again")
-    items = path / "items"
-    return result, {n: run_tasks.read_items(items, n) for n in result["tasks"]}
-
-
-def set_task(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    """A held-out set's results in the form of a task's."""
-    return {
-        "kind": "perplexity",
-        "metric": "bits_per_byte",
-        "description": f"held-out set {name}",
-        "parallel": part["parallel"],
-        "baseline": "xz",
-        "hash": None,  # what is the same is told unit by unit, see compare_rows
-        "prompt_hash": None,
-        "languages": part["languages"],
-        MACRO: part.get(MACRO, {}),
-    }
-
-
-def collect(
-    models: Sequence[Path],
-    tasks: Sequence[Task],
-    out: Path,
-    log: Callable[[str], None],
-    watch: Callable[[str, int], Any] = lambda name, total: None,
-) -> list[tuple[dict[str, Any], Rows]]:
-    """Results of each model or result folder; models are evaluated into OUT/<n>-<name>.
-
-    A model whose results are there already is not evaluated again, so that an
-    interrupted comparison goes on.
-    """
-    found: list[tuple[dict[str, Any], Rows]] = []
-    for number, path in enumerate(models):
-        if is_result(path):
-            found.append(read_result(path))
-            continue
-        if (path / "eval.json").is_file():
-            raise UserError(
-                f"{path} has no items/, written by a former version without tasks: run "
-                "`gamayun eval --out` again"
-            )
-        folder = out / f"{number}-{run_tasks.plain_name(path).replace(' ', '-')}"
-        wanted = {t.name: t.hash for t in tasks}
-        if is_result(folder):
-            result, rows = read_result(folder)
-            same = {k: t["hash"] for k, t in result["tasks"].items()} == wanted
-            if same and result["model"]["path"] == str(path):
-                log(f"{path}: results of before, in {folder}")
-                found.append((result, rows))
-                continue
-        log(f"{path}: evaluating")
-        result, made = run_tasks.evaluate_model(path, tasks, heldout=False, watch=watch)
-        run_tasks.write_results(folder, result, made)
-        found.append((result, made))
-    labels: list[str] = []
-    for result, _ in found:  # the same name twice would be one column
-        label, n = result["label"], 2
-        while label in labels:
-            label, n = f"{result['label']} ({n})", n + 1
-        labels.append(label)
-        result["label"] = label
-    return found
 
 
 def compare_rows(
@@ -134,7 +42,8 @@ def compare_rows(
       UserError: texts of the same ids that are not of the same bytes.
     """
     old, new = by_language(a), by_language(b)
-    pairs = {k: differences(old[k], new[k], task["metric"]) for k in old if k in new}
+    metric = task["metric"]
+    pairs = {k: item_differences(old[k], new[k], metric) for k in old if k in new}
     for k, pair in pairs.items():
         lost = old[k].keys() & new[k].keys() - pair.keys()
         if lost and task["metric"] == "bits_per_byte":
@@ -165,6 +74,7 @@ def compare(results: Sequence[tuple[Mapping[str, Any], Rows]]) -> dict[str, Any]
     """
     if len(results) < 2:
         raise UserError("compare: give at least two models or result folders")
+    results = with_labels(results)
     first, base = results[0]
     names = [n for n in first["tasks"] if all(n in r["tasks"] for r, _ in results)]
 
@@ -210,6 +120,22 @@ def compare(results: Sequence[tuple[Mapping[str, Any], Rows]]) -> dict[str, Any]
         "level": LEVEL,
         "tasks": tasks,
     }
+
+
+def with_labels(
+    results: Sequence[tuple[Mapping[str, Any], Rows]],
+) -> list[tuple[dict[str, Any], Rows]]:
+    """Results with a label each: the same name twice would be one column."""
+    labels: list[str] = []
+    for result, _ in results:
+        label, n = result["label"], 2
+        while label in labels:
+            label, n = f"{result['label']} ({n})", n + 1
+        labels.append(label)
+    return [
+        ({**result, "label": label}, rows)
+        for (result, rows), label in zip(results, labels, strict=True)
+    ]
 
 
 def told_of(

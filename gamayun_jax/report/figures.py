@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from gamayun_jax.report.read_run import (
     DASHES,
     INK,
@@ -429,62 +427,4 @@ def course_figure(runs: Sequence[Run], name: str, over: str, *keys: str) -> Any:
     if over == "tokens":
         token_axis(ax, runs[0].stages, names=False)
     ax.set_xlabel(over if over == "tokens" else unit[1])
-    return figure
-
-
-def best_layer(result: Mapping[str, Any], name: str, kind: str = "plain") -> int:
-    """The layer with the greatest mean accuracy, the first of equals."""
-    return int(np.argmax(result["sets"][name]["retrieval"][kind]["mean"]))
-
-
-@styled
-def alignment_figure(result: Mapping[str, Any], name: str) -> Any:
-    """Accuracy@1 by layer, each language's mean over the others; heat maps of all pairs
-    at the best layers, plain and with languages' means taken off."""
-    told, layers = result["sets"][name], result["layers"]
-    languages = told["languages"]
-    figure, grid = axes(11.0, 7.6, 2, 2)
-    for column, kind in enumerate(("plain", "centred")):
-        found = told["retrieval"][kind]
-        curve, heat = grid[column], grid[2 + column]
-        lines = {}
-        for k in languages:
-            rest = [j for j in languages if j != k]
-            ways = [found["accuracy"][k][j] for j in rest]
-            ways += [found["accuracy"][j][k] for j in rest]
-            lines[k] = np.mean(ways, axis=0)
-        colours = colours_of(languages)
-        for k, line in lines.items():
-            curve.plot(layers, line, color=colours[k], lw=1.0)
-        curve.plot(layers, found["mean"], color=INK, lw=2.2)
-        curve.axhline(told["chance"], color=INK, lw=0.8, linestyle=(0, (4, 3)))
-        curve.set_ylim(0, 1.06 * max(told["chance"], *map(np.max, lines.values())))
-        title = (
-            "states as they are" if kind == "plain" else "mean of language taken off"
-        )
-        curve.set_title(f"{name}: accuracy@1, {title}; thick: mean, dashed: chance")
-        curve.set_xlabel("layer (0: embedding)")
-        curve.xaxis.get_major_locator().set_params(integer=True)
-        curve.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        label_ends(curve, [(k, y[-1], colours[k]) for k, y in lines.items()], 0.45)
-        layer = best_layer(result, name, kind)
-        matrix = np.full((len(languages), len(languages)), np.nan)
-        for i, a in enumerate(languages):
-            for j, b in enumerate(languages):
-                if a != b:
-                    matrix[i, j] = found["accuracy"][a][b][layer]
-        top = float(np.nanmax(matrix))
-        image = heat.imshow(matrix, cmap="viridis", vmin=0, vmax=max(top, 1e-9))
-        heat.grid(visible=False)
-        heat.set_xticks(range(len(languages)), languages)
-        heat.set_yticks(range(len(languages)), languages)
-        heat.set(xlabel="retrieved from", ylabel="query", title=f"layer {layer}")
-        for (i, j), value in np.ndenumerate(matrix):
-            if i != j:
-                dark = value < 0.6 * top
-                text = f"{100 * value:.0f}"
-                colour = PAPER if dark else INK
-                heat.text(j, i, text, ha="center", va="center", color=colour, size=7)
-        bar = figure.colorbar(image, ax=heat, shrink=0.9)
-        bar.ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     return figure

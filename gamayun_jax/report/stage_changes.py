@@ -9,7 +9,7 @@ are combined as if the items differed, which is cautious.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from gamayun_jax.evaluate.paired import (
     RULE,
     Cell,
     cells,
-    differences,
-    interval_text,
     unpaired,
     verdicts,
 )
@@ -95,6 +93,41 @@ def read_items(path: Path) -> tuple[dict[str, dict[str, Any]], list[int]]:
     return found, damaged
 
 
+def item_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], metric: str
+) -> dict[str, tuple[float, float]]:
+    """Id -> (new - old, weight) of the rows that both have, of one language.
+
+    Bits weigh by the item's bytes, and only where both scored as many. Rows without
+    the metric are left out.
+    """
+    found = {}
+    for i in sorted(old.keys() & new.keys()):
+        if metric == "bits_per_byte":
+            a, b = num(old[i], "bits"), num(new[i], "bits")
+            weight = num(old[i], "bytes")
+            if weight != num(new[i], "bytes"):
+                continue
+        else:
+            a, b = (num(x, "correct", metric) for x in (old[i], new[i]))
+            weight = 1.0
+        if a is not None and b is not None and weight is not None:
+            found[i] = b - a, weight
+    return found
+
+
+def interval_text(cell: Cell, scale: float = 1.0, digits: int = 3) -> str:
+    """ "−0.010 … +0.004": with as many digits as show on which side of 0 it is."""
+    if cell.low is None or cell.high is None:
+        return "–"
+    near = min(abs(cell.low), abs(cell.high)) * scale
+    if cell.low * cell.high > 0:
+        while digits < 9 and round(near, digits) == 0:
+            digits += 1
+    low, high = (fixed(scale * x, f"+.{digits}f") for x in (cell.low, cell.high))
+    return f"{low} … {high}"
+
+
 def tests_of(record: Any) -> dict[str, tuple[str, dict[str, Any], Any, bool]]:
     """Items file -> (metric, {language: results}, macro, parallel) of an evaluation."""
     found: dict[str, tuple[str, dict[str, Any], Any, bool]] = {}
@@ -135,7 +168,7 @@ def changes_between(
             k: pair
             for k in languages
             if k in a and k in b
-            if (pair := differences(a[k], b[k], metric))
+            if (pair := item_differences(a[k], b[k], metric))
             if len(pair) >= 0.9 * max(len(a[k]), len(b[k]))  # else another test by now
         }
         paired = cells(pairs, parallel)

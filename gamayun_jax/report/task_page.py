@@ -187,3 +187,38 @@ def task_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[str
             title = f"{who}Tasks at the last evaluation"
             if found:
                 yield tasks_section(found, languages_in(found), title)
+
+
+def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Plain text: a task's headline metric by language, with chance and baseline."""
+    lines = []
+    order = dict.fromkeys(k for task in tasks.values() for k in task["languages"])
+    for name, task in tasks.items():
+        metric, found = task["metric"], task["languages"]
+        lines.append(f"{name}: {task['description']} ({metric} ± standard error)")
+        lines.append(
+            f"  {'':<7}{'':>17}{'chance':>9}{task['baseline']:>10}{'items':>8}"
+        )
+        rows = [(k, found[k]) for k in order if k in found]
+        for language, row in [*rows, ("macro", task["macro"])]:
+            if metric not in row:
+                continue
+            error = error_text(task, row).removesuffix(" %")
+            line = f"  {language:<7}{cell(task, row[metric]):>8}"
+            line += f"{' ' + error:<9}"
+            line += "".join(
+                f"{cell(task, row.get(k)):>9}" for k in ("chance", "baseline")
+            )
+            line += f"{row.get('items', ''):>9}"
+            if row.get("parity") is not None:
+                line += f"   parity {row['parity']:.2f}"
+            if row.get("truncated"):
+                line += f"   {row['truncated']} prompts cut"
+            lines.append(line.rstrip())
+        if task["gaps"]:
+            lines.append(f"  no items: {' '.join(task['gaps'])}")
+        for reason, items in task["set_aside"].items():
+            shown = ", ".join(items["first"])
+            lines.append(f"  set aside, {reason}: {items['count']} ({shown})")
+        lines.append("")
+    return "\n".join(lines).rstrip()

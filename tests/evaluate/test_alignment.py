@@ -14,11 +14,11 @@ from flax import linen as nn
 from gamayun_jax.cli import main
 from gamayun_jax.config import ComputeConfig, MeshConfig, UserError, to_json
 from gamayun_jax.data.tokenizer import Tokenizer
-from gamayun_jax.evaluate import alignment, run_tasks
+from gamayun_jax.evaluate import alignment, results
 from gamayun_jax.interop import hf_weights
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
-from gamayun_jax.report.figures import best_layer
+from gamayun_jax.report.alignment_page import best_layer
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 
 MESH = MeshConfig(2, 2, 2)
@@ -219,7 +219,7 @@ def test_answers_are_read_line_by_line(tmp_path):
     told = {"kind": "multiple_choice", "parallel": True, "metric": "norm"}
     (tmp_path / "items").mkdir()
     (tmp_path / "eval.json").write_text(json.dumps({"tasks": {"t": told}}))
-    run_tasks.write_items(tmp_path / "items", "t", rows)
+    results.write_items(tmp_path / "items", "t", rows)
     found = alignment.consistency_of(tmp_path)["t"]
     assert found == alignment.consistency(rows, "norm")
     path = tmp_path / "items" / "t.jsonl"

@@ -187,10 +187,3 @@ def test_nothing_to_tell_an_error_from_has_no_interval():
     assert paired.unpaired(0.5, 0.1, None).low is None
     assert cell([1.0] * 8).high > cell([1.0] * 8).low  # all right is no certainty
     assert paired.cells({"en": {}}, True) == {}
-
-
-def test_an_interval_shows_on_which_side_of_0_it_is():
-    text = paired.interval_text(paired.Cell(0.01, 0.0002, 0.02, 0.04))
-    assert text == "+0.0002 … +0.0200"
-    assert paired.interval_text(paired.Cell(0.0, -0.1, 0.1, 1.0)) == "−0.100 … +0.100"
-    assert paired.interval_text(paired.Cell(0.5, None, None, 1.0)) == "–"

@@ -219,7 +219,7 @@ def test_what_cannot_be_used_is_set_aside_and_counted(tmp_path):
     result, rows = run_tasks.run_task(task, Bytes(), scorer)
     assert len(rows) == 3
     assert result["set_aside"]["duplicate id"] == {"count": 1, "first": ["en:0"]}
-    table = run_tasks.task_table({"t": result})
+    table = task_page.task_table({"t": result})
     assert "set aside, duplicate id: 1 (en:0)" in table
 
 
@@ -229,7 +229,7 @@ def test_a_language_without_items_is_a_gap(tmp_path):
     assert result["gaps"] == ["tr"]
     assert list(result["languages"]) == ["en"]
     assert result["macro"]["norm"] == result["languages"]["en"]["norm"]
-    assert "no items: tr" in run_tasks.task_table({"t": result})
+    assert "no items: tr" in task_page.task_table({"t": result})
 
 
 def test_too_long_is_cut_or_set_aside(tmp_path):
@@ -386,7 +386,7 @@ def test_items_that_are_all_alike_show_no_error():
     found = run_tasks.summary(
         dataclasses.replace(task, items={k: [] for k in ("en", "ru")}), rows, {}
     )
-    text = run_tasks.task_table({"t": found})
+    text = task_page.task_table({"t": found})
     html = task_page.tasks_section({"t": found}, ["en", "ru"], "T")
     assert "100.0 %" in text
     assert "16.7 % ±16.7" in text

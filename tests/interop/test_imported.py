@@ -22,7 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from gamayun_jax import cli
 from gamayun_jax.config import UserError
 from gamayun_jax.data.tokenizer import TextStream, Tokenizer
-from gamayun_jax.evaluate import heldout, run_tasks, tasks
+from gamayun_jax.evaluate import heldout, results, run_tasks, tasks
 from gamayun_jax.interop import huggingface, load_model
 from gamayun_jax.interop.hf_tokenizer import HFTokenizer
 from gamayun_jax.model import sharding
@@ -300,7 +300,7 @@ def test_eval_runs_tasks(imported, tmp_path, capsys):
     assert result["model"]["path"] == str(folder)
     assert result["versions"]["jax"] == jax.__version__
     for name, task in result["tasks"].items():
-        rows = run_tasks.read_items(out / "items", name)
+        rows = results.read_items(out / "items", name)
         assert [r["language"] for r in rows] == ["en"] * 4 + ["tr"] * 4
         assert set(task["languages"]) == {"en", "tr"}
         assert task["languages"]["tr"]["items"] == 4

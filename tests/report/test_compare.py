@@ -7,7 +7,7 @@ import pytest
 
 from gamayun_jax import cli
 from gamayun_jax.config import UserError
-from gamayun_jax.evaluate import run_tasks
+from gamayun_jax.evaluate import results, run_tasks
 from gamayun_jax.evaluate.tasks import METRICS
 from gamayun_jax.report import compare
 
@@ -39,7 +39,7 @@ def result(label, rows, kind="multiple_choice", **more):
     }  # fmt: skip
     mean = {metric: float(np.mean([v[metric] for v in languages.values()]))}
     found = {
-        "format": run_tasks.FORMAT,
+        "format": results.FORMAT,
         "label": label,
         "model": {"path": f"/{label}", "parameters": 10, "tokenizer": "t"},
         "tasks": {"t": {**task(kind, **more), "languages": languages, "macro": mean}},
@@ -100,10 +100,10 @@ def test_refuses_what_does_not_compare(tmp_path):
     (tmp_path / "items").mkdir()
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        compare.read_result(tmp_path)
-    run_tasks.write_results(tmp_path, one[0], {"t": [*rows, {"id": 1}]})
+        results.read_results(tmp_path)
+    results.write_results(tmp_path, one[0], {"t": [*rows, {"id": 1}]})
     with pytest.raises(UserError, match="line 10 has no id or language"):
-        compare.read_result(tmp_path)
+        results.read_results(tmp_path)
 
 
 def test_held_out_sets_alone_compare(tmp_path):
@@ -122,7 +122,7 @@ def test_held_out_sets_alone_compare(tmp_path):
         found, _ = result(name, choice_rows([1.0]))
         del found["tasks"]
         found["sets"] = {"help": part}
-        run_tasks.write_results(tmp_path / name, found, {"heldout-help": rows})
+        results.write_results(tmp_path / name, found, {"heldout-help": rows})
         return tmp_path / name
 
     folders = [write("one", 0), write("two", 0.1), write("other", 0, 101)]
@@ -131,13 +131,13 @@ def test_held_out_sets_alone_compare(tmp_path):
     told = json.loads((out / "compare.json").read_text())["tasks"]["heldout-help"]
     marks = {k: v["verdict"] for k, v in told["differences"][1].items()}
     assert marks == {"en": "same", "ru": "better", "tr": "same", "macro": "better"}
-    results = [compare.read_result(f) for f in (folders[0], folders[2])]
+    different = [results.read_results(f) for f in (folders[0], folders[2])]
     with pytest.raises(UserError, match="en text '0' was not the same"):
-        compare.compare(results)
+        compare.compare(different)
     (folders[0] / "items/heldout-help.jsonl").unlink()
     (folders[0] / "items").rmdir()
     with pytest.raises(UserError, match="has no items/"):
-        compare.collect(folders[:1], [], out, print)
+        run_tasks.evaluate_missing(folders[:1], [], out, print)
 
 
 @pytest.mark.slow

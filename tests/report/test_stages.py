@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gamayun_jax import cli
-from gamayun_jax.evaluate import heldout
+from gamayun_jax.evaluate import heldout, paired
 from gamayun_jax.report import read_run, report, stage_changes
 
 LANGUAGES = ("en", "ru", "tr")
@@ -156,3 +156,12 @@ def test_one_evaluation_has_no_boundary(folder):
     for step in (7, 13):
         (folder / f"eval/{step}.json").unlink()
     assert stage_changes.stage_table(read_run.read_run(folder)) == ""
+
+
+def test_an_interval_shows_on_which_side_of_0_it_is():
+    def text(*ends):
+        return stage_changes.interval_text(paired.Cell(*ends))
+
+    assert text(0.01, 0.0002, 0.02, 0.04) == "+0.0002 … +0.0200"
+    assert text(0.0, -0.1, 0.1, 1.0) == "−0.100 … +0.100"
+    assert text(0.5, None, None, 1.0) == "–"

@@ -788,7 +788,7 @@ def test_only_stage_ends_and_the_newest_are_kept(config, replace, tmp_path):
 @pytest.mark.slow
 def test_tasks_run_in_the_loop(config, tmp_path):
     """Before training, every so many steps and at stages' ends; stopped or not."""
-    from gamayun_jax.evaluate import run_tasks
+    from gamayun_jax.evaluate import results
     from gamayun_jax.report import report
 
     evaluation = dataclasses.replace(
@@ -809,7 +809,7 @@ def test_tasks_run_in_the_loop(config, tmp_path):
     assert "udhr" in found[7]["sets"]
     for step in (0, 7, 13):
         folder = tmp_path / "a" / "eval" / f"{step}.items"
-        rows = run_tasks.read_items(folder, "cldr_facts")
+        rows = results.read_items(folder, "cldr_facts")
         assert [r["language"] for r in rows] == ["en"] * 3 + ["ru"] * 3 + ["tr"] * 3
     assert not (tmp_path / "a" / "eval" / "5.items").exists()
     page = report.write_report([tmp_path / "a"], tmp_path / "page").read_text()
