@@ -34,11 +34,23 @@ LAWS = {
         "interop",
         "evaluate",
     },
+    "commands": {
+        "config",
+        "model",
+        "data",
+        "training",
+        "inference",
+        "interop",
+        "evaluate",
+        "report",
+        "plan",
+        "train",
+    },
+    "cli": {"config", "training", "commands"},
 }
 # Files and functions that are too long still: take out, add none.
 LINES, FUNCTION_LINES = 450, 80
 LONG = {
-    "cli": 1010,
     "config": 726,
     "data.build": 609,
     "data.corpus": 582,
@@ -56,7 +68,6 @@ LONG = {
     "training.lineage": 483,
 }
 LONG_FUNCTIONS = {
-    "cli.build_parser",
     "data.build.make",
     "data.build_jobs.scan",
     "data.corpus.open_corpus",
@@ -112,8 +123,6 @@ def imports(path):
 def test_rooms_keep_their_law(path):
     name = name_of(path)
     room = name.split(".")[0]
-    if room == "cli":
-        return
     for other in imports(path) - DATA:
         lawful = {room, *LAWS[room]} & {other, other.split(".")[0]}
         assert lawful, f"{name} imports {other}"
