@@ -17,8 +17,7 @@ from gamayun_jax.config import UserError, is_local, to_dict
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.evaluate.tasks import load_task
 from gamayun_jax.training import join
-from gamayun_jax.training.checkpoint import find_checkpoint
-from gamayun_jax.training.run_folder import RunFolder
+from gamayun_jax.training.run_folder import RunFolder, find_checkpoint
 
 # What people, scripts and launch_tpu.sh write: it must go on to be read.
 PARAMETERS = {

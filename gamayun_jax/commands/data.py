@@ -155,7 +155,7 @@ def preview_curriculum(
     from gamayun_jax.data import loader
     from gamayun_jax.data.corpus import open_corpus
     from gamayun_jax.report import figures, read_run
-    from gamayun_jax.training import lineage, resume
+    from gamayun_jax.training import continuity, lineage, resume
 
     cfg = load_config(config, set_)
     folder = Path(cfg.data.corpus)
@@ -163,16 +163,16 @@ def preview_curriculum(
     if (folder / "manifest.json").exists() or init_from or not cfg.corpus.sources:
         corpus = open_corpus(folder)
         if init_from:
-            store, _, _, origin = lineage.load_origin(init_from, cfg, corpus)
+            store, _, origin = lineage.load_origin(init_from, cfg, corpus)
             store.close()
             first = origin["tokens"]
         plan = loader.make_data_plan(cfg, corpus, origin)
-        lineage.check_corpus(cfg, corpus)
+        continuity.check_corpus(cfg, corpus)
         resume.check_stages(cfg, corpus, plan, first)
         table = plan.table()
     else:
         corpus, plan, table = loader.unbuilt_plan(cfg)
-        lineage.check_schedules(cfg)
+        continuity.check_schedules(cfg)
         note(f"there is no corpus in {folder} yet: planned with {assumed_sizes(cfg)}")
     print(read_run.curriculum_table(table, cfg.data.seq_len))
     for text in loader.mixture_notes(cfg, corpus, plan):

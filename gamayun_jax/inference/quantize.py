@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gamayun_jax.config import UserError
 from gamayun_jax.data import files
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
+from gamayun_jax.training.run_meta import RunMeta
 
 GROUP = 64
 RECORD = "quantised.json"  # of a quantised folder; `gamayun report` reads it
@@ -152,7 +154,7 @@ def abstract_quantised(abstract: Any, bits: int) -> Any:
 
 
 def save(
-    params: Any, meta: dict[str, Any], bits: int, tokenizer: TextCoder, out: Path
+    params: Any, meta: RunMeta, bits: int, tokenizer: TextCoder, out: Path
 ) -> None:
     """Write quantised parameters as a checkpoint with its tokenizer, whole or not.
 
@@ -164,8 +166,8 @@ def save(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         store = Checkpoints(temporary / "checkpoints")
-        state = TrainState(jnp.int32(meta["step"]), params, {})
-        store.save(state, meta["step"], {**meta, "bits": bits})
+        state = TrainState(jnp.int32(meta.step), params, {})
+        store.save(state, replace(meta, bits=bits))
         store.wait()
         store.close()
         tokenizer.write(temporary)
@@ -174,9 +176,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_record(
-    out: Path, meta: dict[str, Any], bits: int, sizes: Any, evals: Any
-) -> None:
+def write_record(out: Path, meta: RunMeta, bits: int, sizes: Any, evals: Any) -> None:
     """Write what was lost and won: RECORD in the quantised folder.
 
     Args:
@@ -186,9 +186,9 @@ def write_record(
     """
     record = dict(
         format=1,
-        run=meta["lineage"].get("run"),
-        step=meta["step"],
-        tokens=meta["tokens"],
+        run=meta.lineage.get("run"),
+        step=meta.step,
+        tokens=meta.tokens,
         bits=bits,
         bytes=dict(zip(("before", "after"), sizes, strict=True)),
         evals=list(evals),

@@ -10,12 +10,14 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from gamayun_jax.config import Config, MeshConfig, from_json
+from gamayun_jax.config import Config, MeshConfig
 from gamayun_jax.inference import quantize
 from gamayun_jax.interop import huggingface
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import abstract_params
 from gamayun_jax.training import checkpoint
+from gamayun_jax.training.run_folder import find_checkpoint
+from gamayun_jax.training.run_meta import RunMeta
 
 
 class LoadedModel(NamedTuple):
@@ -23,7 +25,7 @@ class LoadedModel(NamedTuple):
 
     cfg: Config
     params: Any
-    meta: dict[str, Any]
+    meta: RunMeta
     mesh: Mesh
 
 
@@ -41,13 +43,13 @@ def load_params(path: Path, quantised: bool = False) -> LoadedModel:
     if huggingface.is_hf_folder(path):
         mesh = sharding.make_mesh(MeshConfig())
         loaded = LoadedModel(*huggingface.read_hf(path, mesh), mesh)
-        for note in huggingface.notes_on(loaded.meta["lineage"]["imported"]):
+        for note in huggingface.notes_on(loaded.meta.lineage["imported"]):
             print(note, file=sys.stderr)
         return loaded
-    folder, step = checkpoint.find_checkpoint(path)
+    folder, step = find_checkpoint(path)
     store = checkpoint.Checkpoints(folder, read_only=True)
     meta = store.meta(step)
-    cfg = from_json(meta["config"], f"{folder}/{step}")
+    cfg = meta.config
     # Not the mesh of the training: this machine may have other devices.
     mesh = sharding.make_mesh(MeshConfig())
     sharding.check_model(cfg.model, mesh)
@@ -58,7 +60,7 @@ def load_params(path: Path, quantised: bool = False) -> LoadedModel:
         nn.unbox(boxed),
         shardings,
     )
-    bits = meta.get("bits")
+    bits = meta.bits
     if bits:
         abstract = quantize.abstract_quantised(abstract, bits)
     params = store.restore_params(step, abstract)

@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 from gamayun_jax.cli import main
-from gamayun_jax.config import ComputeConfig, MeshConfig, UserError, to_json
+from gamayun_jax.config import ComputeConfig, MeshConfig, UserError
 from gamayun_jax.data.tokenizer import Tokenizer
 from gamayun_jax.evaluate import alignment, results
 from gamayun_jax.interop import hf_weights
@@ -20,6 +20,7 @@ from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
 from gamayun_jax.report.alignment_page import best_layer
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
+from gamayun_jax.training.run_meta import RunMeta
 
 MESH = MeshConfig(2, 2, 2)
 
@@ -258,12 +259,12 @@ def run(config, parameters, tmp_path_factory):
     """A run folder with a checkpoint of random weights, as training writes it."""
     folder = tmp_path_factory.mktemp("run") / "run"
     store = Checkpoints(folder / "checkpoints")
-    meta = dict(
-        step=7, tokens=3584, config=to_json(config), lineage={"run": "small"},
+    meta = RunMeta(
+        step=7, tokens=3584, config=config, lineage={"run": "small"},
         tokenizer=Tokenizer(f"{config.data.corpus}/tokenizer.model").fingerprint,
     )  # fmt: skip
     params = jax.tree.map(jnp.asarray, parameters)
-    store.save(TrainState(jnp.int32(7), params, {}), 7, meta)
+    store.save(TrainState(jnp.int32(7), params, {}), meta)
     store.wait()
     store.close()
     return folder

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from conftest import meta_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -386,7 +387,7 @@ def test_checkpoint_meta(data, tmp_path):
     if not folder.exists():
         store = checkpoint.Checkpoints(folder)
         state = checkpoint.TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {})
-        store.save(state, 1, {"step": 1, "config": "{}"})
+        store.save(state, meta_of(1))
         store.wait()
         store.close()
         path = max((folder / "1" / "meta").iterdir(), key=lambda p: p.stat().st_size)

@@ -20,6 +20,8 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 
+from conftest import meta_of
+
 from gamayun_jax import config as c
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
 from gamayun_jax.data.tokenizer import Tokenizer
@@ -33,6 +35,7 @@ from gamayun_jax.model.transformer import (
     parameter_count,
 )
 from gamayun_jax.training import checkpoint, lineage, resume, step
+from gamayun_jax.training.run_meta import RunMeta
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 torch.set_num_threads(1)  # small matrices: threads would wait for each other
@@ -776,11 +779,11 @@ def trained(config, tmp_path_factory):
             {"name": "align", "start_tokens": 0, "end_tokens": 3584}],
         "corpus": {"sources": {"ru/help": {"documents": 3, "bytes": 9, "tokens": 4}}},
     }  # fmt: skip
-    meta = dict(
-        step=7, tokens=3584, config=c.to_json(config), lineage=record,
+    meta = RunMeta(
+        step=7, tokens=3584, config=config, lineage=record,
         tokenizer=tokenizer.fingerprint,
     )  # fmt: skip
-    store.save(checkpoint.TrainState(jnp.int32(7), params, {}), 7, meta)
+    store.save(checkpoint.TrainState(jnp.int32(7), params, {}), meta)
     store.wait()
     store.close()
     (run / "eval").mkdir()
@@ -815,14 +818,14 @@ def test_out_and_in_again(trained, config, corpus, tmp_path):
     meta = store.meta(0)
     store.close()
     jax.tree.map(np.testing.assert_array_equal, read, params)
-    cfg = c.from_json(meta["config"])
+    cfg = meta.config
     assert cfg.model == config.model
     # It goes on with its own corpus.
-    assert meta["tokenizer"] == corpus.tokenizer().fingerprint
-    store, _, meta, origin = lineage.load_origin(back, config, corpus)
+    assert meta.tokenizer == corpus.tokenizer().fingerprint
+    store, meta, origin = lineage.load_origin(back, config, corpus)
     assert (origin["step"], origin["cursors"]) == (0, {})
     abstract = step.abstract_state(config, sharding.make_mesh(c.MeshConfig()))
-    state = resume.start_from(config, abstract, store, 0, meta)
+    state = resume.start_from(config, abstract, store, meta)
     store.close()
     assert int(state.step) == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
@@ -892,7 +895,7 @@ def test_refuses_another_tokenizer_and_an_occupied_place(trained, tmp_path):
 def test_refuses_a_quantised_checkpoint(tmp_path):
     store = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
     state = checkpoint.TrainState(jnp.int32(0), {"embedding": jnp.zeros(3)}, {})
-    store.save(state, 0, {"bits": 4})
+    store.save(state, meta_of(0, bits=4))
     store.wait()
     store.close()
     with pytest.raises(UserError, match="quantised to 4 bits"):
