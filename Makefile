@@ -1,16 +1,13 @@
-# `make` alone lists the targets, each by the comment beside it.
+# make demo: set up, then the whole path on the embedded corpus (minutes)
+# make test: set up, then the tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help setup demo demo-long test test-slow soak lint corpus tasks clean
-.DEFAULT_GOAL = help
+.PHONY: setup demo demo-long test test-slow soak lint corpus tasks clean
 
-help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-
-setup: $(VENV)/.ready ## install the package and what its tests need into .venv
+setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -20,32 +17,35 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup ## the whole path on the embedded corpus (minutes)
+demo: setup
 	$(BIN)/gamayun demo
 
-demo-long: setup ## the demo with eight times as many tokens (under an hour on 2 cores)
+# The same config, eight times as many tokens: under an hour on 2 cores.
+demo-long: setup
 	$(BIN)/gamayun demo --long 8 --workdir runs/demo-long
 
-test: setup ## the tests
+test: setup
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
-test-slow: setup ## the tests that take minutes each
+test-slow: setup
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
 
-soak: setup ## kill the corpus build, training and the report 120 times
+# Kill the corpus build, training and the report at least a hundred times.
+soak: setup
 	$(BIN)/python tests/faults/soak.py --kills 120
 
-lint: setup ## ruff and mypy
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-corpus: setup ## rebuild the embedded corpus from packages (needs apt-get, dpkg-deb, npm)
+# Rebuild the embedded corpus from public packages (needs apt-get, dpkg-deb, npm).
+corpus: setup
 	$(BIN)/python -m recipes.demo_data.debian sample gamayun_jax/demo_corpus --work build/debian
 
-# After the corpus: no item may be in its training files.
-tasks: setup ## rebuild the embedded tasks, after the corpus
+# Rebuild the embedded tasks, after the corpus: no item may be in its training files.
+tasks: setup
 	$(BIN)/gamayun tasks build --out gamayun_jax/demo_tasks --work build/debian --embedded
 
-clean: ## remove .venv, build and runs
+clean:
 	rm -rf $(VENV) build runs
