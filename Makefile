@@ -1,13 +1,16 @@
-# make demo: set up, then the whole path on the embedded corpus (minutes)
-# make test: set up, then the tests
+# `make` alone lists the targets, each by the comment beside it.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup demo demo-long test test-slow soak lint corpus tasks clean
+.PHONY: help setup demo demo-long test test-slow soak lint corpus tasks clean
+.DEFAULT_GOAL = help
 
-setup: $(VENV)/.ready
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## install the package and what its tests need into .venv
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -17,35 +20,32 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup
+demo: setup ## the whole path on the embedded corpus (minutes)
 	$(BIN)/gamayun demo
 
-# The same config, eight times as many tokens: under an hour on 2 cores.
-demo-long: setup
+demo-long: setup ## the demo with eight times as many tokens (under an hour on 2 cores)
 	$(BIN)/gamayun demo --long 8 --workdir runs/demo-long
 
-test: setup
+test: setup ## the tests
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
-test-slow: setup
+test-slow: setup ## the tests that take minutes each
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
 
-# Kill the corpus build, training and the report at least a hundred times.
-soak: setup
+soak: setup ## kill the corpus build, training and the report 120 times
 	$(BIN)/python tests/faults/soak.py --kills 120
 
-lint: setup
+lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Rebuild the embedded corpus from public packages (needs apt-get, dpkg-deb, npm).
-corpus: setup
+corpus: setup ## rebuild the embedded corpus from packages (needs apt-get, dpkg-deb, npm)
 	$(BIN)/python -m recipes.demo_data.debian sample gamayun_jax/demo_corpus --work build/debian
 
-# Rebuild the embedded tasks, after the corpus: no item may be in its training files.
-tasks: setup
+# After the corpus: no item may be in its training files.
+tasks: setup ## rebuild the embedded tasks, after the corpus
 	$(BIN)/gamayun tasks build --out gamayun_jax/demo_tasks --work build/debian --embedded
 
-clean:
+clean: ## remove .venv, build and runs
 	rm -rf $(VENV) build runs

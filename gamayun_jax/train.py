@@ -20,18 +20,19 @@ from gamayun_jax.evaluate.run_tasks import training_evaluators
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
 from gamayun_jax.training.checkpoint import Checkpoints, kept_forever
+from gamayun_jax.training.continuity import check_corpus, check_same
 from gamayun_jax.training.divergence import (
     Diverged,
     discard_abandoned,
     load_rollbacks,
     roll_back,
 )
-from gamayun_jax.training.lineage import check_corpus, check_same
 from gamayun_jax.training.meters import goodput_text
 from gamayun_jax.training.profiling import Profile
 from gamayun_jax.training.recording import evaluate_if_due, read_metrics, save
 from gamayun_jax.training.resume import (
     Run,
+    Setting,
     open_run_folder,
     start_or_resume,
 )
@@ -84,12 +85,11 @@ def train(
         ) as trace,
     ):
         trace.check(store.latest() or 0, cfg.total_steps)
+        setting = Setting(cfg, mesh, corpus, folder, store, init_from, report)
         rollbacks = [] if fresh else load_rollbacks(folder.path)
         while True:
             discard_abandoned(store, rollbacks)
-            run = start_or_resume(
-                cfg, mesh, corpus, folder, store, init_from, rollbacks, report
-            )
+            run = start_or_resume(setting, rollbacks)
             try:
                 return fit(run, stop, trace)
             except Diverged as event:

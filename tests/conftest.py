@@ -45,6 +45,7 @@ from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
 from gamayun_jax.training import resume, step
 from gamayun_jax.training.checkpoint import TrainState
+from gamayun_jax.training.run_meta import RunMeta
 
 LANGUAGES = ("en", "ru", "tr")
 # Every size divides over 8 devices, and no other size is a multiple of the length,
@@ -179,6 +180,11 @@ def replace():
         return dataclasses.replace(obj, **{name: new})
 
     return set_path
+
+
+def meta_of(step: int, **fields: Any) -> RunMeta:
+    """The meta of a checkpoint of which little but its step matters."""
+    return RunMeta(step, small_config(Path("nowhere")), **fields)
 
 
 def random_batch(rows: int, length: int, vocab: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,9 @@
 """The command line: help, one-line errors with exit status 2, and a small run."""
 
+import inspect
 import json
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -13,29 +16,182 @@ from gamayun_jax import cli
 from gamayun_jax.config import UserError, is_local, to_dict
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.evaluate.tasks import load_task
-from gamayun_jax.training.checkpoint import find_checkpoint
-from gamayun_jax.training.run_folder import RunFolder
+from gamayun_jax.training import join
+from gamayun_jax.training.run_folder import RunFolder, find_checkpoint
+
+# What people, scripts and launch_tpu.sh write: it must go on to be read.
+PARAMETERS = {
+    "demo": "--workdir --long --set",
+    "corpus build": "config --set --out --workers",
+    "corpus debian": "--out --work --languages",
+    "corpus inspect": "folder",
+    "tasks build": "--out --work --embedded",
+    "tokenizer train": "config --set --out",
+    "tokenizer report": "corpus --model",
+    "curriculum": "config --set --out --init-from",
+    "train": "config --set --workdir --init-from --profile --fresh --distributed "
+    "--coordinator --num-processes --process-id --silence",
+    "plan": "config --set --topology --table --slices --search --price --efficiency "
+    "--json --cache",
+    "eval": "model --tasks --limit --corpus --languages --batch-size --window --out",
+    "align": "model --out --corpus --languages --eval",
+    "compare": "models --tasks --limit --languages --out",
+    "generate": "model --prompt --interactive --literal --max-tokens --temperature "
+    "--top-k --top-p --min-p --repetition-penalty --seed",
+    "lm-eval": "arguments",
+    "quantize": "model out --bits --corpus --no-eval",
+    "import-hf": "folder out",
+    "export-hf": "model out --dtype --tokenizer",
+    "report": "runs --out",
+}
+PARSED = [
+    ("demo", {}),
+    ("demo --workdir=w --long 8", {"workdir": Path("w"), "long": 8.0}),
+    ("corpus build c.py --out o", {"config": Path("c.py"), "out": Path("o")}),
+    ("corpus build --out o --workers 2 c.py --set a=1 --set b=-1 --set=c=x y",
+     None),
+    ("corpus build --out o --workers 2 c.py --set a=1 --set b=-1 --set=c=--x",
+     {"config": Path("c.py"), "out": Path("o"), "workers": 2,
+      "set": ["a=1", "b=-1", "c=--x"]}),
+    ("corpus build c.py", None),
+    ("corpus build c.py --out o --workers 0", None),
+    ("corpus debian --out o --languages ru tr",
+     {"out": Path("o"), "languages": ["ru", "tr"]}),
+    ("corpus debian --out o --languages", None),
+    ("corpus inspect f", {"folder": Path("f")}),
+    ("tasks build --out o --emb", {"out": Path("o"), "embedded": True}),
+    ("curriculum c.py --out a.SVG", {"config": Path("c.py"), "out": Path("a.SVG")}),
+    ("curriculum c.py --out a.gif", None),
+    ("train c.py --work w --init r --fresh --process-id -1 --num-processes 02",
+     {"config": Path("c.py"), "workdir": Path("w"), "init_from": Path("r"),
+      "fresh": True, "process_id": -1, "num_processes": 2}),
+    ("train c.py --workdir w --pro 10:13", None),  # --profile or --process-id
+    ("train c.py --workdir w --profile 10:", None),
+    ("train c.py --workdir w --silence 0", None),
+    ("train c.py --workdir w --silence nan", None),
+    ("train c.py", None),
+    ("plan c.py --table a b --price 1.2 --json j --slices 2",
+     {"config": Path("c.py"), "table": ["a", "b"], "price": 1.2, "json": Path("j"),
+      "slices": 2}),
+    ("eval m --tasks all a.yaml --limit 3 --languages ru",
+     {"model": Path("m"), "tasks": ["all", "a.yaml"], "limit": 3,
+      "languages": ["ru"]}),
+    ("eval --out o m --batch-size 1 --window 8",
+     {"model": Path("m"), "out": Path("o"), "batch_size": 1, "window": 8}),
+    ("align m --eval e", {"model": Path("m"), "eval": Path("e")}),
+    ("compare a b --out o", {"models": [Path("a"), Path("b")], "out": Path("o")}),
+    ("compare --out o", None),
+    ("generate m --prompt a --prompt 'b c' --literal --top-k 3 --min-p 0.1",
+     {"model": Path("m"), "prompt": ["a", "b c"], "literal": True, "top_k": 3,
+      "min_p": 0.1}),
+    ("generate m --prompt '-- a' --temperature .5",
+     {"model": Path("m"), "prompt": ["-- a"], "temperature": 0.5}),
+    ("quantize m o --bits 4 --no-eval",
+     {"model": Path("m"), "out": Path("o"), "bits": 4, "no_eval": True}),
+    ("quantize m o --bits 5", None),
+    ("export-hf m o --dtype bfloat16",
+     {"model": Path("m"), "out": Path("o"), "dtype": "bfloat16"}),
+    ("export-hf m o --dtype int8", None),
+    ("report a b --out o", {"runs": [Path("a"), Path("b")], "out": Path("o")}),
+    ("report -- -a", {"runs": [Path("-a")]}),
+    ("report", None),
+    ("report a -x", None),
+]  # fmt: skip
 
 
-def commands(parser, names=()):
-    """Every leaf command of the parser, as a list of words."""
-    groups = [a for a in parser._actions if getattr(a, "choices", None)]
-    groups = [a for a in groups if isinstance(a.choices, dict)]
-    if not groups:
-        yield names
-    for group in groups:
-        for name, sub in group.choices.items():
-            yield from commands(sub, (*names, name))
+def parsers(parser, name=""):
+    """Command -> its parser."""
+    for group in (a for a in parser._actions if isinstance(a.choices, dict)):
+        return {
+            command: found
+            for word, part in group.choices.items()
+            for command, found in parsers(part, f"{name} {word}".strip()).items()
+        }
+    return {name: parser}
 
 
-@pytest.mark.parametrize("words", list(commands(cli.build_parser())))
-def test_every_command_says_what_it_reads_and_writes(words, capsys):
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_command_has_its_parameters(name):
+    actions = parsers(cli.build_parser())[name]._actions
+    names = [(a.option_strings or [a.dest])[-1] for a in actions]
+    assert sorted(names) == sorted([*PARAMETERS[name].split(), "--help"])
+    assert set(PARAMETERS) == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize(("line", "values"), PARSED)
+def test_a_command_line_is_read(line, values, capsys):
+    """None: refused by one line, with status 2."""
+    if values is None:
+        assert cli.main(shlex.split(line)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("gamayun: error: ")
+        assert error.count("\n") == 1
+        return
+    call = cli.parse(shlex.split(line))
+    assert any(line.startswith(k) and f is call.func for k, f in cli.COMMANDS.items())
+    given = {name.strip("_"): value for name, value in call.keywords.items()}
+    assert {k: v for k, v in given.items() if v is not False} == values
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("corpus", "the following arguments are required: COMMAND"),
+        ("tran c.py", "there is no command tran: did you mean train?"),
+        (
+            "corpus biuld",
+            "there is no command corpus biuld: did you mean corpus build?",
+        ),
+        ("inspect x", "there is no command inspect: did you mean corpus inspect?"),
+        ("train c.py --workdri w", "there is no --workdri: did you mean --workdir?"),
+        ("eval m --language=ru --taks x", "there is no --taks: did you mean --tasks?"),
+    ],
+)
+def test_a_mistyped_word_gets_a_suggestion(line, message, capsys):
+    assert cli.main(line.split()) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"gamayun: error: {message}")
+    assert "--help" in told.err
+    assert told.err.count("\n") == 1
+    assert not told.out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_says_what_each_command_reads_and_writes(name, capsys):
     try:
-        status = cli.main([*words, "--help"])
+        status = cli.main([*name.split(), "--help"])
     except SystemExit as e:  # argparse ends so, and lm-evaluation-harness
         status = e.code
     assert status == 0
     assert len(capsys.readouterr().out) > 200
+    assert f"gamayun {name} " in inspect.getdoc(cli.COMMANDS[name])  # an example
+
+
+def test_examples_of_help_are_read():
+    for name, command in cli.COMMANDS.items():
+        lines = re.findall(r"^  (gamayun .*)", inspect.getdoc(command), re.MULTILINE)
+        assert lines, name
+        for line in lines:
+            assert cli.parse(shlex.split(line)[1:]).func is command
+
+
+def test_help_of_all_commands(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["--help"])
+    assert e.value.code == 0
+    told = capsys.readouterr().out
+    assert all(f"\n    {name.split()[0]}" in told for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_and_options(shell, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["--completion", shell])
+    assert e.value.code == 0
+    script = capsys.readouterr().out
+    assert "export-hf" in script
+    assert "init-from" in script
 
 
 def test_lm_eval_without_its_extra(monkeypatch, capsys):
@@ -61,22 +217,18 @@ def test_help_does_not_wait_for_jax():
 
 def path_arguments():
     """(words of a command, one of its arguments that is a path at a bucket)."""
-    for words in commands(cli.build_parser()):
-        parser = cli.build_parser()
-        for word in words:
-            (group,) = [a for a in parser._actions if isinstance(a.choices, dict)]
-            parser = group.choices[word]
-        needed = [a for a in parser._actions if not a.option_strings or a.required]
-        for action in parser._actions:
-            if action.type not in (Path, cli.picture):
+    for name, parser in parsers(cli.build_parser()).items():
+        actions = parser._actions
+        needed = [a for a in actions if not a.option_strings or a.required]
+        for action in actions:
+            if not hasattr(action, "complete"):
                 continue
-            given = list(words)
+            words = name.split()
             for a in dict.fromkeys([*needed, action]):
                 value = "gs://bucket/x.png" if a is action else "x"
-                given += [*a.option_strings[:1], value]
-            yield pytest.param(
-                given, action.dest, id=f"{' '.join(words)} {action.dest}"
-            )
+                words += [*a.option_strings[:1], value]
+            argument = action.dest.strip("_")
+            yield pytest.param(words, argument, id=f"{name} {argument}")
 
 
 @pytest.mark.parametrize(("words", "name"), list(path_arguments()))
@@ -198,7 +350,7 @@ def test_a_cluster_that_cannot_be(
     tmp_path, capsys, monkeypatch, coordinator, processes, process, message
 ):
     """JAX raises its own errors for some, and for others ends in its native code."""
-    monkeypatch.setattr(cli, "LOOKUP_SECONDS", 0)
+    monkeypatch.setattr(join, "LOOKUP_SECONDS", 0)
     with socket.create_server(("", 0)) as server, socket.create_server(("", 0)) as free:
         ports = {"used": server.getsockname()[1], "free": free.getsockname()[1]}
         free.close()
@@ -221,9 +373,9 @@ def test_a_host_that_is_not_known_yet(monkeypatch, capsys):
         if answers:
             raise answers.pop()
 
-    monkeypatch.setattr(cli.socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(cli.time, "sleep", pauses.append)
-    cli.check_cluster("pod-0.train:8476", 2, 1)
+    monkeypatch.setattr(join.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(join.time, "sleep", pauses.append)
+    join.check_cluster("pod-0.train:8476", 2, 1)
     assert pauses == [1, 1]
     assert "pod-0.train is not known" in capsys.readouterr().err
 

@@ -48,7 +48,7 @@ def test_a_former_run_goes_on_and_ends_as_it_would_have(former):
     assert sum("cannot be verified" in line for line in said) == 1
     # What its mixtures meant stays.
     store = checkpoint.Checkpoints(former / "run/checkpoints", read_only=True)
-    assert store.meta(20)["rest_of"] == "sources"
+    assert store.meta(20).rest_of == "sources"
     store.close()
     said.clear()
     assert train.train(cfg, Path("run"), log=said.append) == 0

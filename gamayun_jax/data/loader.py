@@ -381,13 +381,18 @@ def make_data_plan(
     )
 
 
-def past_plan(meta: Mapping[str, Any], batch_size: int) -> DataPlan:
-    """What served the examples before a checkpoint, by its meta alone.
+def past_plan(
+    step: int,
+    batch_size: int,
+    curricula: Sequence[Mapping[str, Any]],
+    rollbacks: Sequence[Mapping[str, Any]],
+) -> DataPlan:
+    """What served the examples before step `step`, by a checkpoint's meta alone.
 
     Only what the segments say of the past is there: no shares, no languages.
     """
     segments = []
-    for s in meta["curricula"]:
+    for s in curricula:
         curriculum = Curriculum.from_json(s["curriculum"])
         segments.append(Segment(s["first_example"], curriculum, curriculum.seed))
     return DataPlan(
@@ -396,10 +401,8 @@ def past_plan(meta: Mapping[str, Any], batch_size: int) -> DataPlan:
         shares=(),
         segments=tuple(segments),
         batch_size=batch_size,
-        total_steps=meta["step"],
-        skipped=tuple(
-            Skipped(**s) for r in meta.get("rollbacks", ()) for s in r["skipped"]
-        ),
+        total_steps=step,
+        skipped=tuple(Skipped(**s) for r in rollbacks for s in r["skipped"]),
     )
 
 

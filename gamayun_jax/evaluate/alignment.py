@@ -338,16 +338,16 @@ def align(
     if corpus_folder or (folder / "manifest.json").exists():
         corpus = open_corpus(folder)
     tokenizer: TextCoder | None = corpus.tokenizer() if corpus else None
-    if tokenizer is None or tokenizer.fingerprint != meta["tokenizer"]:
+    if tokenizer is None or tokenizer.fingerprint != meta.tokenizer:
         tokenizer = open_tokenizer(path, meta, cfg.data.corpus)
     texts = parallel_texts(corpus, languages, cfg.evaluation.max_units)
     result: dict[str, Any] = {
         "format": 1,
         "model": {
             "path": str(path),
-            "run": meta["lineage"].get("run"),
-            "step": meta["step"],
-            "tokens": meta["tokens"],
+            "run": meta.lineage.get("run"),
+            "step": meta.step,
+            "tokens": meta.tokens,
         },
         "layers": list(range(cfg.model.num_layers + 1)),
         "sets": {},

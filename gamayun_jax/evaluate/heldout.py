@@ -562,7 +562,7 @@ def evaluate_heldout(
         )
     corpus = open_corpus(corpus_folder or Path(cfg.data.corpus))
     tokenizer: TextCoder = corpus.tokenizer()
-    if meta["tokenizer"] != tokenizer.fingerprint:
+    if meta.tokenizer != tokenizer.fingerprint:
         tokenizer = huggingface.open_tokenizer(path, meta, cfg.data.corpus)
     if batch_size:
         evaluation = dataclasses.replace(cfg.evaluation, batch_size=batch_size)
@@ -573,8 +573,8 @@ def evaluate_heldout(
             cfg, corpus, mesh, model, languages, tokenizer, window
         )
         result, items = evaluator.evaluate(params)
-    head = {"model": meta["lineage"].get("run"), "step": meta["step"], "label": "eval"}
-    return {**head, "tokens": meta["tokens"], "stage": "", **result}, items
+    head = {"model": meta.lineage.get("run"), "step": meta.step, "label": "eval"}
+    return {**head, "tokens": meta.tokens, "stage": "", **result}, items
 
 
 def evaluate_checkpoint(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:

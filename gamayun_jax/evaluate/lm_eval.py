@@ -86,8 +86,8 @@ class GamayunLM(TemplateLM):
         self._info = {
             "model_num_parameters": sum(x.size for x in jax.tree.leaves(params)),
             "model_dtype": dtype,
-            "model_sha": meta["lineage"].get("run") or "",
-            "step": meta["step"],
+            "model_sha": meta.lineage.get("run") or "",
+            "step": meta.step,
         }
 
     def get_model_info(self) -> dict[str, Any]:

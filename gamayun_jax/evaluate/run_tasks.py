@@ -43,8 +43,7 @@ from gamayun_jax.evaluate.tasks import (
 from gamayun_jax.inference.generator import Generator
 from gamayun_jax.interop import huggingface
 from gamayun_jax.interop.load_model import load_params
-from gamayun_jax.model.transformer import Transformer, compute_dtype
-from gamayun_jax.model.weights import parameter_count
+from gamayun_jax.model.transformer import Transformer, compute_dtype, parameter_count
 
 PROMPTS = 32  # continued at a time
 Progress = Callable[[int], Any]
@@ -415,16 +414,16 @@ def evaluate_model(
         "format": FORMAT,
         "model": {
             "path": str(path),
-            "run": meta["lineage"].get("run"),
+            "run": meta.lineage.get("run"),
             "parameters": parameter_count(cfg.model),
-            "bits": meta.get("bits"),
-            "tokenizer": meta["tokenizer"],
+            "bits": meta.bits,
+            "tokenizer": meta.tokenizer,
             "dtype": str(compute_dtype(cfg.compute.dtype)),
-            "lineage": meta["lineage"],
+            "lineage": meta.lineage,
         },
         "label": plain_name(path),
-        "step": meta["step"],
-        "tokens": meta["tokens"],
+        "step": meta.step,
+        "tokens": meta.tokens,
         "window": window,
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),

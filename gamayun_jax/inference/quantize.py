@@ -1,9 +1,8 @@
 """Weight-only quantisation: int8 per output channel, int4 in groups of 64.
 
 Symmetric, round to nearest. A quantised matrix is {"codes": integers, "scale":
-float32}, and the model gives it back its floats where it is used. The table of
-weights says what is quantised: embeddings are int8 in both, norms and biases stay
-float32.
+float32}, and the model gives it back its floats where it is used. Embeddings are
+int8 in both (int4 costs them most), norms and biases stay float32.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,23 @@ import jax.numpy as jnp
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
 from gamayun_jax.data.tokenizer import TextCoder
-from gamayun_jax.model.weights import WEIGHTS
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
+from gamayun_jax.training.run_meta import RunMeta
 
 GROUP = 64
 RECORD = "quantised.json"  # of a quantised folder; `gamayun report` reads it
-MATRICES = {w.name: w for w in WEIGHTS.values() if w.kind.fewest_bits}
+# Matrix -> its axes that are summed over, from the end; the rest are output channels.
+SUMMED: dict[str, tuple[int, ...]] = {
+    "embedding": (-1,),
+    "unembedding": (-1,),
+    "q": (-3,),
+    "k": (-3,),
+    "v": (-3,),
+    "o": (-2, -3),
+    "gate": (-2,),
+    "up": (-2,),
+    "down": (-2,),
+}
 
 
 def is_quantised(leaf: Any) -> bool:
@@ -99,11 +110,10 @@ def quantize(params: Any, bits: int) -> Any:
     def one(name: str, leaf: Any) -> Any:
         if is_quantised(leaf):
             raise UserError("the checkpoint is quantised already: give the original")
-        if name not in MATRICES:
+        if name not in SUMMED:
             return leaf
-        weight = MATRICES[name]
-        least = weight.kind.fewest_bits or 8
-        return quantize_matrix(leaf, weight.summed_axes, max(bits, least))
+        embedding = name.endswith("embedding")
+        return quantize_matrix(leaf, SUMMED[name], 8 if embedding else bits)
 
     return map_leaves(one, params)
 
@@ -144,7 +154,7 @@ def abstract_quantised(abstract: Any, bits: int) -> Any:
 
 
 def save(
-    params: Any, meta: dict[str, Any], bits: int, tokenizer: TextCoder, out: Path
+    params: Any, meta: RunMeta, bits: int, tokenizer: TextCoder, out: Path
 ) -> None:
     """Write quantised parameters as a checkpoint with its tokenizer, whole or not.
 
@@ -156,8 +166,8 @@ def save(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         store = Checkpoints(temporary / "checkpoints")
-        state = TrainState(jnp.int32(meta["step"]), params, {})
-        store.save(state, meta["step"], {**meta, "bits": bits})
+        state = TrainState(jnp.int32(meta.step), params, {})
+        store.save(state, replace(meta, bits=bits))
         store.wait()
         store.close()
         tokenizer.write(temporary)
@@ -166,9 +176,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_record(
-    out: Path, meta: dict[str, Any], bits: int, sizes: Any, evals: Any
-) -> None:
+def write_record(out: Path, meta: RunMeta, bits: int, sizes: Any, evals: Any) -> None:
     """Write what was lost and won: RECORD in the quantised folder.
 
     Args:
@@ -178,9 +186,9 @@ def write_record(
     """
     record = dict(
         format=1,
-        run=meta["lineage"].get("run"),
-        step=meta["step"],
-        tokens=meta["tokens"],
+        run=meta.lineage.get("run"),
+        step=meta.step,
+        tokens=meta.tokens,
         bits=bits,
         bytes=dict(zip(("before", "after"), sizes, strict=True)),
         evals=list(evals),

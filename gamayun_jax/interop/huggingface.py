@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -33,12 +34,10 @@ from gamayun_jax.config import (
     ScheduleConfig,
     StageConfig,
     UserError,
-    from_json,
     to_json,
 )
 from gamayun_jax.data import files
 from gamayun_jax.data.tokenizer import Tokenizer
-from gamayun_jax.interop.hf_config import config_from_hf, config_to_hf, unknown_keys
 from gamayun_jax.interop.hf_tokenizer import (
     TOKENIZER_FILES,
     HFTokenizer,
@@ -46,11 +45,21 @@ from gamayun_jax.interop.hf_tokenizer import (
     to_tokenizers,
     write_tokenizer,
 )
-from gamayun_jax.interop.hf_weights import DTYPES, read_weights, write_weights
+from gamayun_jax.interop.hf_weights import (
+    DTYPES,
+    config_from_hf,
+    config_to_hf,
+    read_weights,
+    shapes_of,
+    unknown_keys,
+    write_weights,
+)
 from gamayun_jax.interop.model_card import model_card
 from gamayun_jax.model import sharding
-from gamayun_jax.model.weights import abstract_params, parameter_count, weights_of
-from gamayun_jax.training.checkpoint import Checkpoints, TrainState, find_checkpoint
+from gamayun_jax.model.transformer import abstract_params, parameter_count
+from gamayun_jax.training.checkpoint import Checkpoints, TrainState
+from gamayun_jax.training.run_folder import find_checkpoint
+from gamayun_jax.training.run_meta import RunMeta
 
 # Copied from an imported folder into the run folder, and out again.
 KEPT_FILES = (*TOKENIZER_FILES, "generation_config.json")
@@ -113,9 +122,7 @@ def describe(folder: Path) -> tuple[dict[str, Any], ModelConfig, HFTokenizer | N
     return data, model, tokenizer
 
 
-def read_hf(
-    folder: Path, mesh: Mesh | None = None
-) -> tuple[Config, Any, dict[str, Any]]:
+def read_hf(folder: Path, mesh: Mesh | None = None) -> tuple[Config, Any, RunMeta]:
     """A Hugging Face folder's config, parameters and meta, as of a checkpoint.
 
     Nothing is written: `load_model.load_params` takes such folders as they are.
@@ -130,7 +137,7 @@ def read_hf(
     shardings = None
     if mesh is not None:
         sharding.check_model(model, mesh)
-        shardings = sharding.parameter_shardings(abstract_params(model), mesh)
+        shardings = sharding.logical_shardings(abstract_params(model), mesh)
     params = read_weights(folder, model, shardings)
     name = folder.resolve().name
     cfg = imported_config(name, model)
@@ -153,18 +160,11 @@ def read_hf(
         "events": [],
         "versions": {"gamayun_jax": __version__, "jax": jax.__version__},
     }
-    meta = dict(
+    meta = RunMeta(
         step=0,
-        tokens=0,
-        config=to_json(cfg),
+        config=cfg,
         tokenizer=fingerprint_of(folder, tokenizer),
-        consumed={},
-        curricula=[],
-        origin=None,
         lineage=lineage,
-        interval=None,
-        seed=0,
-        shares={},
     )
     return cfg, params, meta
 
@@ -191,23 +191,23 @@ def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, An
             temporary / "checkpoints", in_flight=largest_bytes(cfg.model)
         )
         try:
-            store.save(TrainState(jnp.zeros((), jnp.int32), params, {}), 0, meta)
+            store.save(TrainState(jnp.zeros((), jnp.int32), params, {}), meta)
             store.wait()
         finally:
             store.close()
         files.write_text(temporary / "config.json", to_json(cfg))
-        files.write_json(temporary / "lineage.json", meta["lineage"])
+        files.write_json(temporary / "lineage.json", meta.lineage)
         if tokenizer:
             copy_kept(folder, temporary)
             tokenizer.write(temporary)  # with what it took from config.json
-    notes = notes_on(meta["lineage"]["imported"])
+    notes = notes_on(meta.lineage["imported"])
     if not tokenizer:
         notes.append(
             f"{folder} has no tokenizer.json: the weights are imported, but the model "
             "can neither be evaluated nor generate text"
         )
     return {
-        "parameters": meta["lineage"]["parameters"],
+        "parameters": meta.lineage["parameters"],
         "tokenizer": tokenizer.vocab_size if tokenizer else None,
         "notes": notes,
     }
@@ -270,7 +270,7 @@ def freed_memory_given_back() -> Iterator[None]:
 
 def largest_bytes(cfg: ModelConfig) -> int:
     """Of the largest float32 parameter: what a disk is given to do at a time."""
-    return max(4 * math.prod(w.full_shape(cfg)) for w in weights_of(cfg)) + 2**20
+    return max(4 * math.prod(x.shape) for x in shapes_of(cfg).values()) + 2**20
 
 
 def imported_config(name: str, model: ModelConfig) -> Config:
@@ -302,7 +302,7 @@ def copy_kept(source: Path, out: Path) -> None:
 
 def open_tokenizer(
     path: Path,
-    meta: Mapping[str, Any],
+    meta: RunMeta,
     corpus: str | Path | None = None,
     given: Path | None = None,
 ) -> Tokenizer | HFTokenizer:
@@ -318,7 +318,7 @@ def open_tokenizer(
       UserError: it cannot be found, or only others are there.
     """
     path = Path(path).absolute()
-    wanted = meta["tokenizer"]
+    wanted = meta.tokenizer
     if given is not None:
         places = [Path(given)]
     elif wanted is None:
@@ -336,7 +336,7 @@ def open_tokenizer(
             if wanted in (None, tokenizer.fingerprint):
                 return tokenizer
             other = other or (place, tokenizer.fingerprint)
-    if other:
+    if other and wanted:
         raise UserError(
             f"{other[0]} has another tokenizer ({other[1][:12]}) than {path} was "
             f"trained with ({wanted[:12]}): give the right one"
@@ -407,15 +407,15 @@ def export_hf(
     run = folder.parent if folder.name == "checkpoints" else folder
     with contextlib.closing(Checkpoints(folder, read_only=True)) as reader:
         meta = reader.meta(step)
-        if meta.get("bits"):
+        if meta.bits:
             raise UserError(
-                f"{folder}/{step} is quantised to {meta['bits']} bits: export the "
+                f"{folder}/{step} is quantised to {meta.bits} bits: export the "
                 "checkpoint that it was made from"
             )
-        cfg = from_json(meta["config"], f"{folder}/{step}")
+        cfg = meta.config
         data = config_to_hf(cfg.model, dtype)
         found, notes = None, []
-        if meta["tokenizer"] is None and tokenizer is None:
+        if meta.tokenizer is None and tokenizer is None:
             notes.append(
                 f"{run} has no tokenizer: the weights are exported without one"
             )
@@ -427,7 +427,7 @@ def export_hf(
             host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
             abstract = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
-                abstract_params(cfg.model),
+                nn.unbox(abstract_params(cfg.model)),
             )
             limit = largest_bytes(cfg.model)
             store = Checkpoints(folder, read_only=True, in_flight=limit)
@@ -445,7 +445,7 @@ def export_hf(
                 evaluation = read_object(path)
             card = model_card(cfg, meta, data, evaluation)
             files.write_text(temporary / "README.md", card)
-            files.write_json(temporary / "lineage.json", meta["lineage"])
+            files.write_json(temporary / "lineage.json", meta.lineage)
     names = [p.name for p in paths]
     return {"parameters": parameter_count(cfg.model), "files": names, "notes": notes}
 

@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from gamayun_jax.config import Config, MeshConfig, from_json
+from gamayun_jax.config import Config, MeshConfig
 from gamayun_jax.inference import quantize
 from gamayun_jax.interop import huggingface
 from gamayun_jax.model import sharding
-from gamayun_jax.model.weights import abstract_params
+from gamayun_jax.model.transformer import abstract_params
 from gamayun_jax.training import checkpoint
+from gamayun_jax.training.run_folder import find_checkpoint
+from gamayun_jax.training.run_meta import RunMeta
 
 
 class LoadedModel(NamedTuple):
@@ -22,7 +25,7 @@ class LoadedModel(NamedTuple):
 
     cfg: Config
     params: Any
-    meta: dict[str, Any]
+    meta: RunMeta
     mesh: Mesh
 
 
@@ -40,19 +43,24 @@ def load_params(path: Path, quantised: bool = False) -> LoadedModel:
     if huggingface.is_hf_folder(path):
         mesh = sharding.make_mesh(MeshConfig())
         loaded = LoadedModel(*huggingface.read_hf(path, mesh), mesh)
-        for note in huggingface.notes_on(loaded.meta["lineage"]["imported"]):
+        for note in huggingface.notes_on(loaded.meta.lineage["imported"]):
             print(note, file=sys.stderr)
         return loaded
-    folder, step = checkpoint.find_checkpoint(path)
+    folder, step = find_checkpoint(path)
     store = checkpoint.Checkpoints(folder, read_only=True)
     meta = store.meta(step)
-    cfg = from_json(meta["config"], f"{folder}/{step}")
+    cfg = meta.config
     # Not the mesh of the training: this machine may have other devices.
     mesh = sharding.make_mesh(MeshConfig())
     sharding.check_model(cfg.model, mesh)
-    abstract = sharding.place_abstract(abstract_params(cfg.model), mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    bits = meta.get("bits")
+    boxed = abstract_params(cfg.model, cfg.compute)
+    shardings = sharding.logical_shardings(boxed, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.unbox(boxed),
+        shardings,
+    )
+    bits = meta.bits
     if bits:
         abstract = quantize.abstract_quantised(abstract, bits)
     params = store.restore_params(step, abstract)

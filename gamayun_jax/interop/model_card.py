@@ -7,18 +7,19 @@ from typing import Any
 
 from gamayun_jax import __version__
 from gamayun_jax.config import Config
-from gamayun_jax.interop.hf_config import ARCHITECTURES
-from gamayun_jax.model.weights import parameter_count
+from gamayun_jax.interop.hf_weights import ARCHITECTURES
+from gamayun_jax.model.transformer import parameter_count
+from gamayun_jax.training.run_meta import RunMeta
 
 
 def model_card(
     cfg: Config,
-    meta: Mapping[str, Any],
+    meta: RunMeta,
     data: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
 ) -> str:
     """README.md of an exported model: what it is, where from, how well it does."""
-    m, lineage = cfg.model, meta["lineage"]
+    m, lineage = cfg.model, meta.lineage
     languages = [k for k in cfg.languages if k != "und"]
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if languages:
@@ -44,7 +45,7 @@ def model_card(
         ]
     else:
         lines += [
-            f"Trained on {meta['tokens']:,} tokens ({meta['step']:,} steps).",
+            f"Trained on {meta.tokens:,} tokens ({meta.step:,} steps).",
             f"Languages: {', '.join(languages)}." if languages else "",
             "",
             "| stage | from token | to token |",

@@ -12,28 +12,30 @@ each save and restore, no pass over files, the same on any mesh; and one of itse
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from gamayun_jax.config import CheckpointConfig, Config, UserError, check_local
-from gamayun_jax.model.weights import parameter_path
+from gamayun_jax.config import CheckpointConfig, Config, UserError
 from gamayun_jax.training import cluster
-from gamayun_jax.training.run_folder import is_step, steps_in
+from gamayun_jax.training.checksums import (
+    checksums,
+    json_sha256,
+    named_leaves,
+    verify,
+)
+from gamayun_jax.training.optimizer import parameter_path
+from gamayun_jax.training.run_folder import steps_in
+from gamayun_jax.training.run_meta import RunMeta
 
 FORMAT = 2
 READABLE = (1, 2)  # 1 had no checksums
@@ -112,17 +114,17 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, step: int, meta: dict[str, Any]) -> None:
+    def save(self, state: TrainState, meta: RunMeta) -> None:
         """Begin to save; returns once the arrays are copied off the devices.
 
         Raises:
           UserError: this checkpoint, or the one before, cannot be written.
         """
-        items = {"params": state.params, "opt_state": saved_optimizer(state)}
-        meta = {**meta, "format": FORMAT, "checksums": checksums(items)}
+        items = items_of(state)
+        data = {**meta.to_json(), "format": FORMAT, "checksums": checksums(items)}
         with self._writing():
             self._manager.save(
-                step,
+                meta.step,
                 args=ocp.args.Composite(
                     **{
                         k: ocp.args.PyTreeSave(
@@ -130,7 +132,7 @@ class Checkpoints:
                         )
                         for k, v in items.items()
                     },
-                    meta=ocp.args.JsonSave({**meta, "sha256": json_sha256(meta)}),
+                    meta=ocp.args.JsonSave({**data, "sha256": json_sha256(data)}),
                 ),
                 force=True,
             )
@@ -139,23 +141,29 @@ class Checkpoints:
         """Delete a checkpoint that the run has gone back before."""
         self._manager.delete(step)
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """The JSON item; UserError if another version of this project wrote it."""
+    def meta(self, step: int) -> RunMeta:
+        """What was saved beside the arrays.
+
+        Raises:
+          UserError: it is damaged, or of a version that this one cannot read.
+        """
         return self._agreed(step, lambda: self._meta(step))
 
-    def _meta(self, step: int) -> dict[str, Any]:
-        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-        if not isinstance(meta, dict) or (
-            "sha256" in meta and meta.pop("sha256") != json_sha256(meta)
+    def _meta(self, step: int) -> RunMeta:
+        data = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        if not isinstance(data, dict) or (
+            "sha256" in data and data.pop("sha256") != json_sha256(data)
         ):
             raise self._damaged(step, "its meta has changed since it was written")
-        if meta.get("format") not in READABLE:
+        where = f"{self.folder}/{step}"
+        if data.get("format") not in READABLE:
             raise UserError(
-                f"checkpoint {self.folder / str(step)} has format "
-                f"{meta.get('format')}, this version reads {FORMAT}"
+                f"checkpoint {where} has format {data.get('format')}, this version "
+                f"reads {FORMAT}"
             )
-        if meta.get("step", step) != step:
-            raise self._damaged(step, f"it was saved as that of step {meta['step']}")
+        meta = RunMeta.from_json(data, where)
+        if meta.step != step:
+            raise self._damaged(step, f"it was saved as that of step {meta.step}")
         return meta
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -165,8 +173,7 @@ class Checkpoints:
           UserError: a state of another structure.
           DamagedCheckpointError: what is read is not what was written.
         """
-        items = {"params": abstract.params, "opt_state": saved_optimizer(abstract)}
-        restored = self._restore(step, items)
+        restored = self._restore(step, items_of(abstract))
         return TrainState(
             step=restored["opt_state"]["step"],
             params=restored["params"],
@@ -215,10 +222,10 @@ class Checkpoints:
 
     def _read_arrays(
         self, step: int, items: dict[str, Any], partly: bool
-    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    ) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
         """The checksums that were written, and what this process reads."""
         where = self.folder / str(step)
-        expected = self._meta(step).get("checksums")
+        expected = self._meta(step).checksums
         # A checkpoint of another model, or of another version, is not a damaged one.
         if expected is not None:
             for item, tree in items.items():
@@ -272,11 +279,11 @@ class Checkpoints:
     def newest(
         self,
         abstract: TrainState,
-        check: Callable[[dict[str, Any], str], None],
+        check: Callable[[RunMeta, str], None],
         aside: Path,
         log: Callable[[str], None],
-    ) -> tuple[int, dict[str, Any], TrainState, list[dict[str, Any]]] | None:
-        """(step, meta, state, lineage events) of the newest checkpoint that is whole.
+    ) -> tuple[RunMeta, TrainState, list[dict[str, Any]]] | None:
+        """(meta, state, lineage events) of the newest checkpoint that is whole.
 
         Damaged newer ones are moved to the folder `aside`, with one event each. None
         if there is no checkpoint at all.
@@ -293,7 +300,7 @@ class Checkpoints:
             try:
                 meta = self.meta(step)
                 check(meta, f"{self.folder}/{step}")
-                return step, meta, self.restore(step, abstract), events
+                return meta, self.restore(step, abstract), events
             except DamagedCheckpointError as damage:
                 if len(self.steps()) == 1:
                     raise
@@ -310,7 +317,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside.mkdir(exist_ok=True)
             os.rename(self.folder / str(step), place)
-        barrier(f"set aside {step}")
+        cluster.barrier(f"set aside {step}")
         self._manager.reload()
         self._same_steps()
         return place
@@ -418,127 +425,13 @@ def kept_forever(cfg: Config) -> list[int]:
     return sorted(steps)
 
 
-def saved_optimizer(state: TrainState) -> dict[str, Any]:
-    """The item `opt_state` of a checkpoint."""
-    return {"opt_state": state.opt_state, "step": state.step}
+def items_of(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint that are arrays."""
+    opt_state = {"opt_state": state.opt_state, "step": state.step}
+    return {"params": state.params, "opt_state": opt_state}
 
 
 def shortened(e: Exception) -> str:
     """An error's message on one line: its beginning and, for the cause, its end."""
     text = " ".join(str(e).split())
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
-
-
-def json_sha256(data: Any) -> str:
-    """Hash of plain JSON data, whatever the order of its keys."""
-    text = json.dumps(json.loads(json.dumps(data)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """(path, leaf) of every leaf."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(parameter_path(path), leaf) for path, leaf in leaves]
-
-
-def checksum(x: jax.Array, by_row: bool = False) -> jax.Array:
-    """uint32 of an array's values and their places: the sum of each element's bits
-    times an odd number of its place, modulo 2**32.
-
-    Integers add up the same in any order, so on any mesh. Any change of one element
-    changes the sum, since an odd number has an inverse; more escape once in 2**32.
-
-    Args:
-      by_row: go through the first axis in a loop, which must not be divided over
-        devices. XLA's CPU backend otherwise writes all the products to memory first.
-    """
-    if x.dtype.itemsize not in (1, 2, 4) or not jnp.issubdtype(x.dtype, jnp.floating):
-        x = x.astype(jnp.int32)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-
-    def of(values: jax.Array, first: Any) -> jax.Array:
-        """That of `values`, the first of which has the place `first`."""
-        bits = jax.lax.bitcast_convert_type(values, unsigned).astype(jnp.uint32)
-        odd = jnp.full(values.shape, 2 * jnp.uint32(first) + 1, jnp.uint32)
-        stride = 2
-        for axis in reversed(range(values.ndim)):
-            iota = jax.lax.broadcasted_iota(jnp.uint32, values.shape, axis)
-            odd += iota * jnp.uint32(stride % 2**32)
-            stride *= values.shape[axis]
-        return jnp.sum(bits * odd, dtype=jnp.uint32)
-
-    if not by_row or x.ndim < 2:
-        return of(x, 0)
-    size = jnp.uint32(math.prod(x.shape[1:]) % 2**32)
-
-    def add(row: jax.Array, total: jax.Array) -> jax.Array:
-        values = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
-        return total + of(values, row.astype(jnp.uint32) * size)
-
-    return jax.lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))
-
-
-def checksums(items: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """item -> path -> checksum of each array, in hexadecimal."""
-
-    def of(x: Any) -> Any:
-        x = jnp.asarray(x)
-        return jax.device_get(_checksum(x, len(x.sharding.device_set) == 1))
-
-    # One array at a time: together they would take the memory of all of them again.
-    values = jax.tree.map(of, items)
-    return {
-        item: {name: f"{int(v):08x}" for name, v in named_leaves(tree)}
-        for item, tree in values.items()
-    }
-
-
-_checksum = jax.jit(checksum, static_argnums=1)
-
-
-def barrier(name: str) -> None:
-    """Wait for the other processes, if there are any."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def verify(tree: Any, abstract: Any, where: Path) -> None:
-    """Check that every leaf is an array of the expected shape and dtype.
-
-    Orbax hands back a ShapeDtypeStruct for a leaf that the checkpoint lacks.
-
-    Raises:
-      UserError: naming the first leaf that is missing or different.
-    """
-    expected = jax.tree_util.tree_flatten_with_path(abstract)[0]
-    found = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
-    for path, leaf in expected:
-        value = found.get(path)
-        if not isinstance(value, jax.Array):
-            raise UserError(f"checkpoint {where} lacks {parameter_path(path)!r}")
-        if value.shape != leaf.shape or value.dtype != leaf.dtype:
-            raise UserError(
-                f"checkpoint {where}: {parameter_path(path)!r} is "
-                f"{value.dtype}{list(value.shape)}, the config needs "
-                f"{leaf.dtype}{list(leaf.shape)}"
-            )
-
-
-def find_checkpoint(path: Path) -> tuple[Path, int]:
-    """(checkpoints folder, step) of a run folder (its newest) or of one checkpoint.
-
-    Raises:
-      UserError: neither a run folder nor a checkpoint.
-    """
-    check_local(path, "model ")
-    path = Path(path)
-    if is_step(path.name) and (path / "meta").is_dir():
-        return path.parent, int(path.name)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [k for k in steps_in(folder) if (folder / str(k) / "meta").is_dir()]
-    if not steps:
-        raise UserError(
-            f"{path} has no checkpoint: give a run folder, or one of its "
-            "checkpoints/<step>"
-        )
-    return folder, max(steps)

@@ -244,3 +244,9 @@ def compare(seconds: dict[str, float]) -> dict[str, Any]:
         }
         for k, name in enumerate(names)
     }
+
+
+def barrier(name: str) -> None:
+    """Wait for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -25,8 +25,10 @@ from gamayun_jax.config import Config, DivergenceConfig, UserError
 from gamayun_jax.data.corpus import BadRecordError, Corpus
 from gamayun_jax.data.files import read_json, write_json
 from gamayun_jax.data.loader import DataPlan, example_order
-from gamayun_jax.training.checkpoint import Checkpoints, DamagedCheckpointError, barrier
+from gamayun_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
+from gamayun_jax.training.cluster import barrier
 from gamayun_jax.training.run_folder import RunFolder
+from gamayun_jax.training.run_meta import RunMeta
 
 MAD = 1.4826  # times the median absolute deviation: a normal's standard deviation
 
@@ -121,7 +123,7 @@ def discard_abandoned(store: Checkpoints, rollbacks: list[dict[str, Any]]) -> No
         if lowest is None or step <= lowest:
             continue
         try:
-            known = len(store.meta(step).get("rollbacks", ()))
+            known = len(store.meta(step).rollbacks)
         except DamagedCheckpointError:
             known = 0
         if any(r["to"] < step for r in rollbacks[known:]):
@@ -207,15 +209,15 @@ def describe(
     return rows
 
 
-def rollbacks_of(meta: Mapping[str, Any], decided: list[dict[str, Any]]) -> list[Any]:
+def rollbacks_of(meta: RunMeta, decided: list[dict[str, Any]]) -> list[Any]:
     """The decisions in effect: those of the run folder, or, where its file was lost,
     of the checkpoint."""
-    saved = list(meta.get("rollbacks", ()))
+    saved = list(meta.rollbacks)
     if decided[: len(saved)] == saved:
         return decided
     if not decided:
         return saved
     raise UserError(
         "rollbacks.json of the run folder contradicts the checkpoint at step "
-        f"{meta['step']} ({json.dumps(saved)[:200]}): restore it from a copy"
+        f"{meta.step} ({json.dumps(saved)[:200]}): restore it from a copy"
     )

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from gamayun_jax.config import UserError, to_json
-from gamayun_jax.model.weights import flops_per_token
+from gamayun_jax.config import UserError
+from gamayun_jax.model.transformer import flops_per_token
 from gamayun_jax.training import cluster
 from gamayun_jax.training.chips import chip_of
 from gamayun_jax.training.divergence import Diverged
 from gamayun_jax.training.meters import OVERHEADS
 from gamayun_jax.training.resume import Run
+from gamayun_jax.training.run_meta import RunMeta
 
 BAD_RECORDS = "records set aside so far"  # an event of the lineage
 
@@ -144,32 +145,32 @@ def save(run: Run, reason: str) -> None:
             event = {"event": BAD_RECORDS, "step": run.step, **counts}
             run.lineage["events"] = [*others, event]
         run.folder.sync()
-        run.store.save(run.state, run.step, run_meta(run))
+        run.store.save(run.state, run_meta(run))
         # The one before is whole by now; this one is not yet.
         finished = run.lineage["checkpoints"][:-1]
         run.folder.write_lineage({**run.lineage, "checkpoints": finished})
 
 
-def run_meta(run: Run) -> dict[str, Any]:
-    """What a checkpoint says of the run beside its arrays, as plain JSON."""
+def run_meta(run: Run) -> RunMeta:
+    """What a checkpoint of the last step that is done says beside its arrays."""
     plan, step = run.plan, run.step
-    return dict(
+    return RunMeta(
         step=step,
+        config=run.cfg,
         tokens=run.tokens_at(step),
-        config=to_json(run.cfg),
         tokenizer=run.corpus.manifest["tokenizer"]["fingerprint"],
+        lineage=run.lineage,
         contents=run.corpus.contents(),
-        rest_of=plan.rest_of,
         consumed=plan.consumed(step),
         curricula=plan.curricula(step),
-        origin=run.origin,
-        lineage=run.lineage,
-        interval=run.meters.accumulator.to_json(),
-        watch=run.detector.to_json(),
-        times=run.meters.timer.to_json(),
-        rollbacks=run.rollbacks,
-        seed=plan.segments[plan.segment_before(step)].seed,
         shares=plan.shares[run.cfg.stage_at(max(step - 1, 0))],
+        rest_of=plan.rest_of,
+        seed=plan.segments[plan.segment_before(step)].seed,
+        origin=run.origin,
+        rollbacks=run.rollbacks,
+        interval=run.meters.accumulator.to_json(),
+        times=run.meters.timer.to_json(),
+        watch=run.detector.to_json(),
     )
 
 

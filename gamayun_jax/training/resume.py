@@ -6,37 +6,36 @@ import datetime
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from clu.parameter_overview import get_parameter_overview
 from jax.sharding import Mesh
 
-from gamayun_jax.config import Config, UserError, from_json, to_dict
+from gamayun_jax.config import Config, UserError, to_dict
 from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.loader import DataPlan, make_data_plan, mixture_notes
 from gamayun_jax.data.token_weights import build_token_weights
 from gamayun_jax.training import cluster
-from gamayun_jax.training.checkpoint import Checkpoints, TrainState, barrier
+from gamayun_jax.training.checkpoint import Checkpoints, TrainState
+from gamayun_jax.training.cluster import barrier
+from gamayun_jax.training.continuity import (
+    check_checkpoints,
+    check_origin,
+    check_past,
+    check_schedules,
+    lost_checkpoints,
+)
+from gamayun_jax.training.corpus_changes import check_contents, note_corpus
 from gamayun_jax.training.divergence import (
     DivergenceDetector,
     load_rollbacks,
     rollbacks_of,
 )
-from gamayun_jax.training.lineage import (
-    check_checkpoints,
-    check_contents,
-    check_origin,
-    check_past,
-    check_schedules,
-    load_origin,
-    lost_checkpoints,
-    new_lineage,
-    note_corpus,
-    note_versions,
-)
+from gamayun_jax.training.lineage import load_origin, new_lineage, note_versions
 from gamayun_jax.training.meters import Meters
 from gamayun_jax.training.run_folder import (
     BadRecordLog,
@@ -44,9 +43,35 @@ from gamayun_jax.training.run_folder import (
     config_changes,
     differences,
 )
+from gamayun_jax.training.run_meta import RunMeta
 from gamayun_jax.training.step import abstract_state, new_state, reset_moments
 
 Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is given: its config, devices, data and folder."""
+
+    cfg: Config
+    mesh: Mesh
+    corpus: Corpus
+    folder: RunFolder
+    store: Checkpoints
+    init_from: Path | None  # where a run without a checkpoint of its own begins
+    log: Log
+
+
+class Start(NamedTuple):
+    """Where a run stands before its next step."""
+
+    step: int
+    state: TrainState
+    plan: DataPlan
+    origin: Mapping[str, Any] | None
+    lineage: dict[str, Any]
+    rollbacks: list[dict[str, Any]]
+    meta: RunMeta | None  # of the checkpoint that it goes on from
 
 
 @dataclass
@@ -128,166 +153,164 @@ def open_run_folder(workdir: Path, writer: bool, fresh: bool, log: Log) -> RunFo
     return folder
 
 
-def start_or_resume(
-    cfg: Config,
-    mesh: Mesh,
-    corpus: Corpus,
-    folder: RunFolder,
-    store: Checkpoints,
-    init_from: Path | None,
-    rollbacks: list[dict[str, Any]],
-    log: Log,
-) -> Run:
+def start_or_resume(setting: Setting, rollbacks: list[dict[str, Any]]) -> Run:
     """The run, at the step where its folder stands; its records go on from there.
 
     Args:
-      init_from: begin from another run's checkpoint, if this one has none.
       rollbacks: what was decided in this folder so far.
 
     Raises:
       UserError: the config or the corpus does not fit what was done so far.
     """
     began, now = time.perf_counter(), datetime.datetime.now(datetime.UTC)
-    abstract = abstract_state(cfg, mesh)
-
-    def check(meta: dict[str, Any], where: str) -> None:
-        config_changes(from_json(meta["config"], where), cfg)
-        check_origin(init_from, meta["origin"], None, folder.path)
-        plan = make_data_plan(cfg, corpus, meta["origin"], rest_of=rest_of(meta))
-        check_past(cfg, plan, corpus, meta, where)
-        check_contents(meta, corpus, where)
-        before = meta["origin"]["tokens"] if meta["origin"] else 0
-        check_stages(cfg, corpus, plan, before)
-
-    found = store.newest(abstract, check, folder.path / "damaged", log)
-    changes: dict[str, tuple[Any, Any]] = {}
-    meta: dict[str, Any] = {}
+    cfg, folder, corpus = setting.cfg, setting.folder, setting.corpus
+    abstract = abstract_state(cfg, setting.mesh)
+    found = setting.store.newest(
+        abstract,
+        partial(check_resumable, setting),
+        folder.path / "damaged",
+        setting.log,
+    )
     if found is None:
-        step = 0
-        recorded = folder.lineage()
-        state, plan, origin = start(
-            cfg, mesh, corpus, abstract, init_from, rollbacks, log, recorded, folder
-        )
-        lineage = new_lineage(cfg, corpus, plan, origin)
-        # Not of the last attempt, where those before it left no checkpoint.
-        known = recorded.get("started")
-        lineage["started"] = known or now.isoformat("T", "milliseconds")
+        begin = begin_run(setting, abstract, rollbacks, now)
     else:
-        step, meta, state, events = found
-        changes = config_changes(from_json(meta["config"]), cfg)
-        origin, rollbacks = meta["origin"], rollbacks_of(meta, rollbacks)
-        plan = make_data_plan(cfg, corpus, origin, rollbacks, rest_of(meta))
-        moved = {e["step"] for e in events}
-        for lost in lost_checkpoints(folder.lineage(), rollbacks, step):
-            if lost not in moved:
-                log(f"checkpoint {lost} is gone: what came after {step} is made again")
-                events.append({"event": "gone", "step": lost})
-        lineage = new_lineage(cfg, corpus, plan, origin)
-        # What is to come may have changed; what has happened stays.
-        kept = ("started", "events", "checkpoints")
-        lineage |= {k: meta["lineage"][k] for k in kept}
-        resumed_at = {"event": "resumed", "step": step}
-        lineage["events"] = [*lineage["events"], *events, resumed_at]
-        note_versions(lineage, meta["lineage"].get("versions", {}), step, log)
-        note_corpus(lineage, meta, corpus, f"{store.folder}/{step}", log)
-        log(f"going on from step {step} of {cfg.total_steps} in {folder.path}")
-    lineage["rollbacks"] = rollbacks
+        begin = go_on(setting, rollbacks, *found)
+    begin.lineage["rollbacks"] = begin.rollbacks
+    for text in mixture_notes(cfg, corpus, begin.plan):
+        setting.log(text)
+    meta = begin.meta
+    sums, times, losses = (
+        (meta.interval, meta.times, meta.watch) if meta else (None, None, None)
+    )
+    run = Run(
+        cfg=cfg,
+        mesh=setting.mesh,
+        corpus=corpus,
+        plan=begin.plan,
+        folder=folder,
+        store=setting.store,
+        abstract=abstract,
+        state=begin.state,
+        step=begin.step,
+        origin=begin.origin,
+        lineage=begin.lineage,
+        rollbacks=begin.rollbacks,
+        meters=Meters(len(cfg.languages), began, sums, times),
+        detector=DivergenceDetector(cfg.divergence, losses),
+        bad_records=BadRecordLog(folder.path, jax.process_index()),
+        log=setting.log,
+        began=began,
+    )
+    begin_records(run)
+    return run
+
+
+def check_resumable(setting: Setting, meta: RunMeta, where: str) -> None:
+    """Raise UserError if the run cannot go on from its own checkpoint."""
+    cfg, corpus = setting.cfg, setting.corpus
+    config_changes(meta.config, cfg)
+    check_origin(setting.init_from, meta.origin, None, setting.folder.path)
+    plan = make_data_plan(cfg, corpus, meta.origin, rest_of=meta.rest_of)
+    check_past(cfg, plan, corpus, meta, where)
+    check_contents(meta, corpus, where)
+    check_stages(cfg, corpus, plan, meta.tokens_before)
+
+
+def go_on(
+    setting: Setting,
+    rollbacks: list[dict[str, Any]],
+    meta: RunMeta,
+    state: TrainState,
+    events: list[dict[str, Any]],
+) -> Start:
+    """A run that goes on from its newest checkpoint that is whole.
+
+    Args:
+      events: of the lineage, about newer checkpoints that were damaged.
+    """
+    cfg, corpus, folder, log = (
+        setting.cfg, setting.corpus, setting.folder, setting.log,
+    )  # fmt: skip
+    step = meta.step
+    changes = config_changes(meta.config, cfg)
+    rollbacks = rollbacks_of(meta, rollbacks)
+    plan = make_data_plan(cfg, corpus, meta.origin, rollbacks, meta.rest_of)
+    moved = {e["step"] for e in events}
+    for lost in lost_checkpoints(folder.lineage(), rollbacks, step):
+        if lost not in moved:
+            log(f"checkpoint {lost} is gone: what came after {step} is made again")
+            events.append({"event": "gone", "step": lost})
+    lineage = new_lineage(cfg, corpus, plan, meta.origin)
+    # What is to come may have changed; what has happened stays.
+    lineage |= {k: meta.lineage[k] for k in ("started", "events", "checkpoints")}
+    resumed = {"event": "resumed", "step": step}
+    lineage["events"] = [*lineage["events"], *events, resumed]
+    note_versions(lineage, meta.lineage.get("versions", {}), step, log)
+    note_corpus(lineage, meta, corpus, f"{setting.store.folder}/{step}", log)
+    log(f"going on from step {step} of {cfg.total_steps} in {folder.path}")
     for name, (old, new) in changes.items():
         log(f"config change since the checkpoint: {name}: {old!r} -> {new!r}")
         lineage["events"].append(
             {"event": "config", "step": step, "field": name, "old": old, "new": new}
         )
-    for text in mixture_notes(cfg, corpus, plan):
-        log(text)
-    run = Run(
-        cfg=cfg,
-        mesh=mesh,
-        corpus=corpus,
-        plan=plan,
-        folder=folder,
-        store=store,
-        abstract=abstract,
-        state=state,
-        step=step,
-        origin=origin,
-        lineage=lineage,
-        rollbacks=rollbacks,
-        meters=Meters(
-            len(cfg.languages), began, meta.get("interval"), meta.get("times")
-        ),
-        detector=DivergenceDetector(cfg.divergence, meta.get("watch")),
-        bad_records=BadRecordLog(folder.path, jax.process_index()),
-        log=log,
-        began=began,
-    )
     if step == cfg.total_steps:
         # They tell what the steps were made with, and nothing of this start made any.
-        past = meta["lineage"]
+        past = meta.lineage
         folder.write_lineage({**past, "events": [*past["events"], *events]})
-        folder.write_config(from_json(meta["config"]))
+        folder.write_config(meta.config)
         if changes:
             log("the run is complete: config.json and lineage.json stay as they were")
-    begin_records(run)
-    return run
+    return Start(step, state, plan, meta.origin, lineage, rollbacks, meta)
 
 
-def start(
-    cfg: Config,
-    mesh: Mesh,
-    corpus: Corpus,
+def begin_run(
+    setting: Setting,
     abstract: TrainState,
-    init_from: Path | None,
     rollbacks: list[dict[str, Any]],
-    log: Log,
-    recorded: Mapping[str, Any],
-    folder: RunFolder,
-) -> tuple[TrainState, DataPlan, dict[str, Any] | None]:
-    """First state, data plan and origin of a run that has no checkpoint yet.
-
-    Args:
-      recorded: the lineage of an earlier attempt in this folder.
-    """
-    if init_from is None:
-        check_origin(None, None, recorded.get("init_from"), folder.path)
-        plan = make_data_plan(cfg, corpus, None, rollbacks)
-        check_stages(cfg, corpus, plan)
-        return new_state(cfg, mesh), plan, None
-    source, step, meta, origin = load_origin(init_from, cfg, corpus)
-    for text in origin["corpus_changes"]:
-        log(f"corpus: {text}")
-    for name in origin["restarted"]:
-        log(f"source {name} is not what it was: its data begin anew")
+    now: datetime.datetime,
+) -> Start:
+    """A run that has no checkpoint yet, from nothing or from another's checkpoint."""
+    cfg, corpus, log = setting.cfg, setting.corpus, setting.log
+    former = setting.folder.lineage()  # of an attempt that left no checkpoint
+    origin = None
+    if setting.init_from is None:
+        check_origin(None, None, former.get("init_from"), setting.folder.path)
+    else:
+        source, meta, origin = load_origin(setting.init_from, cfg, corpus)
+        for text in origin["corpus_changes"]:
+            log(f"corpus: {text}")
+        for name in origin["restarted"]:
+            log(f"source {name} is not what it was: its data begin anew")
     plan = make_data_plan(cfg, corpus, origin, rollbacks)
-    check_stages(cfg, corpus, plan, origin["tokens"])
-    state = start_from(cfg, abstract, source, step, meta)
-    source.close()
-    return state, plan, origin
-
-
-def rest_of(meta: Mapping[str, Any]) -> str:
-    """What the shares of a checkpoint's mixture leave to others (see make_data_plan): a
-    former release's checkpoint does not say."""
-    return meta.get("rest_of", "sources")
+    check_stages(cfg, corpus, plan, origin["tokens"] if origin else 0)
+    if origin is None:
+        state = new_state(cfg, setting.mesh)
+    else:
+        state = start_from(cfg, abstract, source, meta)
+        source.close()
+    lineage = new_lineage(cfg, corpus, plan, origin)
+    started = now.isoformat("T", "milliseconds")
+    lineage["started"] = former.get("started") or started
+    return Start(0, state, plan, origin, lineage, rollbacks, None)
 
 
 def start_from(
-    cfg: Config, abstract: TrainState, store: Checkpoints, step: int, meta
+    cfg: Config, abstract: TrainState, store: Checkpoints, meta: RunMeta
 ) -> TrainState:
     """First state of a run that begins from another's checkpoint.
 
     The optimiser's moments of an imported model begin anew, whatever the config says.
     """
-    where = f"--init-from {store.folder}/{step}"
-    former = from_json(meta["config"], where)
-    other = differences(to_dict(former.model), to_dict(cfg.model), "model")
+    where = f"--init-from {store.folder}/{meta.step}"
+    other = differences(to_dict(meta.config.model), to_dict(cfg.model), "model")
     if other:
         told = "; ".join(f"{k} is {a!r} there and {b!r}" for k, (a, b) in other.items())
         raise UserError(f"{where} is another model than the config's: {told} here")
-    if meta["lineage"].get("imported"):  # parameters are all that there is
-        params = store.restore_params(step, abstract.params)
+    if meta.lineage.get("imported"):  # parameters are all that there is
+        params = store.restore_params(meta.step, abstract.params)
         first = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
         return reset_moments(cfg, TrainState(first, params, None), abstract)
-    state = store.restore(step, abstract)
+    state = store.restore(meta.step, abstract)
     state = state.replace(step=jnp.zeros_like(state.step))
     if cfg.stages[0].transition.moments == "reset":
         state = reset_moments(cfg, state, abstract)

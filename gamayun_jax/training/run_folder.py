@@ -312,6 +312,26 @@ def is_step(name: str) -> bool:
     return name.isdecimal() and name == str(int(name))
 
 
+def find_checkpoint(path: Path) -> tuple[Path, int]:
+    """(checkpoints folder, step) of a run folder (its newest) or of one checkpoint.
+
+    Raises:
+      UserError: neither a run folder nor a checkpoint.
+    """
+    check_local(path, "model ")
+    path = Path(path)
+    if is_step(path.name) and (path / "meta").is_dir():
+        return path.parent, int(path.name)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = [k for k in steps_in(folder) if (folder / str(k) / "meta").is_dir()]
+    if not steps:
+        raise UserError(
+            f"{path} has no checkpoint: give a run folder, or one of its "
+            "checkpoints/<step>"
+        )
+    return folder, max(steps)
+
+
 class BadRecordLog:
     """What a process met in the corpus and could not use, each record once, in
     set_aside.<process>.jsonl of the run folder."""

@@ -19,7 +19,8 @@ from gamayun_jax.config import (
 from gamayun_jax.data import loader
 from gamayun_jax.data.loader import host_rows, local_batches, make_batch, make_data_plan
 from gamayun_jax.model import sharding
-from gamayun_jax.training.lineage import check_contents, check_past, corpus_changes
+from gamayun_jax.training.continuity import check_past
+from gamayun_jax.training.corpus_changes import check_contents, corpus_changes
 
 BOS, PAD, EOS = 1, 0, 2
 

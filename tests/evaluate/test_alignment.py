@@ -12,14 +12,15 @@ import pytest
 from flax import linen as nn
 
 from gamayun_jax.cli import main
-from gamayun_jax.config import ComputeConfig, MeshConfig, UserError, to_json
+from gamayun_jax.config import ComputeConfig, MeshConfig, UserError
 from gamayun_jax.data.tokenizer import Tokenizer
 from gamayun_jax.evaluate import alignment, results
-from gamayun_jax.interop import hf_config, hf_weights
+from gamayun_jax.interop import hf_weights
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
 from gamayun_jax.report.alignment_page import best_layer
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
+from gamayun_jax.training.run_meta import RunMeta
 
 MESH = MeshConfig(2, 2, 2)
 
@@ -28,7 +29,7 @@ MESH = MeshConfig(2, 2, 2)
 def parameters(config):
     one = jnp.zeros((1, 1), jnp.int32)
     model = Transformer(config.model, config.compute)
-    params = model.init(jax.random.key(3), one, one, one)["params"]
+    params = nn.unbox(model.init(jax.random.key(3), one, one, one))["params"]
     # Large enough weights that attention looks at something.
     return jax.tree.map(lambda x: np.asarray(8 * x) if x.ndim > 2 else x, params)
 
@@ -59,7 +60,7 @@ def test_means_of_hidden_states_equal_those_of_transformers(
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(
-        json.dumps(hf_config.config_to_hf(config.model))
+        json.dumps(hf_weights.config_to_hf(config.model))
     )
     hf_weights.write_weights(parameters, config.model, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -99,7 +100,7 @@ def test_training_keeps_no_hidden_states(config):
     cfg = dataclasses.replace(config.model, num_layers=3)
     model = Transformer(cfg, ComputeConfig(remat="full"))
     ids = jnp.ones((2, 16), jnp.int32)
-    params = model.init(jax.random.key(0), ids, ids, ids)
+    params = nn.unbox(model.init(jax.random.key(0), ids, ids, ids))
     assert set(params) == {"params"}
 
     def plain(params):
@@ -258,12 +259,12 @@ def run(config, parameters, tmp_path_factory):
     """A run folder with a checkpoint of random weights, as training writes it."""
     folder = tmp_path_factory.mktemp("run") / "run"
     store = Checkpoints(folder / "checkpoints")
-    meta = dict(
-        step=7, tokens=3584, config=to_json(config), lineage={"run": "small"},
+    meta = RunMeta(
+        step=7, tokens=3584, config=config, lineage={"run": "small"},
         tokenizer=Tokenizer(f"{config.data.corpus}/tokenizer.model").fingerprint,
     )  # fmt: skip
     params = jax.tree.map(jnp.asarray, parameters)
-    store.save(TrainState(jnp.int32(7), params, {}), 7, meta)
+    store.save(TrainState(jnp.int32(7), params, {}), meta)
     store.wait()
     store.close()
     return folder

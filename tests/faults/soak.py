@@ -246,7 +246,7 @@ def outcome(run: Path) -> dict:
             for n, x in named_leaves(jax.device_get(state))
         },
         "records": records,
-        "consumed": meta["consumed"],
+        "consumed": meta.consumed,
         "evaluations": {p.name: p.read_text() for p in (run / "eval").glob("*.json")},
         "kept": kept,
     }

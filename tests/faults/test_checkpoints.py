@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import read_only
+from conftest import meta_of, read_only
 
 from gamayun_jax import train
 from gamayun_jax.config import UserError
 from gamayun_jax.report import read_run
-from gamayun_jax.training import checkpoint
+from gamayun_jax.training import checkpoint, checksums, run_folder
 from gamayun_jax.training.checkpoint import (
     Checkpoints,
     DamagedCheckpointError,
@@ -34,7 +34,7 @@ def leaves(run, step):
     store = Checkpoints(run / "checkpoints", read_only=True)
     meta = store.meta(step)
     store.close()
-    return meta["checksums"]
+    return meta.checksums
 
 
 def records(run):
@@ -121,7 +121,7 @@ def test_what_another_process_cannot_read_is_set_aside_by_all(
     store = Checkpoints(tmp_path / "checkpoints")
     state = TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {})
     for step in (1, 2):
-        store.save(state, step, {})
+        store.save(state, meta_of(step))
     store.wait()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -144,7 +144,7 @@ def test_what_another_process_cannot_read_is_set_aside_by_all(
     said = []
     found = store.newest(abstract, lambda *a: None, tmp_path / "damaged", said.append)
     store.close()
-    assert found[0] == 1
+    assert found[0].step == 1
     assert "checkpoint 2 is damaged (processes [1] cannot read it)" in said[0]
     assert (tmp_path / "damaged" / "2").is_dir()
     # Together only after all have read: once for step 1, and for step 2 in its turn.
@@ -169,7 +169,7 @@ def test_every_bit_counts(straight, config):
     state = TrainState(jnp.int32(5), tree, {})
     folder = Path(str(straight)).parent / "bits"
     store = Checkpoints(folder)
-    store.save(state, 1, {})
+    store.save(state, meta_of(1))
     store.wait()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -205,14 +205,14 @@ def test_checksum_is_the_sum_of_bits_times_odd_places(dtype):
         bits = np.asarray(x).astype(np.int32).view(np.uint32).astype(object)
     places = 2 * np.arange(60).reshape(3, 4, 5).astype(object) + 1
     expected = int((bits * places).sum() % 2**32)
-    assert int(checkpoint.checksum(x)) == expected
-    assert int(checkpoint.checksum(x, by_row=True)) == expected
+    assert int(checksums.checksum(x)) == expected
+    assert int(checksums.checksum(x, by_row=True)) == expected
 
 
 def test_another_structure_is_not_taken_for_damage(tmp_path):
     store = Checkpoints(tmp_path / "checkpoints")
-    store.save(TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {}), 1, {})
-    store.save(TrainState(jnp.int32(2), {"a": jnp.ones(3)}, {}), 2, {})
+    store.save(TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {}), meta_of(1))
+    store.save(TrainState(jnp.int32(2), {"a": jnp.ones(3)}, {}), meta_of(2))
     store.wait()
     other = TrainState(jnp.int32(1), {"b": jnp.ones(3)}, {})
     abstract = jax.tree.map(
@@ -290,11 +290,11 @@ def test_lineage_lists_checkpoints_that_are_there(small, straight, tmp_path):
     class KilledError(Exception):
         pass
 
-    def killed(self, state, at, meta):
-        save(self, state, at, meta)
+    def killed(self, state, meta):
+        save(self, state, meta)
         listed = json.loads((run / "lineage.json").read_text())["checkpoints"]
-        assert at not in [c["step"] for c in listed]
-        if at == 3:
+        assert meta.step not in [c["step"] for c in listed]
+        if meta.step == 3:
             self.wait()
             shutil.rmtree(run / "checkpoints" / "3")
             raise KilledError
@@ -417,7 +417,7 @@ def test_checkpoints_that_vanish_under_a_run(straight, tmp_path):
             raise FileNotFoundError(2, "No such file or directory", str(folder))
     folder.write_text("")
     with pytest.raises(UserError, match="has no checkpoint"):
-        checkpoint.find_checkpoint(tmp_path)
+        run_folder.find_checkpoint(tmp_path)
     store.close()
 
 
@@ -462,7 +462,7 @@ def test_a_full_disk_leaves_the_former_checkpoints_whole(small, straight, tmp_pa
 
 def fill(store, state):
     for step in range(3, 6):
-        store.save(state, step, {})
+        store.save(state, meta_of(step))
         store.wait()
 
 
@@ -481,9 +481,9 @@ def test_a_small_file_system_that_fills_up(tmp_path):
         state = TrainState(
             jnp.int32(1), {"a": rng.normal(size=250_000).astype("f4")}, {}
         )
-        store.save(state, 1, {})
+        store.save(state, meta_of(1))
         store.wait()
-        store.save(state, 2, {})
+        store.save(state, meta_of(2))
         store.wait()
         with pytest.raises(UserError, match=r"No space left.*from step [23]$"):
             fill(store, state)

@@ -74,7 +74,7 @@ def test_one_bad_step_is_left_out_and_counted(config, poison, tmp_path):
     assert all(np.isfinite(r["loss"]) for r in records(run))
     assert not (run / "rollbacks.json").exists()
     store = checkpoint.Checkpoints(run / "checkpoints", read_only=True)
-    assert store.meta(13)["step"] == 13
+    assert store.meta(13).step == 13
     store.close()
 
 
@@ -87,7 +87,7 @@ def test_a_skipped_update_changes_nothing_but_the_step(config, poison, tmp_path)
     poison([(5, 3)], np.inf)
     assert train.train(cfg, tmp_path / "run", log=quiet) == 0
     store = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
-    before, after, next_one = (store.meta(s)["checksums"] for s in (4, 5, 6))
+    before, after, next_one = (store.meta(s).checksums for s in (4, 5, 6))
     store.close()
     assert before["params"] == after["params"] != next_one["params"]
     del before["opt_state"]["step"], after["opt_state"]["step"]
@@ -123,9 +123,9 @@ def test_bad_steps_in_a_row_roll_back_and_are_left_out(
     left_out = {*zip(former[32:48].tolist(), before[32:48].tolist(), strict=True)}
     assert not left_out & {*zip(dataset.tolist(), position.tolist(), strict=True)}
     meta = final(run)
-    assert meta["lineage"]["rollbacks"] == meta["rollbacks"] == [decision]
+    assert meta.lineage["rollbacks"] == meta.rollbacks == [decision]
     straight = make_data_plan(strict, corpus).consumed(13)
-    extra = {k: meta["consumed"][k] - straight[k] for k in straight}
+    extra = {k: meta.consumed[k] - straight[k] for k in straight}
     assert sum(extra.values()) == 16
     assert [r["step"] for r in records(run)] == [4, 7, 8, 12, 13]
     report = json.loads((run / "divergence" / "6.json").read_text())["examples"]
@@ -200,7 +200,7 @@ def test_checkpoints_of_the_abandoned_branch_go(config, poison, tmp_path):
     assert train.train(cfg, run, log=said.append) == 0
     assert any("going back to step 3" in x for x in said)
     metas = checkpoint.Checkpoints(run / "checkpoints", read_only=True)
-    assert [len(metas.meta(s)["rollbacks"]) for s in (3, 4, 5, 6)] == [0, 1, 1, 1]
+    assert [len(metas.meta(s).rollbacks) for s in (3, 4, 5, 6)] == [0, 1, 1, 1]
     metas.close()
 
 

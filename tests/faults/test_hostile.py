@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from conftest import meta_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -198,8 +199,7 @@ def model_folder(tmp_path_factory):
     import jax.numpy as jnp
 
     from gamayun_jax.config import ModelConfig
-    from gamayun_jax.interop.hf_config import config_to_hf
-    from gamayun_jax.interop.hf_weights import find_tensors, write_weights
+    from gamayun_jax.interop.hf_weights import config_to_hf, shapes_of, write_weights
 
     cfg = ModelConfig(
         vocab_size=32, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1,
@@ -208,12 +208,15 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_to_hf(cfg)))
+    from flax import linen as nn
 
-    from gamayun_jax.model.weights import abstract_params
+    from gamayun_jax.model.transformer import abstract_params
 
-    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(cfg))
+    params = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(abstract_params(cfg))
+    )
     write_weights(params, cfg, folder, 10**9, "float32")
-    assert find_tensors(folder)
+    assert shapes_of(cfg)
     return folder
 
 
@@ -384,7 +387,7 @@ def test_checkpoint_meta(data, tmp_path):
     if not folder.exists():
         store = checkpoint.Checkpoints(folder)
         state = checkpoint.TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {})
-        store.save(state, 1, {"step": 1, "config": "{}"})
+        store.save(state, meta_of(1))
         store.wait()
         store.close()
         path = max((folder / "1" / "meta").iterdir(), key=lambda p: p.stat().st_size)

@@ -247,8 +247,8 @@ def test_a_folder_is_read_straight_onto_the_mesh(imported):
     np.testing.assert_array_equal(table, model.get_input_embeddings().weight.detach())
     for leaf in (table, params["layers"]["mlp"]["gate"]):
         assert leaf.addressable_shards[0].data.size == leaf.size // 8
-    assert (cfg.model.vocab_size, meta["step"]) == (416, 0)
-    assert meta["lineage"]["imported"]["folder"] == folder.name
+    assert (cfg.model.vocab_size, meta.step) == (416, 0)
+    assert meta.lineage["imported"]["folder"] == folder.name
 
 
 def test_the_door(imported, corpus, tmp_path):

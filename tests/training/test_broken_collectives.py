@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from conftest import meta_of
 
 from gamayun_jax.config import UserError
 from gamayun_jax.training import checkpoint, cluster
@@ -63,7 +64,7 @@ def test_another_error_is_not(error):
 def test_a_loss_while_a_checkpoint_is_read_is_not_damage(tmp_path, monkeypatch):
     """A good checkpoint must not be set aside since a process has died."""
     store = checkpoint.Checkpoints(tmp_path / "checkpoints")
-    store.save(checkpoint.TrainState(0, {"a": jax.numpy.ones(2)}, {}), 1, {})
+    store.save(checkpoint.TrainState(0, {"a": jax.numpy.ones(2)}, {}), meta_of(1))
     store.wait()
 
     def broken(*args, **kwargs):

@@ -31,7 +31,8 @@ from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.files import file_sha256
 from gamayun_jax.data.loader import make_data_plan
 from gamayun_jax.training import checkpoint, cluster, signals
-from gamayun_jax.training.lineage import check_corpus, load_origin, share_points
+from gamayun_jax.training.continuity import check_corpus
+from gamayun_jax.training.lineage import load_origin, share_points
 from gamayun_jax.training.run_folder import BadRecordLog, RunFolder
 from gamayun_jax.training.step import abstract_state
 
@@ -232,7 +233,7 @@ def test_a_stage_that_begins_its_data_anew_resumes_exactly(step, restarted, tmp_
         for r in (straight, run)
     ]
     for key in ("curricula", "consumed", "seed"):
-        assert metas[0][key] == metas[1][key]
+        assert getattr(metas[0], key) == getattr(metas[1], key)
 
 
 def test_init_from_inside_each_segment_goes_on_with_its_order(restarted, corpus):
@@ -240,9 +241,9 @@ def test_init_from_inside_each_segment_goes_on_with_its_order(restarted, corpus)
     plan = make_data_plan(cfg, corpus)
     for step, segment in ((6, 0), (7, 0), (9, 1), (13, 1)):
         path = run / "checkpoints" / str(step)
-        store, _, meta, origin = load_origin(path, cfg, corpus)
+        store, meta, origin = load_origin(path, cfg, corpus)
         store.close()
-        assert meta["seed"] == origin["seed"] == plan.segments[segment].seed
+        assert meta.seed == origin["seed"] == plan.segments[segment].seed
         assert origin["cursors"] == plan.consumed(step)
         assert not origin["restarted"]
 
@@ -433,9 +434,9 @@ def test_init_from_goes_on_with_parameters_tokens_and_cursors(
     assert first["tokens"] == (7 + 4) * 8 * 64
     meta = checkpoint.Checkpoints(run / "checkpoints", read_only=True).meta(6)
     start = make_data_plan(config, corpus).consumed(7)
-    assert meta["origin"]["cursors"] == start
-    assert meta["consumed"]["en/help"] == start["en/help"] + 24
-    assert meta["consumed"]["tr/help"] == start["tr/help"]
+    assert meta.origin["cursors"] == start
+    assert meta.consumed["en/help"] == start["en/help"] + 24
+    assert meta.consumed["tr/help"] == start["tr/help"]
     # It really began from those parameters: its first loss is near the last one there,
     # and far from a fresh model's.
     before = [r["nll"] for r in records(straight)]
@@ -449,7 +450,7 @@ def test_init_from_goes_on_with_parameters_tokens_and_cursors(
             dataclasses.replace(stage, transition=TransitionConfig("reset", "restart")),
         ),
     )
-    plan = make_data_plan(restart, corpus, meta["origin"])
+    plan = make_data_plan(restart, corpus, meta.origin)
     assert plan.consumed(0)["en/help"] == 0
 
 
@@ -502,7 +503,7 @@ def test_init_from_begins_a_swapped_source_anew(
     straight, config, corpus, reversed_corpus
 ):
     path = straight / "checkpoints" / "7"
-    store, _, _, origin = load_origin(path, config, reversed_corpus)
+    store, _, origin = load_origin(path, config, reversed_corpus)
     store.close()
     assert origin["restarted"] == ["tr/help"]
     cursors = make_data_plan(config, corpus).consumed(7)

@@ -1,0 +1,47 @@
+"""The commands of `gamayun`: one function each, whose signature and docstring are what
+the command line reads and what its help says (cli.py tells how).
+
+Modules that import JAX are imported by the command that needs them, so that help and
+wrong arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from gamayun_jax.config import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+FORMATS = (".png", ".svg", ".pdf")  # of pictures that matplotlib writes
+Picture = Annotated[
+    Path, (f"named {', '.join(FORMATS)}", lambda p: p.suffix.lower() in FORMATS)
+]
+Repeated = Annotated[Sequence[str], "append"]  # an option that may be given many times
+# "Args:" of several commands, for those that do not say it themselves.
+COMMON = """\
+  config: Python experiment file (executed).
+  corpus: corpus folder with held-out sets (default: the run's own).
+  languages (LANGUAGE): only these languages (default: all).
+  limit (N): most items per language and task (default: all).
+  model: run folder, checkpoint or Hugging Face folder.
+  set_ (A.B=VALUE): change one field of the config; may be repeated.
+  work: folder for the downloads (default: OUT/downloads).
+"""
+
+
+def note(text: str) -> None:
+    """Print a line on stderr: for the person who waits, not for the output's reader."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def in_repository(path: str) -> Path:
+    """A path in a clone of the repository; UserError where this package is not one."""
+    if not (REPOSITORY / path).exists():
+        raise UserError(
+            f"{REPOSITORY / path} is missing: this command is for a clone of the "
+            "repository, installed with `pip install -e .`"
+        )
+    return REPOSITORY / path

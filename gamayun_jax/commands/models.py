@@ -1,0 +1,361 @@
+"""Commands on trained models: scores, comparisons, text, other formats."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from gamayun_jax.commands import Repeated, note
+from gamayun_jax.config import Count, UserError
+
+
+def evaluate(
+    model: Path,
+    *,
+    tasks: list[str] | None = None,
+    limit: Count = 0,
+    corpus: Path | None = None,
+    languages: list[str] | None = None,
+    batch_size: Count | None = None,
+    window: Count | None = None,
+    out: Path | None = None,
+) -> None:
+    """Evaluate a model by language, on held-out text or on tasks.
+
+    Without --tasks: loss and bits per byte on the held-out sets of its corpus. Writes
+    OUT/eval.json, OUT/items/ and OUT/index.html. Control tokens that a scored text
+    spells are text.
+
+    Examples:
+      gamayun eval runs/demo
+      gamayun eval runs/demo --tasks all --limit 50 --languages ru tr --out out
+
+    Args:
+      tasks (TASK): embedded tasks by name, `all` of them, or YAML files (see
+        docs/tasks.md).
+      batch_size (N): rows per step, of held-out sets (default: as in training).
+      window (TOKENS): most that the model sees of a text (default: its own window; for
+        held-out sets of a run, data.seq_len, as in training).
+      out: folder to write.
+    """
+    from gamayun_jax.evaluate import results, run_tasks
+    from gamayun_jax.report import eval_page, read_run, task_page
+
+    chosen = load_tasks(tasks or [], languages, limit)
+    with task_bars() as watch:
+        result, items = run_tasks.evaluate_model(
+            model,
+            chosen,
+            corpus,
+            heldout=bool(corpus) or not tasks,
+            languages=languages,
+            batch_size=batch_size,
+            window=window,
+            watch=watch,
+        )
+    if "sets" in result:
+        print(read_run.language_table([result]))
+    if chosen:
+        print(task_page.task_table(result["tasks"]))
+    if out:
+        results.write_results(out, result, items)
+        page = eval_page.write_page(result, out)
+        folder = "items/ and " if items else ""
+        print(f"{out}/eval.json, {folder}{page.name} are written")
+
+
+def load_tasks(
+    names: Sequence[str], languages: Sequence[str] | None, limit: int
+) -> list[Any]:
+    """The tasks named, in order; those embedded first, where `all` is among them."""
+    from gamayun_jax.evaluate import tasks
+
+    embedded = tasks.known_tasks() if "all" in names else []
+    wanted = [*embedded, *(n for n in names if n != "all")]
+    chosen = [tasks.load_task(name, languages, limit) for name in wanted]
+    tasks.check_languages(chosen, languages)
+    return chosen
+
+
+@contextlib.contextmanager
+def task_bars() -> Iterator[Any]:
+    """A progress bar for each task that begins, when shown on a terminal."""
+    from tqdm import tqdm
+
+    with contextlib.ExitStack() as shown:
+
+        def watch(name: str, total: int) -> Any:
+            shown.close()
+            bar = tqdm(desc=name, total=total, unit="text", disable=None)
+            return shown.enter_context(bar).update
+
+        yield watch
+
+
+def align(
+    model: Path,
+    *,
+    out: Path | None = None,
+    corpus: Path | None = None,
+    languages: list[str] | None = None,
+    eval_: Path | None = None,
+) -> None:
+    """Measure how languages align inside a model.
+
+    Translation retrieval by layer, information parity and consistency of answers, on
+    parallel held-out sets. Writes OUT/alignment.json and a picture per set.
+
+    Example:
+      gamayun align runs/demo --eval out --out align
+
+    Args:
+      out: folder to write.
+      eval_: folder that `gamayun eval --out` wrote: consistency of its answers.
+    """
+    from gamayun_jax.evaluate import alignment
+    from gamayun_jax.report import alignment_page
+
+    result = alignment.align(model, out, corpus, languages, eval_)
+    if out:
+        alignment_page.write_figures(result, out)
+    print(alignment_page.table(result))
+
+
+def compare(
+    models: list[Path],
+    *,
+    out: Path,
+    tasks: list[str] | None = None,
+    limit: Count = 0,
+    languages: list[str] | None = None,
+) -> None:
+    """Compare models by language and task, with paired confidence intervals.
+
+    Reads models, or folders that `gamayun eval --out` wrote; writes OUT/index.html,
+    OUT/compare.json and the results of the models.
+
+    Example:
+      gamayun compare runs/a runs/b Qwen3-1.7B --limit 100 --out compared
+
+    Args:
+      models (MODEL): run folder, checkpoint, Hugging Face folder or result folder; the
+        others are compared with the first.
+      out: folder to write.
+      tasks (TASK): embedded tasks by name, or YAML files (default: all embedded ones).
+    """
+    from gamayun_jax.evaluate import results, run_tasks
+    from gamayun_jax.report import compare
+
+    chosen = []
+    if not all(results.is_result(m) for m in models):
+        chosen = load_tasks(tasks or ["all"], languages, limit)
+    with task_bars() as watch:
+        folders = run_tasks.evaluate_missing(models, chosen, out, note, watch)
+    comparison = compare.compare([results.read_results(f) for f in folders])
+    print(compare.comparison_text(comparison))
+    print(f"\n{compare.write_comparison(comparison, out)}")
+
+
+def generate(
+    model: Path,
+    *,
+    prompt: Repeated = (),
+    interactive: bool = False,
+    literal: bool = False,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Continue a text, printed as it is made.
+
+    Reads the model, and the tokenizer beside it or of its corpus. Control tokens that
+    the prompt of an imported model spells (<|im_start|>) are read as such, as in
+    transformers.
+
+    Examples:
+      gamayun generate runs/demo --prompt "To open a file,"
+      gamayun generate runs/demo --interactive --temperature 0.8 --top-p 0.95
+
+    Args:
+      prompt (TEXT): text to continue; may be repeated.
+      interactive: continue each line of the input.
+      literal: read control tokens in a prompt as text.
+      max_tokens (N): most tokens to add.
+      temperature: 0 always takes the most likely token.
+      top_k (K): draw from the K most likely tokens only; 0: from all.
+      top_p (P): draw from the fewest tokens that reach this probability.
+      min_p (P): least probability, as a share of the most likely token's.
+      repetition_penalty: above 1, tokens that were seen become less likely.
+      seed: seed of the draws.
+    """
+    from gamayun_jax.inference.generator import Generator
+    from gamayun_jax.inference.sampling import Sampling
+    from gamayun_jax.interop import huggingface, load_model
+
+    chosen = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+    if not prompt and not interactive:
+        raise UserError("nothing to continue: give --prompt TEXT or --interactive")
+    cfg, params, meta, mesh = load_model.load_params(model, quantised=True)
+    tokenizer = huggingface.open_tokenizer(model, meta, cfg.data.corpus)
+    write = functools.partial(
+        Generator(cfg.model, params, mesh, tokenizer, cfg.compute).generate,
+        max_tokens=max_tokens,
+        sampling=chosen,
+        truncate=True,
+        literal=literal,
+    )
+
+    def check(text: str) -> None:
+        plain = tokenizer.encode_prompt(text, literal=True)
+        if not literal and tokenizer.encode_prompt(text) != plain:
+            note("control tokens in the prompt are read as such; --literal: as text")
+
+    def show(text: str) -> None:
+        check(text)
+        print(text, end="", flush=True)
+        write([text], on_text=lambda _, new: print(new, end="", flush=True))
+        print(flush=True)
+
+    if len(prompt) == 1:
+        show(prompt[0])
+    elif prompt:
+        for text in prompt:
+            check(text)
+        for text, new in zip(prompt, write(prompt), strict=True):
+            print(f"{text}{new}\n")
+    if interactive:
+        note("a line is continued; an empty one ends")
+        for line in itertools.takewhile(str.strip, sys.stdin):
+            show(line.rstrip("\n"))
+
+
+def lm_eval(*arguments: str) -> None:
+    """Run lm-evaluation-harness on our models: all arguments are the harness's own.
+
+    Needs the extra `lm-eval`: pip install -e '.[lm-eval]' in a checkout of the project.
+
+    Example:
+      gamayun lm-eval --model gamayun --model_args path=runs/demo --tasks arc_easy
+
+    Args:
+      arguments: arguments of lm-evaluation-harness.
+    """
+    try:
+        from gamayun_jax.evaluate import lm_eval as harness
+    except ImportError as e:
+        if {"-h", "--help"} & {*arguments}:  # ours, where the harness's is not
+            print(inspect.getdoc(lm_eval))
+            return
+        raise UserError(
+            f"lm-evaluation-harness is not whole here ({e}): in a checkout of the "
+            "project, pip install -e '.[lm-eval]'"
+        ) from e
+    harness.main(list(arguments))
+
+
+def quantize(
+    model: Path,
+    out: Path,
+    *,
+    bits: Literal[8, 4] = 8,
+    corpus: Path | None = None,
+    no_eval: bool = False,
+) -> None:
+    """Write a checkpoint with int8 or int4 weights, for small machines.
+
+    Prints bits per byte by language before and after. `gamayun eval` and `generate`
+    read the folder.
+
+    Example:
+      gamayun quantize runs/demo out-int4 --bits 4
+
+    Args:
+      model: run folder or checkpoint.
+      out: folder to write.
+      bits: bits per weight.
+      no_eval: only write the folder.
+    """
+    import jax
+
+    from gamayun_jax.evaluate import heldout, results
+    from gamayun_jax.inference import quantize
+    from gamayun_jax.interop import huggingface, load_model
+    from gamayun_jax.report import read_run
+
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another folder")
+    cfg, params, meta, _ = load_model.load_params(model, quantised=True)
+    if not (corpus or cfg.data.corpus or no_eval):
+        raise UserError(
+            f"{model} was not trained on a corpus here: give --corpus, a corpus "
+            "folder with held-out sets, or --no-eval"
+        )
+    tokenizer = huggingface.open_tokenizer(model, meta, corpus or cfg.data.corpus)
+    small = jax.jit(quantize.quantize, static_argnums=1)(params, bits)
+    quantize.save(small, meta, bits, tokenizer, out)
+    old, new = (quantize.size_bytes(tree) for tree in (params, small))
+    print(f"{out}: {new:,} bytes of weights, before {old:,}", flush=True)
+    del params, small
+    evals = []
+    for folder, label in () if no_eval else ((model, "before"), (out, f"int{bits}")):
+        result, sets = heldout.evaluate_heldout(folder, corpus)
+        evals.append({**result, "label": label})
+        for name, items in sets.items():
+            results.write_items(out / "items" / label, name, items)
+    quantize.write_record(out, meta, bits, (old, new), evals)
+    if evals:
+        print(read_run.language_table(evals, cfg.languages))
+
+
+def import_hf(folder: Path, out: Path) -> None:
+    """Read a Hugging Face folder; write a run folder with one checkpoint.
+
+    LLaMA, Qwen2 or Qwen3: config.json, safetensors and tokenizer.
+
+    Example:
+      gamayun import-hf Qwen3-1.7B runs/qwen3
+
+    Args:
+      folder: folder to read.
+      out: run folder to write.
+    """
+    from gamayun_jax.interop import huggingface
+
+    done = huggingface.import_hf(folder, out)
+    print(f"{out}: {done['parameters']:,} parameters", *done["notes"], sep="\n")
+
+
+def export_hf(
+    model: Path,
+    out: Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    tokenizer: Path | None = None,
+) -> None:
+    """Write a checkpoint as a folder that transformers loads.
+
+    Writes config, safetensors, tokenizer and model card.
+
+    Example:
+      gamayun export-hf runs/demo out --dtype bfloat16
+
+    Args:
+      model: run folder or checkpoint.
+      out: folder to write.
+      dtype: type of the weights.
+      tokenizer: tokenizer to write (default: the run's own).
+    """
+    from gamayun_jax.interop import huggingface
+
+    done = huggingface.export_hf(model, out, dtype=dtype, tokenizer=tokenizer)
+    print(f"{out}: {done['parameters']:,} parameters", *done["notes"], sep="\n")

@@ -1,0 +1,208 @@
+"""Commands on runs: the demo, training, plans for TPUs, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from gamayun_jax.commands import Repeated, in_repository, note
+from gamayun_jax.config import Config, Count, Finite, UserError, load_config, set_fields
+
+Steps = Annotated[
+    str, ("FIRST:LAST, such as 10:13", re.compile(r"\d+(:\d+)?").fullmatch)
+]
+
+
+def demo(
+    *, workdir: Path = Path("runs/demo"), long: Finite = 1.0, set_: Repeated = ()
+) -> int:
+    """Run the whole path on the embedded corpus: build, train, report. Minutes.
+
+    Writes build/demo-corpus and the run folder; the same command goes on where it was
+    interrupted.
+
+    Examples:
+      gamayun demo
+      gamayun demo --long 8 --workdir runs/demo-long
+
+    Args:
+      workdir: run folder to write.
+      long (N): train N times as long.
+    """
+    from gamayun_jax import train
+    from gamayun_jax.data import build
+    from gamayun_jax.report import read_run, report
+
+    cfg = load_config(in_repository("experiments/tiny.py"), set_)
+    if long != 1.0:
+        cfg = lengthen(cfg, long)
+    folder = Path(cfg.data.corpus)
+    print(f"1/3 corpus and tokenizer -> {folder}", flush=True)
+    build.build(cfg, folder)
+    print(f"2/3 training, two stages -> {workdir}", flush=True)
+    if status := train.train(cfg, workdir):
+        return status
+    print("3/3 report", flush=True)
+    page = report.write_report([workdir], workdir / "report")
+    print(read_run.run_table(workdir))
+    print(f"\nreport: {page}")
+    return 0
+
+
+def lengthen(cfg: Config, factor: float) -> Config:
+    """The same config with every length in tokens, and the epochs, multiplied."""
+    longer = [f"data.max_epochs={cfg.data.max_epochs * factor}"]
+    for stage in cfg.stages:
+        for path, tokens in (
+            ("tokens", stage.tokens),
+            ("mixture.ramp_tokens", stage.mixture.ramp_tokens),
+            ("schedule.warmup_tokens", stage.schedule.warmup_tokens),
+            ("schedule.decay_tokens", stage.schedule.decay_tokens),
+        ):
+            longer.append(f"stages.{stage.name}.{path}={round(tokens * factor)}")
+    return set_fields(cfg, longer)
+
+
+def train(
+    config: Path,
+    *,
+    workdir: Path,
+    init_from: Path | None = None,
+    profile: Steps | None = None,
+    fresh: bool = False,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    silence: Finite = 60.0,
+    set_: Repeated = (),
+) -> int:
+    """Train all stages of CONFIG; go on where the run folder stands.
+
+    Reads the corpus that CONFIG names; writes checkpoints, metrics and evaluations
+    into the run folder. SIGTERM saves and stops (status 3): the same command goes on.
+
+    Examples:
+      gamayun train experiments/tiny.py --workdir runs/tiny
+      gamayun train experiments/stage2.py --workdir stage2 --init-from stage1
+      gamayun train CONFIG --workdir runs/a --set seed=1 --set data.batch_size=8
+
+    Args:
+      workdir: run folder to write.
+      init_from (RUN|CHECKPOINT): begin a new run with the parameters of a former one.
+      profile (FIRST:LAST): trace these steps into WORKDIR/profile, for XProf or
+        TensorBoard.
+      fresh: begin anew in a run folder whose checkpoints are lost; its records move to
+        WORKDIR/former.
+      distributed: train on several hosts, found from the environment (TPU pods, Slurm).
+      coordinator (HOST:PORT): train on several hosts: address of the first process.
+      num_processes (N): how many processes train, with --coordinator.
+      process_id (K): number of this process, from 0, with --coordinator.
+      silence (SECONDS): on several hosts, all stop (status 4) when one has given no
+        sign of life for so long.
+    """
+    from gamayun_jax.training import xla
+
+    xla.set_flags()
+    from gamayun_jax import train
+    from gamayun_jax.training import cluster, join
+
+    join.join_cluster(distributed, coordinator, num_processes, process_id)
+    xla.keep_compilations(workdir / "compiled")
+    steps = None
+    if profile is not None:
+        first, _, last = profile.partition(":")
+        steps = int(first), int(last or first)
+    with cluster.together(silence):
+        cfg = load_config(config, set_)
+        return train.train(cfg, workdir, init_from, profile=steps, fresh=fresh)
+
+
+def plan(
+    config: Path,
+    *,
+    topology: str | None = None,
+    table: list[str] | None = None,
+    slices: Count = 1,
+    search: bool = False,
+    price: Finite = 0.0,
+    efficiency: Finite = 0.6,
+    json_: Path | None = None,
+    cache: Path = Path("build/plan"),
+    set_: Repeated = (),
+) -> None:
+    """Compile CONFIG's training step for TPUs that need not be there.
+
+    Prints memory, traffic, time and cost. Needs the extra `tpu`; takes one to five
+    minutes per topology.
+
+    Examples:
+      gamayun plan experiments/stage1.py --topology v5e:16x16 --price 1.2
+      gamayun plan experiments/stage1.py --topology v5e:16x16 --search
+      gamayun plan experiments/stage1.py --table v5e:16x16 '2*v5e:16x16' v4:4x4x8
+
+    Args:
+      topology (CHIP:AxB): chips to plan for, e.g. v5e:16x16.
+      table ([N*]CHIP:AxB): several topologies instead, N slices each; one row of a
+        table for each.
+      slices (N): slices of --topology, joined by the data center's network.
+      search: rank meshes, microbatches and remat policies of the config's batch.
+      price: price of a chip-hour (default: none, no costs are shown).
+      efficiency: share of the dense peak that the step reaches when compute binds.
+      json_ (FILE): write the plans as data too.
+      cache: folder of compilations' results.
+    """
+    if bool(topology) == bool(table):
+        raise UserError("give either --topology or --table")
+    # Only described devices are used: whatever is at hand stays free for others.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # JAX's own cache cannot read back what was compiled for absent devices.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    from gamayun_jax.plan import aot, roofline
+    from gamayun_jax.plan import text as plan_text
+
+    cfg = load_config(config, set_)
+    assume = roofline.Assumptions(compute=efficiency)
+    options: dict[str, Any] = dict(price=price, assume=assume, cache=cache)
+    if table:
+        plans = aot.table(cfg, table, log=note, **options)
+        print(plan_text.format_table(plans))
+    elif topology and search:
+        plans = aot.search(cfg, topology, slices, log=note, **options)
+        print(f"{plan_text.format_table(plans)}\n\n{plan_text.format_plan(plans[0])}")
+    elif topology:
+        made = aot.plan_topology(cfg, topology, slices, log=note, **options)
+        made["faster"] = aot.faster(cfg, made, assume, cache)
+        plans = [made]
+        print(plan_text.format_plan(made))
+    if json_:
+        json_.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+
+
+def report(runs: list[Path], *, out: Path | None = None) -> None:
+    """Make the HTML report of one run, or of several overlaid.
+
+    Also prints what each stage changed by language. Folders that `gamayun quantize`
+    wrote are compared with the run that they were made from.
+
+    Examples:
+      gamayun report runs/demo
+      gamayun report runs/demo runs/no-switch --out runs/compared
+
+    Args:
+      runs (RUN): run folders, and quantised ones.
+      out: folder to write (default: RUN/report).
+    """
+    from gamayun_jax.report import read_run, report, stage_changes
+
+    page = report.write_report(runs, out or runs[0] / "report")
+    for folder in runs:
+        if read_run.read_quantised(folder) is not None:
+            continue
+        run = read_run.read_run(folder)
+        if table := stage_changes.stage_table(run):
+            print(f"{run.name}\n{table}\n" if len(runs) > 1 else f"{table}\n")
+    print(page)
