@@ -140,11 +140,11 @@ def of_state(cfg: c.Config, mesh: jax.sharding.Mesh) -> Any:
     return repr((cfg.model, cfg.compute, cfg.optimizer, cfg.seed)), mesh
 
 
-def of_step(cfg, mesh, abstract, stage, tables, first_token):
+def of_step(cfg, mesh, abstract, stage, tables, tokens_before):
     """All that a stage's compiled step depends on."""
-    tokens = step.stage_tokens(cfg, stage, first_token)
+    tokens = step.stage_tokens(cfg, stage, tokens_before)
     shape = cfg.data.batch_size, cfg.data.seq_len
-    parts = (cfg.stages[stage].schedule, cfg.divergence, tokens, shape, first_token)
+    parts = (cfg.stages[stage].schedule, cfg.divergence, tokens, shape, tokens_before)
     arrays = tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(tables))
     return of_state(cfg, mesh), repr(parts), arrays, step.weighted_loss
 

@@ -116,7 +116,7 @@ def train(
     if profile is not None:
         first, _, last = profile.partition(":")
         steps = int(first), int(last or first)
-    with cluster.together(silence):
+    with cluster.exit_with_peers(silence):
         cfg = load_config(config, set_)
         return train.train(cfg, workdir, init_from, profile=steps, fresh=fresh)
 

@@ -83,7 +83,7 @@ def client() -> Any:
 
 
 @contextlib.contextmanager
-def together(silence: float = 60.0, pause: float = 1.0) -> Iterator[None]:
+def exit_with_peers(silence: float = 60.0, pause: float = 1.0) -> Iterator[None]:
     """Watch over the other processes while the block runs; end with them.
 
     An error inside ends all of them, this one with status 2 after its message; a

@@ -41,11 +41,11 @@ def check_same(cfg: Config, **options: Any) -> None:
         )
 
 
-def check_schedules(cfg: Config, first: int = 0) -> None:
-    """Raise UserError if a stage's warm-up and decay do not fit; `first`: tokens before
-    this run."""
+def check_schedules(cfg: Config, tokens_before: int = 0) -> None:
+    """Raise UserError if a stage's warm-up and decay do not fit; `tokens_before`:
+    tokens that were trained on before this run."""
     for k, stage in enumerate(cfg.stages):
-        begin, end = stage_tokens(cfg, k, first)
+        begin, end = stage_tokens(cfg, k, tokens_before)
         where = f"stages.{stage.name}.schedule"
         optimizer.check_schedule(stage.schedule, where, begin, end)
 

@@ -35,7 +35,7 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
         except importlib.metadata.PackageNotFoundError:
             return "not installed as a package"
 
-    first = origin["tokens"] if origin else 0
+    tokens_before = origin["tokens"] if origin else 0
     keys = ("documents", "bytes", "tokens")
     return {
         "run": cfg.name,
@@ -56,9 +56,9 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
                 {**row, "tokens": row["examples"] * cfg.data.seq_len}
                 for row in plan.table()
             ],
-            "shares": share_points(cfg, plan, first),
+            "shares": share_points(cfg, plan, tokens_before),
         },
-        "stages": stage_spans(cfg, first),
+        "stages": stage_spans(cfg, tokens_before),
         "transitions": {s.name: to_dict(s.transition) for s in cfg.stages},
         "checkpoints": [],
         "events": [],
@@ -83,21 +83,23 @@ def note_versions(
             )
 
 
-def stage_spans(cfg: Config, first: int = 0) -> list[dict[str, Any]]:
-    """Name, first token and end of each stage; `first`: tokens before this run."""
+def stage_spans(cfg: Config, tokens_before: int = 0) -> list[dict[str, Any]]:
+    """Name, first token and end of each stage; `tokens_before`: of the runs before this one."""
     spans = []
     for k, stage in enumerate(cfg.stages):
-        begin, end = stage_tokens(cfg, k, first)
+        begin, end = stage_tokens(cfg, k, tokens_before)
         spans.append({"name": stage.name, "start_tokens": begin, "end_tokens": end})
     return spans
 
 
-def share_points(cfg: Config, plan: DataPlan, first: int = 0) -> list[dict[str, Any]]:
+def share_points(
+    cfg: Config, plan: DataPlan, tokens_before: int = 0
+) -> list[dict[str, Any]]:
     """Points of each source's share over tokens, to draw with straight lines."""
     points = []
     before = [plan.segments[0].curriculum.before, *plan.shares]
     for k, stage in enumerate(cfg.stages):
-        begin, end = stage_tokens(cfg, k, first)
+        begin, end = stage_tokens(cfg, k, tokens_before)
         ramp = stage.mixture.ramp_tokens if stage.mixture.ramp != "step" else 0
         if before[k] and ramp:
             for part in np.linspace(0.0, 1.0, 17)[:-1].tolist():

@@ -113,14 +113,14 @@ def train_step(
     cfg: Config,
     stage: int,
     tables: TokenWeights,
-    first_token: int,
+    tokens_before: int,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimiser step; pure.
 
     Args:
-      batch: see data.py.
+      batch: see data/loader.py.
       stage: index into cfg.stages; its schedule gives the learning rate.
-      first_token: tokens trained before this run (of the run it was started from).
+      tokens_before: trained on before this run, in those it began from.
 
     Returns:
       The new state, and metrics: sums of weighted_loss, gradient norm, learning rate,
@@ -132,8 +132,8 @@ def train_step(
     grads = jax.tree.map(lambda g: g / target_count, grads)
     # Read at the middle of the step, so that no step has a rate of exactly 0.
     # A float: JAX takes an integer for an int32, and a second stage starts beyond it.
-    tokens = float(first_token) + (state.step + 0.5) * float(cfg.tokens_per_step)
-    begin, end = stage_tokens(cfg, stage, first_token)
+    tokens = float(tokens_before) + (state.step + 0.5) * float(cfg.tokens_per_step)
+    begin, end = stage_tokens(cfg, stage, tokens_before)
     rate = optim.learning_rate(cfg.stages[stage].schedule, tokens, begin, end)
     updates, opt_state = optim.make_optimizer(cfg.optimizer).update(
         grads, state.opt_state, state.params
@@ -156,9 +156,9 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def stage_tokens(cfg: Config, stage: int, first_token: int) -> tuple[int, int]:
+def stage_tokens(cfg: Config, stage: int, tokens_before: int) -> tuple[int, int]:
     """First token and end of a stage, counted from the start of the whole history."""
-    begin = first_token + cfg.stage_start(stage) * cfg.tokens_per_step
+    begin = tokens_before + cfg.stage_start(stage) * cfg.tokens_per_step
     return begin, begin + cfg.stage_steps()[stage] * cfg.tokens_per_step
 
 
@@ -168,7 +168,7 @@ def compile_step(
     abstract: TrainState,
     stage: int,
     tables: TokenWeights,
-    first_token: int,
+    tokens_before: int,
 ) -> Any:
     """The train step compiled for a stage; the state's buffers are donated."""
     shape = (cfg.data.batch_size, cfg.data.seq_len)
@@ -178,7 +178,7 @@ def compile_step(
     batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
 
     def step(state, batch):
-        return train_step(state, batch, cfg, stage, tables, first_token)
+        return train_step(state, batch, cfg, stage, tables, tokens_before)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return (

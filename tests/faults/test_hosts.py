@@ -118,7 +118,7 @@ import os, sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from gamayun_jax import hosts
-with hosts.together(silence=4.0, pause=0.5):
+with hosts.exit_with_peers(silence=4.0, pause=0.5):
     hosts.gather(1)
     if sys.argv[2] == "1":
         os._exit(9)

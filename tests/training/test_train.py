@@ -702,7 +702,7 @@ def test_a_second_stage_far_beyond_int32_tokens(config):
     tables = TokenWeights(np.ones(3, np.float32), np.ones(512, np.float32))
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         abstract = abstract_state(config, mesh)
-        compile_step(config, mesh, abstract, 1, tables, first_token=2 * 10**12)
+        compile_step(config, mesh, abstract, 1, tables, tokens_before=2 * 10**12)
 
 
 def test_divergence_stops_before_anything_bad_is_saved(config, tmp_path):
