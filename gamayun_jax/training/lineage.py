@@ -84,7 +84,7 @@ def note_versions(
 
 
 def stage_spans(cfg: Config, tokens_before: int = 0) -> list[dict[str, Any]]:
-    """Name, first token and end of each stage; `tokens_before`: of the runs before this one."""
+    """Name, first token and end of each stage, counted from the first run."""
     spans = []
     for k, stage in enumerate(cfg.stages):
         begin, end = stage_tokens(cfg, k, tokens_before)
