@@ -14,7 +14,7 @@ import pytest
 
 from gamayun_jax import config as c
 from gamayun_jax import train
-from gamayun_jax.evaluate import heldout
+from gamayun_jax.evaluate import stored_model
 from gamayun_jax.report import read_run, report
 from gamayun_jax.training import checkpoint
 
@@ -76,7 +76,7 @@ def test_a_former_run_is_reported_and_evaluated(former):
     page = report.write_report([Path("run")], Path("page"))
     assert "former" in page.read_text("utf-8")
     assert "udhr" in read_run.run_table(Path("run"))
-    result = heldout.evaluate_checkpoint(Path("run/checkpoints/10"), None)
+    result = stored_model.evaluate_heldout(Path("run/checkpoints/10"))[0]
     recorded = json.loads(Path("run/eval/10.json").read_text("utf-8"))
     for language, row in recorded["sets"]["udhr"]["languages"].items():
         new = result["sets"]["udhr"]["languages"][language]

@@ -58,8 +58,6 @@ LONG = {
     "data.documents": 558,
     "data.loader": 570,
     "data.tokenizer": 473,
-    "evaluate.heldout": 582,
-    "evaluate.run_tasks": 496,
     "interop.hf_weights": 644,
     "interop.huggingface": 482,
     "model.transformer": 523,
@@ -70,7 +68,6 @@ LONG_FUNCTIONS = {
     "data.build_jobs.scan",
     "data.corpus.open_corpus",
     "data.loader.make_data_plan",
-    "evaluate.heldout.__init__",
     "interop.model_card.model_card",
     "plan.aot.plan_topology",
 }

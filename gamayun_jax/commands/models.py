@@ -44,12 +44,12 @@ def evaluate(
         held-out sets of a run, data.seq_len, as in training).
       out: folder to write.
     """
-    from gamayun_jax.evaluate import results, run_tasks
+    from gamayun_jax.evaluate import results, stored_model
     from gamayun_jax.report import eval_page, read_run, task_page
 
     chosen = load_tasks(tasks or [], languages, limit)
     with task_bars() as watch:
-        result, items = run_tasks.evaluate_model(
+        result, items = stored_model.evaluate_model(
             model,
             chosen,
             corpus,
@@ -149,14 +149,14 @@ def compare(
       out: folder to write.
       tasks (TASK): embedded tasks by name, or YAML files (default: all embedded ones).
     """
-    from gamayun_jax.evaluate import results, run_tasks
+    from gamayun_jax.evaluate import results, stored_model
     from gamayun_jax.report import compare
 
     chosen = []
     if not all(results.is_result(m) for m in models):
         chosen = load_tasks(tasks or ["all"], languages, limit)
     with task_bars() as watch:
-        folders = run_tasks.evaluate_missing(models, chosen, out, note, watch)
+        folders = stored_model.evaluate_each(models, chosen, out, note, watch)
     comparison = compare.compare([results.read_results(f) for f in folders])
     print(compare.comparison_text(comparison))
     print(f"\n{compare.write_comparison(comparison, out)}")
@@ -287,7 +287,7 @@ def quantize(
     """
     import jax
 
-    from gamayun_jax.evaluate import heldout, results
+    from gamayun_jax.evaluate import results, stored_model
     from gamayun_jax.inference import quantize
     from gamayun_jax.interop import huggingface, load_model
     from gamayun_jax.report import read_run
@@ -308,7 +308,7 @@ def quantize(
     del params, small
     evals = []
     for folder, label in () if no_eval else ((model, "before"), (out, f"int{bits}")):
-        result, sets = heldout.evaluate_heldout(folder, corpus)
+        result, sets = stored_model.evaluate_heldout(folder, corpus)
         evals.append({**result, "label": label})
         for name, items in sets.items():
             results.write_items(out / "items" / label, name, items)

@@ -28,18 +28,13 @@ import zstandard
 from jax.sharding import Mesh
 
 from gamayun_jax.config import Config, UserError
-from gamayun_jax.data.corpus import Corpus, open_corpus
+from gamayun_jax.data.corpus import Corpus, open_corpus, subsample_units
 from gamayun_jax.data.files import write_json
-from gamayun_jax.data.loader import global_batch, host_rows
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.demo_corpus import HELDOUT, heldout_files
-from gamayun_jax.evaluate.heldout import (
-    HeldoutEvaluator,
-    pack,
-    subsample_units,
-    windows,
-)
+from gamayun_jax.evaluate.heldout import HeldoutEvaluator
 from gamayun_jax.evaluate.results import read_items
+from gamayun_jax.evaluate.scoring import batches, pack, sum_over_batches, windows
 from gamayun_jax.interop.huggingface import open_tokenizer
 from gamayun_jax.interop.load_model import load_params
 from gamayun_jax.model import sharding
@@ -103,23 +98,11 @@ class PooledStates:
         if prefix:
             rows["loss_mask"][rows["positions"] == 0] = 0.0
         del rows["targets"]
-        lack = -len(rows["inputs"]) % self._batch
-        padded = {
-            k: np.concatenate([v, np.zeros((lack, self._length), v.dtype)])
-            for k, v in rows.items()
-        }
-        layout = sharding.batch_sharding(self._mesh)
-        sums_SUD = jax.device_put(
-            jnp.zeros(self._shape, jnp.float32), sharding.replicated(self._mesh)
-        )
-        mine = host_rows(self._batch, layout)
-        for at in range(0, len(padded["inputs"]), self._batch):
-            local = {k: v[at + mine] for k, v in padded.items()}
-            batch = global_batch(local, mine, self._batch, layout)
-            sums_SUD = self._step(params, sums_SUD, batch)
+        sums_SUD = sum_over_batches(
+            self._step, params, batches(rows, self._batch), self._shape, self._mesh
+        )[:, : len(texts)]
         counts = np.array([max(1, len(ids)) for ids in texts], np.float32)
-        found = np.asarray(jax.device_get(sums_SUD))[:, : len(texts)]
-        return found / counts[None, :, None]
+        return sums_SUD / counts[None, :, None]
 
 
 # --- retrieval
@@ -360,7 +343,7 @@ def align(
         parity: dict[str, Any] = {}
         if corpus is not None:
             evaluator = HeldoutEvaluator(cfg, corpus, mesh, model, languages, tokenizer)
-            parity = evaluator.run(params)["sets"]
+            parity = evaluator.run(params)[0]
         for name, units in texts.items():
             states = {
                 k: pooled(

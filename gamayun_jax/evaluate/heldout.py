@@ -6,163 +6,84 @@ whatever a model's convention for ends. Units are packed into rows, each its own
 segment; what is longer than a window is cut into windows that overlap by half, every
 token scored once. A window is a row as in training, with one compiled shape for all
 sets and languages; or of a given length, that of the model for one that was not trained
-here, with rows no longer than they need to be. Sums stay on the devices, and one
-transfer brings them back.
+here, with rows no longer than they need to be.
 
-Shape suffixes: B rows, T length, D model, V vocabulary, U units of all sets.
+Shape suffixes: B rows, T length, D model, V vocabulary, U units of a set in a language;
+N units of all sets and languages.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gamayun_jax.config import Config, ModelConfig, UserError
+from gamayun_jax.config import Config, UserError
 from gamayun_jax.data.corpus import (
     Corpus,
-    open_corpus,
     subsample_units,
     text_key,
     xz_bytes,
 )
-from gamayun_jax.data.loader import global_batch, host_rows
 from gamayun_jax.data.tokenizer import TextCoder
-from gamayun_jax.interop import huggingface
-from gamayun_jax.interop.load_model import LoadedModel, load_params
+from gamayun_jax.evaluate.scoring import (
+    Window,
+    batches,
+    check_window,
+    pack,
+    sum_over_batches,
+    token_scores,
+    windows,
+)
+from gamayun_jax.evaluate.standard_errors import (
+    compression,
+    mean_error,
+    pooled_ratio,
+    ratio_residuals,
+    root,
+)
 from gamayun_jax.model import sharding
-from gamayun_jax.model.loss import nll_and_logsumexp
 from gamayun_jax.model.transformer import Transformer, unembedding
+
+Items = dict[str, list[dict[str, Any]]]  # file's name -> its items
 
 
 @dataclass(frozen=True)
-class Window:
-    """A part of a unit that fits a row; only targets from `scored` on count."""
+class HeldoutTexts:
+    """The units of a set in one language."""
 
-    unit: int
-    inputs: np.ndarray  # int32 [n]
-    targets: np.ndarray  # int32 [n]
-    scored: int
-    position: int  # of the first input in the unit
-
-
-def windows(unit: int, ids: Sequence[int], bos: int, length: int) -> list[Window]:
-    """Cut [BOS, *ids] into windows of at most `length` inputs.
-
-    Windows after the first begin with half a window of context that is not scored.
-    """
-    stream = np.array([bos, *ids], np.int32)
-    found, done = [], 0
-    while done < len(ids):
-        begin = 0 if not done else done - length // 2
-        end = min(begin + length, len(ids))
-        found.append(
-            Window(
-                unit,
-                stream[begin:end],
-                stream[begin + 1 : end + 1],
-                done - begin,
-                begin,
-            )
-        )
-        done = end
-    return found
-
-
-def pack(parts: Sequence[Window], length: int) -> dict[str, np.ndarray]:
-    """Windows to rows, first fit in order of decreasing length: int32 arrays [R, T].
-
-    `unit` numbers the unit of each target; `loss_mask` is 1.0 where it counts.
-    """
-    rows: list[list[Window]] = []
-    free: list[int] = []
-    for part in sorted(parts, key=lambda p: -len(p.inputs)):
-        n = len(part.inputs)
-        # The last rows are the emptiest: look at a few, so that packing stays linear.
-        for r in range(max(0, len(rows) - 64), len(rows)):
-            if free[r] >= n:
-                break
-        else:
-            r = len(rows)
-            rows.append([])
-            free.append(length)
-        rows[r].append(part)
-        free[r] -= n
-    names = ("inputs", "targets", "positions", "segment_ids", "unit")
-    out = {name: np.zeros((len(rows), length), np.int32) for name in names}
-    out["loss_mask"] = np.zeros((len(rows), length), np.float32)
-    for r, row in enumerate(rows):
-        at = 0
-        for segment, part in enumerate(row, 1):
-            n = len(part.inputs)
-            span = slice(at, at + n)
-            out["inputs"][r, span] = part.inputs
-            out["targets"][r, span] = part.targets
-            out["positions"][r, span] = np.arange(n) + part.position
-            out["segment_ids"][r, span] = segment
-            out["unit"][r, span] = part.unit
-            out["loss_mask"][r, at + part.scored : at + n] = 1.0
-            at += n
-    return out
-
-
-def token_scores(
-    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """nll (nats) and whether the target is the most likely token, float32 [B, T].
-
-    Raises:
-      UserError: a chunk that does not divide T.
-    """
-    B, T, _ = x_BTD.shape
-    w_VD = w_VD.astype(x_BTD.dtype)
-
-    def score(part):
-        x, targets = part
-        nll, _, logits = nll_and_logsumexp(x, w_VD, targets)
-        return nll, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-
-    if not chunk or chunk >= T:
-        return score((x_BTD, targets_BT))
-    if T % chunk:
-        raise UserError(
-            f"compute.loss_chunk={chunk} does not divide data.seq_len={T}: choose one "
-            "that does"
-        )
-
-    def cut(a: jax.Array) -> jax.Array:
-        return jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
-
-    nll, hit = jax.lax.map(score, (cut(x_BTD), cut(targets_BT)))
-    return (
-        jnp.moveaxis(nll, 0, 1).reshape(B, T),
-        jnp.moveaxis(hit, 0, 1).reshape(B, T),
-    )
-
-
-def check_window(window: int | None, cfg: ModelConfig) -> None:
-    """UserError if a window is not None, nor one that the model has."""
-    if window is not None and not 0 < window <= cfg.max_seq_len:
-        raise UserError(
-            f"a window of {window} tokens is beyond the model's: choose 1 to "
-            f"{cfg.max_seq_len}"
-        )
+    ids: list[str]
+    place: slice  # among the units of all sets and languages
+    sizes: np.ndarray  # int64 [U], bytes
+    tokens: np.ndarray  # int64 [U]
+    truncated: int  # units longer than a window
+    baselines: dict[str, float | None]
 
 
 class HeldoutEvaluator:
-    """Evaluates parameters on all held-out sets of a corpus.
+    """Evaluates parameters on all held-out sets of a corpus (recording.Evaluator).
 
-    Must be used inside `jax.set_mesh(mesh)` and the logical-axis rules.
+    Must be used inside `jax.set_mesh(mesh)` and the logical-axis rules. Everything is
+    tokenised and packed once.
+
+    Args:
+      languages: evaluate these only.
+      tokenizer: the model's; default: the corpus's.
+      window: most tokens that the model sees before a predicted one; default: rows as
+        in training, or the model's own window where it was not trained here.
+
+    Raises:
+      UserError: a language that no held-out set has, a tokenizer with more ids than
+        the model, a parallel set whose languages have different units.
     """
+
+    name = "sets"
 
     def __init__(
         self,
@@ -174,119 +95,28 @@ class HeldoutEvaluator:
         tokenizer: TextCoder | None = None,
         window: int | None = None,
     ):
-        """Tokenise and pack everything once.
-
-        Args:
-          languages: evaluate these only.
-          tokenizer: the model's; default: the corpus's.
-          window: most tokens that the model sees before a predicted one; default:
-            rows as in training, or the model's own window where it was not trained
-            here.
-
-        Raises:
-          UserError: a language that no held-out set has, a tokenizer with more ids
-            than the model, a parallel set whose languages have different units.
-        """
         self.every_steps = cfg.evaluation.every_steps
-        self.sets = {
-            name: [k for k in found if not languages or k in languages]
-            for name, found in corpus.heldout_sets().items()
-        }
-        known = {k for found in corpus.heldout_sets().values() for k in found}
-        for name in languages or ():
-            if name not in known:
-                raise UserError(
-                    f"no held-out set has language {name!r}; there are: "
-                    f"{', '.join(sorted(known)) or 'none'}"
-                )
-        self._parallel = {
-            k: v["parallel"] for k, v in corpus.manifest["heldout"].items()
-        }
-        self._vocab_size = cfg.model.vocab_size
-        # Gaps, not zeros: languages of the config (or asked for) that a set lacks.
-        self.missing = {
-            name: [k for k in languages or cfg.languages if k not in (*found, "und")]
-            for name, found in self.sets.items()
-        }
-        own = corpus.tokenizer()
-        tokenizer = own if tokenizer is None else tokenizer
+        self._mesh = mesh
+        tokenizer = corpus.tokenizer() if tokenizer is None else tokenizer
+        sets = languages_of_sets(corpus, languages)
         if tokenizer.vocab_size > cfg.model.vocab_size:
             raise UserError(
                 f"the corpus's tokenizer has {tokenizer.vocab_size} ids, the model "
                 f"only model.vocab_size={cfg.model.vocab_size}: give the corpus that "
                 "the model was trained on"
             )
-        # The frequencies of a corpus are of its own tokens.
-        same = tokenizer.fingerprint == own.fingerprint
-        unigram = unigram_bits(corpus) if same else {}
         if window is None and not cfg.data.corpus:
             window = cfg.model.max_seq_len
         check_window(window, cfg.model)
-        length = window or cfg.data.seq_len
-        self._units: dict[tuple[str, str], range] = {}
-        self._ids: dict[tuple[str, str], list[str]] = {}
-        self._baselines: dict[tuple[str, str], dict[str, float | None]] = {}
-        sizes: list[int] = []
-        tokens: list[int] = []
-        cut: list[bool] = []
-        parts: list[Window] = []
-        for name, found in self.sets.items():
-            chosen: list[str] = []
-            for language in found:
-                units = subsample_units(
-                    corpus.heldout(name, language), cfg.evaluation.max_units
-                )
-                ids = [i for i, _ in units]
-                chosen = chosen or ids
-                if self._parallel[name] and ids != chosen:
-                    raise UserError(
-                        f"held-out set {name!r} is parallel, but {language} and "
-                        f"{found[0]} have different units: build the corpus again"
-                    )
-                first = len(sizes)
-                ids_of = [tokenizer.encode(text) for _, text in units]
-                for (_, text), unit in zip(units, ids_of, strict=True):
-                    parts += windows(len(sizes), unit, tokenizer.start_id, length)
-                    sizes.append(len(text.encode()))
-                    tokens.append(len(unit))
-                    cut.append(len(unit) > length)
-                self._units[name, language] = range(first, len(sizes))
-                self._ids[name, language] = ids
-                texts = [text for _, text in units]
-                self._baselines[name, language] = baselines(
-                    texts,
-                    ids_of,
-                    cfg.model.vocab_size,
-                    unigram.get(language),
-                    corpus.packed(name, language),
-                )
-        self._bytes = np.array(sizes, np.int64)
-        self._tokens = np.array(tokens, np.int64)
-        self._cut = np.array(cut, bool)
-        self._mesh = mesh
+        self.texts, parts = read_texts(
+            cfg, corpus, sets, tokenizer, window or cfg.data.seq_len
+        )
+        self.parallel = {k: corpus.manifest["heldout"][k]["parallel"] for k in sets}
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        # Row length -> what is packed into such rows.
-        groups: dict[int, list[Window]] = {}
-        for part in parts:
-            T = cfg.data.seq_len
-            while window and len(part.inputs) > T:
-                T *= 2
-            groups.setdefault(T, []).append(part)
-        self._batches: list[dict[str, np.ndarray]] = []
-        for T, group in sorted(groups.items()):
-            rows = pack(group, T)
-            B = max(cfg.evaluation.batch_size * cfg.data.seq_len // T, 1)
-            if window:
-                B = min(B, len(rows["inputs"]))
-            B = -(-B // ways) * ways
-            for key, values in rows.items():
-                pad = np.zeros((-len(values) % B, T), values.dtype)
-                rows[key] = np.concatenate([values, pad])
-            self._batches += [
-                {k: v[at : at + B] for k, v in rows.items()}
-                for at in range(0, len(rows["inputs"]), B)
-            ]
-        count = len(sizes)
+        self._batches = packed_batches(cfg, parts, window, ways)
+        self._count = count = sum(
+            len(texts.ids) for by_k in self.texts.values() for texts in by_k.values()
+        )
 
         def step(params, sums, batch):
             x_BTD, _ = model.apply(
@@ -302,190 +132,218 @@ class HeldoutEvaluator:
             flat = both.reshape(-1, 2)
             return sums + jax.ops.segment_sum(flat, batch["unit"].reshape(-1), count)
 
-        # Whole on every device, or a process could not fetch what others hold.
         self._step = jax.jit(
             step, donate_argnums=1, out_shardings=sharding.replicated(mesh)
         )
 
     def unit_sums(self, params: Any) -> np.ndarray:
-        """float64 [U, 2]: nats and right tokens of each unit."""
-        layout = sharding.batch_sharding(self._mesh)
-        sums = jax.device_put(
-            jnp.zeros((len(self._bytes), 2), jnp.float32),
-            sharding.replicated(self._mesh),
-        )
-        for batch in self._batches:
-            B = len(batch["inputs"])
-            mine = host_rows(B, layout)
-            local = {k: v[mine] for k, v in batch.items()}
-            sums = self._step(params, sums, global_batch(local, mine, B, layout))
-        return np.asarray(jax.device_get(sums), np.float64)
+        """float64 [N, 2]: nats and right tokens of each unit."""
+        shape = (self._count, 2)
+        sums = sum_over_batches(self._step, params, self._batches, shape, self._mesh)
+        return sums.astype(np.float64)
 
-    def evaluate(
-        self, params: Any
-    ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-        """`run`, and the units of each set under the name of their file,
-        "heldout-NAME"."""
+    def run(self, params: Any) -> tuple[dict[str, Any], Items]:
+        """Set -> its results (see `set_results`), and the units of each set under the
+        name of their file, "heldout-NAME"."""
         sums = self.unit_sums(params)
-        items = {f"heldout-{name}": self.items(name, sums) for name in self.sets}
-        return self.results(sums), items
-
-    def headlines(self, result: Mapping[str, Any]) -> dict[str, float]:
-        """Name for TensorBoard -> bits per byte of each set by language."""
-        return {
-            f"eval/{name}/bits_per_byte/{language}": row["bits_per_byte"]
-            for name, values in result["sets"].items()
-            for language, row in values["languages"].items()
+        results = {
+            name: set_results(texts, sums, self.parallel[name])
+            for name, texts in self.texts.items()
         }
+        items = {
+            f"heldout-{name}": [
+                item for k, of in texts.items() for item in text_items(k, of, sums)
+            ]
+            for name, texts in self.texts.items()
+        }
+        return results, items
 
-    def lines(self, result: Mapping[str, Any]) -> list[str]:
-        """The console's line of each set."""
-        return [
-            f"{name}: {values['macro']['bits_per_byte']:.3f} bits per byte (macro)"
-            for name, values in result["sets"].items()
-        ]
 
-    def run(self, params: Any) -> dict[str, Any]:
-        """{"sets": {set: {"parallel", "languages": {...}, "micro", "macro"}}}.
+# --- texts ------------------------------------------------------------------------
 
-        Per language: units, tokens, bytes, bits, bits_per_byte, bits_per_unit,
-        parity (bits per parallel unit over English's), nll (nats per token), accuracy,
-        standard errors `*_se` (None where one unit tells none), `truncated` (units
-        longer than a row), baselines.
-        """
-        return self.results(self.unit_sums(params))
 
-    def results(self, sums: np.ndarray) -> dict[str, Any]:
-        """`run` from what `unit_sums` returned."""
-        return {"sets": {name: self._set_result(name, sums) for name in self.sets}}
+def languages_of_sets(
+    corpus: Corpus, languages: Sequence[str] | None
+) -> dict[str, list[str]]:
+    """Set -> its languages, of the wanted ones; UserError for one that no set has."""
+    sets = corpus.heldout_sets()
+    known = {k for of_set in sets.values() for k in of_set}
+    for name in languages or ():
+        if name not in known:
+            raise UserError(
+                f"no held-out set has language {name!r}; there are: "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+    return {
+        name: [k for k in of_set if not languages or k in languages]
+        for name, of_set in sets.items()
+    }
 
-    def items(self, name: str, sums: np.ndarray) -> list[dict[str, Any]]:
-        """The units of a set: id, language, bits, bytes and tokens of each."""
-        found = []
-        for language in self.sets[name]:
-            span = self._units[name, language]
-            for unit, key in zip(span, self._ids[name, language], strict=True):
-                row: dict[str, Any] = {"id": key, "language": language}
-                row["bits"] = float(sums[unit, 0] / math.log(2))
-                row["bytes"] = int(self._bytes[unit])
-                row["tokens"] = int(self._tokens[unit])
-                found.append(row)
-        return found
 
-    def _parallel_se(
-        self, name: str, languages: Sequence[str], sums: np.ndarray
-    ) -> float | None:
-        """Standard error of the macro mean. Units say the same in all languages, so
-        their errors go together and must be added before they are squared."""
-        parts = []
+def read_texts(
+    cfg: Config,
+    corpus: Corpus,
+    sets: Mapping[str, Sequence[str]],
+    tokenizer: TextCoder,
+    length: int,
+) -> tuple[dict[str, dict[str, HeldoutTexts]], list[Window]]:
+    """Set -> language -> its units, and all units as windows of at most `length`."""
+    # The frequencies of a corpus are of its own tokens.
+    same = tokenizer.fingerprint == corpus.tokenizer().fingerprint
+    unigram = unigram_bits(corpus) if same else {}
+    texts_of: dict[str, dict[str, HeldoutTexts]] = {name: {} for name in sets}
+    parts: list[Window] = []
+    first = 0
+    for name, languages in sets.items():
+        parallel = corpus.manifest["heldout"][name]["parallel"]
+        expected: list[str] = []
         for language in languages:
-            span = self._units[name, language]
-            s = slice(span.start, span.stop)
-            parts.append(ratio_residuals(sums[s, 0] / math.log(2), self._bytes[s]))
-        return None if len(parts[0]) < 2 else root(np.mean(parts, axis=0))
+            units = corpus.heldout(name, language)
+            units = subsample_units(units, cfg.evaluation.max_units)
+            ids, texts = [i for i, _ in units], [text for _, text in units]
+            expected = expected or ids
+            if parallel and ids != expected:
+                raise UserError(
+                    f"held-out set {name!r} is parallel, but {language} and "
+                    f"{languages[0]} have different units: build the corpus again"
+                )
+            tokens = [tokenizer.encode(text) for text in texts]
+            for n, unit in enumerate(tokens, first):
+                parts += windows(n, unit, tokenizer.start_id, length)
+            texts_of[name][language] = HeldoutTexts(
+                ids,
+                slice(first, first + len(ids)),
+                np.array([len(text.encode()) for text in texts], np.int64),
+                np.array([len(unit) for unit in tokens], np.int64),
+                sum(len(unit) > length for unit in tokens),
+                baselines(
+                    texts,
+                    tokens,
+                    cfg.model.vocab_size,
+                    unigram.get(language),
+                    corpus.packed(name, language),
+                ),
+            )
+            first += len(ids)
+    return texts_of, parts
 
-    def _set_result(self, name: str, sums: np.ndarray) -> dict[str, Any]:
-        languages: dict[str, dict[str, Any]] = {}
-        for language in self.sets[name]:
-            span = self._units[name, language]
-            s = slice(span.start, span.stop)
-            if not self._tokens[s].any():  # nothing to score: a gap, not a zero
-                continue
-            bits, hits = sums[s, 0] / math.log(2), sums[s, 1]
-            tokens = int(self._tokens[s].sum())
-            bpb, bpb_se = ratio(bits, self._bytes[s])
-            languages[language] = {
-                "units": len(span),
-                "tokens": tokens,
-                "bytes": int(self._bytes[s].sum()),
-                "bits": float(bits.sum()),
-                "bits_se": float(bits.std(ddof=1) * math.sqrt(len(span)))
-                if len(span) > 1
-                else None,
-                "bits_per_byte": bpb,
-                "bits_per_byte_se": bpb_se,
-                "bits_per_unit": float(bits.mean()),
-                "parity": None,
-                "nll": float(sums[s, 0].sum() / tokens),
-                "accuracy": float(hits.sum() / tokens),
-                "truncated": int(self._cut[s].sum()),
-                "baselines": self._baselines[name, language],
-            }
-        english = languages.get("en")
-        if self._parallel[name] and english:
-            for row in languages.values():
-                row["parity"] = row["bits_per_unit"] / english["bits_per_unit"]
-        result = {"parallel": self._parallel[name], "languages": languages}
-        if languages:
-            spans = [np.array(self._units[name, k]) for k in languages]
-            index = np.concatenate(spans)
-            bits_of = [sums[i, 0] / math.log(2) for i in spans]
-            bytes_of = [self._bytes[i] for i in spans]
-            if self._parallel[name]:  # one sample of units, each in all languages
-                bits_of, bytes_of = [np.sum(bits_of, 0)], [np.sum(bytes_of, 0)]
-            bpb, bpb_se = pooled_ratio(bits_of, bytes_of)
-            rows = list(languages.values())
-            if self._parallel[name]:
-                macro_se = self._parallel_se(name, list(languages), sums)
-            else:
-                macro_se = mean_error([r["bits_per_byte_se"] for r in rows])
-            result["micro"] = {
-                "bits_per_byte": bpb,
-                "bits_per_byte_se": bpb_se,
-                "accuracy": float(sums[index, 1].sum() / self._tokens[index].sum()),
-            }
-            result["macro"] = {
-                "bits_per_byte": float(np.mean([r["bits_per_byte"] for r in rows])),
-                "bits_per_byte_se": macro_se,
-                "accuracy": float(np.mean([r["accuracy"] for r in rows])),
-            }
+
+def packed_batches(
+    cfg: Config, parts: Sequence[Window], window: int | None, ways: int
+) -> list[dict[str, np.ndarray]]:
+    """Batches of rows as in training; with a window, rows as long as a part needs.
+
+    Args:
+      ways: devices that the rows of a batch are divided over.
+    """
+    by_length: dict[int, list[Window]] = {}
+    for part in parts:
+        T = cfg.data.seq_len
+        while window and len(part.inputs) > T:
+            T *= 2
+        by_length.setdefault(T, []).append(part)
+    made = []
+    for T, group in sorted(by_length.items()):
+        rows = pack(group, T)
+        B = max(cfg.evaluation.batch_size * cfg.data.seq_len // T, 1)
+        if window:
+            B = min(B, len(rows["inputs"]))
+        made += batches(rows, -(-B // ways) * ways)
+    return made
+
+
+# --- results ----------------------------------------------------------------------
+
+
+def text_items(
+    language: str, texts: HeldoutTexts, sums: np.ndarray
+) -> list[dict[str, Any]]:
+    """The units of a set in a language: id, language, bits, bytes and tokens of each.
+
+    Args:
+      sums: what `unit_sums` gives.
+    """
+    bits_U = sums[texts.place, 0] / math.log(2)
+    each = zip(texts.ids, bits_U, texts.sizes, texts.tokens, strict=True)
+    return [
+        {
+            "id": key,
+            "language": language,
+            "bits": float(bits),
+            "bytes": int(size),
+            "tokens": int(tokens),
+        }
+        for key, bits, size, tokens in each
+    ]
+
+
+def language_results(texts: HeldoutTexts, sums: np.ndarray) -> dict[str, Any]:
+    """A language's part of `set_results`."""
+    bits_U, hits_U = sums[texts.place, 0] / math.log(2), sums[texts.place, 1]
+    units, tokens = len(texts.ids), int(texts.tokens.sum())
+    several = units > 1
+    return {
+        "units": units,
+        "tokens": tokens,
+        **compression(bits_U, texts.sizes),
+        "bits_se": float(bits_U.std(ddof=1) * math.sqrt(units)) if several else None,
+        "parity": None,
+        "nll": float(sums[texts.place, 0].sum() / tokens),
+        "accuracy": float(hits_U.sum() / tokens),
+        "truncated": texts.truncated,
+        "baselines": texts.baselines,
+    }
+
+
+def set_results(
+    texts: Mapping[str, HeldoutTexts], sums: np.ndarray, parallel: bool
+) -> dict[str, Any]:
+    """{"parallel", "languages": {...}, "micro", "macro"} of a set.
+
+    Per language: units, tokens, bytes, bits, bits_per_byte, bits_per_unit, parity (bits
+    per parallel unit over English's), nll (nats per token), accuracy, standard errors
+    `*_se` (None where one unit tells none), `truncated`, baselines.
+
+    Args:
+      sums: what `unit_sums` gives.
+    """
+    # A language without a token to score is a gap, not a zero.
+    texts = {k: of for k, of in texts.items() if of.tokens.any()}
+    languages = {k: language_results(of, sums) for k, of in texts.items()}
+    if parallel and "en" in languages:
+        english = languages["en"]["bits_per_unit"]
+        for row in languages.values():
+            row["parity"] = row["bits_per_unit"] / english
+    result = {"parallel": parallel, "languages": languages}
+    if not languages:
         return result
+    bits = [sums[of.place, 0] / math.log(2) for of in texts.values()]
+    sizes = [of.sizes for of in texts.values()]
+    rows = list(languages.values())
+    if parallel:  # one sample of units, each in all languages
+        value, error = pooled_ratio([np.sum(bits, 0)], [np.sum(sizes, 0)])
+        # Parallel units are correlated across languages: add residuals, then square.
+        residuals = [ratio_residuals(b, s) for b, s in zip(bits, sizes, strict=True)]
+        several = len(residuals[0]) > 1
+        macro_error = root(np.mean(residuals, axis=0)) if several else None
+    else:
+        value, error = pooled_ratio(bits, sizes)
+        macro_error = mean_error([r["bits_per_byte_se"] for r in rows])
+    hits = sum(float(sums[of.place, 1].sum()) for of in texts.values())
+    result["micro"] = {
+        "bits_per_byte": value,
+        "bits_per_byte_se": error,
+        "accuracy": hits / sum(r["tokens"] for r in rows),
+    }
+    result["macro"] = {
+        "bits_per_byte": float(np.mean([r["bits_per_byte"] for r in rows])),
+        "bits_per_byte_se": macro_error,
+        "accuracy": float(np.mean([r["accuracy"] for r in rows])),
+    }
+    return result
 
 
-def ratio_residuals(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """What each unit adds to the error of sum(values) / sum(sizes), float64 [units].
-
-    Linearisation of the ratio estimator (Cochran, Sampling Techniques, 1977, 6.3).
-    """
-    r = values.sum() / sizes.sum()
-    n = len(values)
-    return math.sqrt(n / max(n - 1, 1)) * (values - r * sizes) / sizes.sum()
-
-
-def root(residuals: np.ndarray) -> float:
-    """The standard error of what independent residuals add up to."""
-    return float(math.sqrt((residuals**2).sum()))
-
-
-def mean_error(errors: Sequence[float | None]) -> float | None:
-    """Standard error of the mean of independent values; None if one has none."""
-    known = [e for e in errors if e is not None]
-    return math.hypot(*known) / len(known) if len(known) == len(errors) else None
-
-
-def ratio(values: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None]:
-    """sum(values) / sum(sizes) and its standard error over units; none for one."""
-    residuals = ratio_residuals(values, sizes)
-    error = None if len(values) < 2 else root(residuals)
-    return float(values.sum() / sizes.sum()), error
-
-
-def pooled_ratio(
-    values: Sequence[np.ndarray], sizes: Sequence[np.ndarray]
-) -> tuple[float, float | None]:
-    """`ratio` over independent strata, e.g. languages, each a sample of units.
-
-    How strata differ from each other is no sampling error, so residuals are centred
-    within each (combined ratio estimator, Cochran 1977, 6.11).
-    """
-    total = sum(float(s.sum()) for s in sizes)
-    r = sum(float(v.sum()) for v in values) / total
-    variance = 0.0
-    for v, s in zip(values, sizes, strict=True):
-        residual, n = v - r * s, len(v)
-        variance += n / max(n - 1, 1) * ((residual - residual.mean()) ** 2).sum()
-    known = min(map(len, values)) > 1  # of one unit nothing tells an error
-    return r, math.sqrt(variance) / total if known else None
+# --- what needs no network --------------------------------------------------------
 
 
 def unigram_bits(corpus: Corpus) -> dict[str, np.ndarray]:
@@ -530,53 +388,3 @@ def baselines(
         "unigram": bits,
         "xz": 8 * (packed.get(text_key(text)) or xz_bytes(text)) / len(text),
     }
-
-
-def evaluate_heldout(
-    path: Path,
-    corpus_folder: Path | None = None,
-    languages: Sequence[str] | None = None,
-    batch_size: int | None = None,
-    loaded: LoadedModel | None = None,
-    window: int | None = None,
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Evaluate a model on the held-out sets of a corpus, with the model's tokenizer.
-
-    Returns the results, and the units of each set under the name of their file,
-    "heldout-NAME".
-
-    Args:
-      path: as of `load_params`; without a corpus of its own if it was imported.
-      corpus_folder: default: the run's own.
-      loaded: what `load_params(path)` returned, if it was called before.
-      window: see `HeldoutEvaluator`.
-
-    Raises:
-      UserError: a model or corpus that cannot be read, no tokenizer of the model.
-    """
-    cfg, params, meta, mesh = loaded or load_params(path)
-    if not (corpus_folder or cfg.data.corpus):
-        raise UserError(
-            f"{path} was not trained on a corpus here: give --corpus, a corpus folder "
-            "with held-out sets, or --tasks"
-        )
-    corpus = open_corpus(corpus_folder or Path(cfg.data.corpus))
-    tokenizer: TextCoder = corpus.tokenizer()
-    if meta.tokenizer != tokenizer.fingerprint:
-        tokenizer = huggingface.open_tokenizer(path, meta, cfg.data.corpus)
-    if batch_size:
-        evaluation = dataclasses.replace(cfg.evaluation, batch_size=batch_size)
-        cfg = dataclasses.replace(cfg, evaluation=evaluation)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        model = Transformer(cfg.model, cfg.compute)
-        evaluator = HeldoutEvaluator(
-            cfg, corpus, mesh, model, languages, tokenizer, window
-        )
-        result, items = evaluator.evaluate(params)
-    head = {"model": meta.lineage.get("run"), "step": meta.step, "label": "eval"}
-    return {**head, "tokens": meta.tokens, "stage": "", **result}, items
-
-
-def evaluate_checkpoint(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The results of `evaluate_heldout`, which has the arguments."""
-    return evaluate_heldout(path, *args, **kwargs)[0]

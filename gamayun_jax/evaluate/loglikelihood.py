@@ -23,8 +23,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gamayun_jax.config import ComputeConfig, ModelConfig, UserError
-from gamayun_jax.data.loader import global_batch, host_rows
-from gamayun_jax.evaluate.heldout import check_window, token_scores
+from gamayun_jax.evaluate.scoring import (
+    check_window,
+    on_devices,
+    token_scores,
+    window_spans,
+)
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, unembedding
 
@@ -190,12 +194,8 @@ class Scorer:
                     progress(len(np.unique(owner_BP[used])))
 
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
-            shard = sharding.batch_sharding(self.mesh)
             for batch, owner_BP in self._batches(parts):
-                B = len(owner_BP)
-                mine = host_rows(B, shard)
-                local = {k: v[mine] for k, v in batch.items()}
-                result = self._step(self.params, global_batch(local, mine, B, shard))
+                result = self._step(self.params, on_devices(batch, self.mesh))
                 in_flight.append((owner_BP, result))
                 collect(keep=1)  # the devices always have the next batch queued
             collect(keep=0)
@@ -217,20 +217,17 @@ class Scorer:
         """
         requests: list[Request] = []
         owner: list[int] = []
-        half = max(self.window // 2, 1)
+        overlap = max(self.window // 2, 1) - 1
         for number, ids in enumerate(texts):
             stream = [prefix, *ids]
-            at = 1
-            while at < len(stream):
-                begin = 0 if at == 1 else max(at - half, 0)
-                end = min(begin + self.window + 1, len(stream))
-                requests.append(Request(stream[begin:at], [stream[at:end]]))
+            for begin, scored, end in window_spans(len(ids), self.window, overlap):
+                context, rest = stream[begin : scored + 1], stream[scored + 1 : end + 1]
+                requests.append(Request(context, [rest]))
                 owner.append(number)
-                at = end
-        found = np.zeros(len(texts), np.float64)
+        totals = np.zeros(len(texts), np.float64)
         for number, score in zip(owner, self.score(requests, progress), strict=True):
-            found[number] += score.logprobs[0]
-        return found
+            totals[number] += score.logprobs[0]
+        return totals
 
     def _parts(
         self, number: int, request: Request, first: int

@@ -1,52 +1,38 @@
-"""Tasks on a model: what it scores and writes, item by item, and the summary.
-
-What it writes is a result folder (results.py).
-"""
+"""Tasks on a model: what it scores and writes, item by item, and the summary."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gamayun_jax.config import Config, UserError
+from gamayun_jax.config import ComputeConfig, Config, UserError
 from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.tokenizer import TextCoder
-from gamayun_jax.evaluate import heldout as evaluate
 from gamayun_jax.evaluate import task_metrics
 from gamayun_jax.evaluate.heldout import HeldoutEvaluator
 from gamayun_jax.evaluate.loglikelihood import Request, Scorer
-from gamayun_jax.evaluate.results import (
-    FORMAT,
-    is_result,
-    plain_name,
-    read_results,
-    write_results,
-)
 from gamayun_jax.evaluate.tasks import (
     Item,
     Task,
+    answers_of,
     encode_pair,
     load_task,
     prompt_of,
     with_choice,
 )
 from gamayun_jax.inference.generator import Generator
-from gamayun_jax.interop import huggingface
-from gamayun_jax.interop.load_model import load_params
-from gamayun_jax.model.transformer import Transformer, compute_dtype, parameter_count
+from gamayun_jax.model.transformer import Transformer
+from gamayun_jax.training.recording import Evaluator
 
 PROMPTS = 32  # continued at a time
+ItemResult = dict[str, Any]  # "id", "language", and what the kind of task tells
 Progress = Callable[[int], Any]
+Watch = Callable[[str, int], Progress | None]
 
 
 def run_task(
@@ -55,57 +41,111 @@ def run_task(
     scorer: Scorer,
     generator: Generator | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The summary of a task (see `summary`) and a row for each item, in order.
+) -> tuple[dict[str, Any], list[ItemResult]]:
+    """The summary of a task (see `summary`) and the result of each item, in order.
 
     Args:
       generator: of the same model; needed for generation tasks only.
       progress: called with numbers of texts that are done.
     """
     items = [item for k in task.languages for item in task.items[k]]
-    run = {
-        "perplexity": perplexity,
-        "multiple_choice": multiple_choice,
-        "cloze": cloze,
-    }
     aside = {reason: list(names) for reason, names in task.set_aside.items()}
-    if task.kind == "generation":
+    if task.kind == "perplexity":
+        results = perplexity(task, items, tokenizer, scorer, progress)
+    elif task.kind == "generation":
         assert generator is not None, "a generation task needs a generator"
-        found = generation(task, items, tokenizer, generator, aside, progress)
+        results = generation(task, items, tokenizer, generator, aside, progress)
     else:
-        found = run[task.kind](task, items, tokenizer, scorer, aside, progress)
-    return summary(task, found, aside), found
+        results = continuations(task, items, tokenizer, scorer, aside, progress)
+    return summary(task, results, aside), results
 
 
-def head_of(item: Item) -> dict[str, Any]:
-    return {"id": item["id"], "language": item["language"]}
+def set_aside(item: Item, aside: dict[str, list[str]]) -> None:
+    """Name an item that the model's window cannot hold."""
+    name = f"{item['language']}:{item['id']}"
+    aside.setdefault("longer than the model's window", []).append(name)
 
 
-def request_of(tokenizer: TextCoder, prompt: str, texts: Sequence[str]) -> Request:
-    """A request for texts after a prompt; its tokens are the same before all."""
-    pairs = [encode_pair(tokenizer, prompt, text) for text in texts]
-    return Request(pairs[0][0], [ids for _, ids in pairs])
-
-
-def keep_scorable(
+def perplexity(
+    task: Task,
     items: Sequence[Item],
-    requests: Sequence[Request],
-    window: int,
+    tokenizer: TextCoder,
+    scorer: Scorer,
+    progress: Progress | None,
+) -> list[ItemResult]:
+    """Bits of the whole text; its end is not scored (see heldout.py)."""
+    texts = [task.prompt.format(**item) for item in items]
+    ids = tokenizer.encode_batch(texts)
+    logprobs = scorer.rolling(ids, tokenizer.start_id, progress)
+    return [
+        {
+            "id": item["id"],
+            "language": item["language"],
+            "bits": -float(logprob) / math.log(2),
+            "bytes": len(text.encode()),
+            "tokens": len(tokens),
+        }
+        for item, text, tokens, logprob in zip(items, texts, ids, logprobs, strict=True)
+    ]
+
+
+def continuations(
+    task: Task,
+    items: Sequence[Item],
+    tokenizer: TextCoder,
+    scorer: Scorer,
     aside: dict[str, list[str]],
-) -> tuple[list[Item], list[Request]]:
-    """Items whose continuations all fit the model's window; the rest is set aside."""
-    kept: tuple[list[Item], list[Request]] = [], []
-    for item, request in zip(items, requests, strict=True):
-        if max(map(len, request.continuations)) <= window:
-            kept[0].append(item)
-            kept[1].append(request)
+    progress: Progress | None,
+) -> list[ItemResult]:
+    """Multiple choice and cloze: log-probabilities of texts after the prompt.
+
+    A cloze is right where every token of its target is the most likely one.
+    """
+
+    def ask(prompt: str, item: Item) -> Request:
+        texts = [with_choice(task, item, text) for text in answers_of(task, item)]
+        pairs = [encode_pair(tokenizer, prompt, text) for text in texts]
+        return Request(pairs[0][0], [ids for _, ids in pairs])
+
+    asked: list[tuple[Item, Request]] = []
+    for item in items:
+        request = ask(prompt_of(task, item), item)
+        if max(map(len, request.continuations)) <= scorer.window:
+            asked.append((item, request))
         else:
-            name = f"{item['language']}:{item['id']}"
-            aside.setdefault("longer than the model's window", []).append(name)
-    return kept
+            set_aside(item, aside)
+    scores = scorer.score([request for _, request in asked], progress)
+    plain: list[np.ndarray] | list[None] = [None] * len(asked)
+    if task.unconditional is not None:
+        without = [ask(task.unconditional.format(**item), item) for item, _ in asked]
+        plain = score_once(scorer, without)
+    results = []
+    for (item, request), score, base in zip(asked, scores, plain, strict=True):
+        texts = answers_of(task, item)
+        result: ItemResult = {
+            "id": item["id"],
+            "language": item["language"],
+            "logprobs": score.logprobs.tolist(),
+            "tokens": [len(ids) for ids in request.continuations],
+            "bytes": [task_metrics.byte_length(task, item, text) for text in texts],
+        }
+        if task.kind == "cloze":
+            result["correct"] = {"exact": float(score.greedy[0])}
+        else:
+            picked = task_metrics.picks(
+                score.logprobs, result["tokens"], result["bytes"], base
+            )
+            answer = item["answer"]
+            correct = {k: float(v == answer) for k, v in picked.items()}
+            result |= {"answer": answer, "picked": picked, "correct": correct}
+        result["dropped"] = score.dropped
+        if base is not None:
+            result["unconditional"] = base.tolist()
+        results.append(result)
+    return results
 
 
-def score_again(scorer: Scorer, requests: Sequence[Request]) -> list[np.ndarray]:
+def score_once(scorer: Scorer, requests: Sequence[Request]) -> list[np.ndarray]:
     """Log-probabilities of requests that often repeat: each different one once."""
 
     def key(r: Request) -> tuple[Any, ...]:
@@ -117,102 +157,6 @@ def score_again(scorer: Scorer, requests: Sequence[Request]) -> list[np.ndarray]
     return [known[key(r)] for r in requests]
 
 
-def multiple_choice(
-    task: Task,
-    items: Sequence[Item],
-    tokenizer: TextCoder,
-    scorer: Scorer,
-    aside: dict[str, list[str]],
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    def ask(prompt: str, item: Item) -> Request:
-        texts = [with_choice(task, item, c) for c in item["choices"]]
-        return request_of(tokenizer, prompt, texts)
-
-    requests = [ask(prompt_of(task, item), item) for item in items]
-    items, requests = keep_scorable(items, requests, scorer.window, aside)
-    scores = scorer.score(requests, progress)
-    without: list[np.ndarray] | list[None] = [None] * len(items)
-    if task.unconditional is not None:
-        plain = [ask(task.unconditional.format(**item), item) for item in items]
-        without = score_again(scorer, plain)
-    rows = []
-    for item, request, score, base in zip(
-        items, requests, scores, without, strict=True
-    ):
-        tokens = [len(c) for c in request.continuations]
-        sizes = [task_metrics.byte_length(task, item, c) for c in item["choices"]]
-        by = task_metrics.choice_scores(score.logprobs, tokens, sizes, base)
-        picked = {name: int(values.argmax()) for name, values in by.items()}
-        row = {
-            **head_of(item),
-            "logprobs": score.logprobs.tolist(),
-            "tokens": tokens,
-            "bytes": sizes,
-            "answer": item["answer"],
-            "picked": picked,
-            "correct": {k: float(v == item["answer"]) for k, v in picked.items()},
-            "dropped": score.dropped,
-        }
-        if base is not None:
-            row["unconditional"] = base.tolist()
-        rows.append(row)
-    return rows
-
-
-def cloze(
-    task: Task,
-    items: Sequence[Item],
-    tokenizer: TextCoder,
-    scorer: Scorer,
-    aside: dict[str, list[str]],
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    """Right where every token of the target is the most likely one."""
-    requests = [
-        request_of(
-            tokenizer, prompt_of(task, item), [with_choice(task, item, item["target"])]
-        )
-        for item in items
-    ]
-    items, requests = keep_scorable(items, requests, scorer.window, aside)
-    scores = scorer.score(requests, progress)
-    return [
-        {
-            **head_of(item),
-            "logprobs": score.logprobs.tolist(),
-            "tokens": [len(request.continuations[0])],
-            "bytes": [task_metrics.byte_length(task, item, item["target"])],
-            "correct": {"exact": float(score.greedy[0])},
-            "dropped": score.dropped,
-        }
-        for item, request, score in zip(items, requests, scores, strict=True)
-    ]
-
-
-def perplexity(
-    task: Task,
-    items: Sequence[Item],
-    tokenizer: TextCoder,
-    scorer: Scorer,
-    aside: dict[str, list[str]],
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    """Bits of the whole text; its end is not scored (see evaluate.py)."""
-    texts = [task.prompt.format(**item) for item in items]
-    ids = tokenizer.encode_batch(texts)
-    found = scorer.rolling(ids, tokenizer.start_id, progress)
-    return [
-        {
-            **head_of(item),
-            "bits": -float(value) / math.log(2),
-            "bytes": len(text.encode()),
-            "tokens": len(row),
-        }
-        for item, text, row, value in zip(items, texts, ids, found, strict=True)
-    ]
-
-
 def generation(
     task: Task,
     items: Sequence[Item],
@@ -220,20 +164,19 @@ def generation(
     generator: Generator,
     aside: dict[str, list[str]],
     progress: Progress | None,
-) -> list[dict[str, Any]]:
+) -> list[ItemResult]:
     """Greedy continuations up to a stop; the spaces around them do not count."""
     room = generator.cfg.max_seq_len - task.max_tokens
+    start = list(tokenizer.prefix_ids)
     asked: list[tuple[Item, list[int], int]] = []
     for item in items:
-        start = list(tokenizer.prefix_ids)
+        if room <= len(start):
+            set_aside(item, aside)
+            continue
         # A space at the end belongs to what is written (see tasks.encode_pair).
         ids = start + tokenizer.encode(prompt_of(task, item).rstrip(" "))
         ids = ids or [tokenizer.start_id]
         lost = max(len(ids) - room, 0)
-        if room <= len(start):
-            name = f"{item['language']}:{item['id']}"
-            aside.setdefault("longer than the model's window", []).append(name)
-            continue
         asked.append((item, start + ids[len(start) + lost :] if lost else ids, lost))
     texts: dict[int, str] = {}
     # Prompts of like length go together, so that little is padding.
@@ -243,15 +186,13 @@ def generation(
         made = generator.generate_ids([asked[n][1] for n in chosen], task.max_tokens)
         for n, ids in zip(chosen, made, strict=True):
             text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
-            ends = [
-                p for s in task.stop if (p := text.find(s, 1 if s == " " else 0)) >= 0
-            ]
-            texts[n] = text[: min(ends)].strip() if ends else text.strip()
+            texts[n] = until_stop(text, task.stop)
         if progress:
             progress(len(chosen))
     return [
         {
-            **head_of(item),
+            "id": item["id"],
+            "language": item["language"],
             "text": texts[n],
             "answers": list(item["answers"]),
             "correct": task_metrics.text_scores(
@@ -261,6 +202,44 @@ def generation(
         }
         for n, (item, _, lost) in enumerate(asked)
     ]
+
+
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first stop; a space that begins it ends nothing."""
+    ends = [text.find(stop, 1 if stop == " " else 0) for stop in stops]
+    return text[: min([end for end in ends if end >= 0], default=None)].strip()
+
+
+def run_all(
+    tasks: Sequence[Task],
+    tokenizer: TextCoder,
+    scorer: Scorer,
+    compute: ComputeConfig,
+    watch: Watch = lambda name, total: None,
+) -> tuple[dict[str, Any], dict[str, list[ItemResult]]]:
+    """Task -> its summary, and task -> the results of its items; see `run_task`.
+
+    Args:
+      watch: called with the name of a task and its number of texts, before it runs;
+        what it returns is called with numbers of texts that are done.
+    """
+    generator = None
+    if any(t.kind == "generation" for t in tasks):
+        seen = dataclasses.replace(scorer.cfg, max_seq_len=scorer.window)
+        generator = Generator(seen, scorer.params, scorer.mesh, tokenizer, compute)
+    summaries, items = {}, {}
+    for task in tasks:
+        progress = watch(task.name, text_count(task))
+        summaries[task.name], items[task.name] = run_task(
+            task, tokenizer, scorer, generator, progress
+        )
+    return summaries, items
+
+
+def text_count(task: Task) -> int:
+    """How many texts a task scores or writes: what `progress` adds up to, about."""
+    items = (i for v in task.items.values() for i in v)
+    return sum(len(i["choices"]) if "choices" in i else 1 for i in items)
 
 
 # --- results --------------------------------------------------------------------------
@@ -302,195 +281,44 @@ def summary(
     }
 
 
-def versions() -> dict[str, str]:
-    """What computed the results."""
-    names = ("gamayun_jax", "jax", "jaxlib", "flax", "numpy", "sentencepiece")
-    found = {"python": platform.python_version()}
-    for name in (*names, "tokenizers", "sacrebleu"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    device = jax.devices()[0]
-    return {**found, "device": f"{jax.device_count()} x {device.device_kind}"}
+# --- in the course of training ------------------------------------------------------
 
 
-class TrainingTasks:
-    """The tasks of a config, run with a model's changing parameters.
+class TaskEvaluator:
+    """The tasks of a config, run with changing parameters (recording.Evaluator).
 
     Raises:
       UserError: a task that cannot be read, or with items in none of the languages.
     """
 
+    name = "tasks"
+
     def __init__(self, cfg: Config, tokenizer: TextCoder, mesh: Mesh):
         limit = cfg.evaluation.task_items
-        self._tasks = [load_task(n, cfg.languages, limit) for n in cfg.evaluation.tasks]
-        for task in self._tasks:
+        self.tasks = [load_task(n, cfg.languages, limit) for n in cfg.evaluation.tasks]
+        for task in self.tasks:
             if not task.languages:
                 raise UserError(
                     f"evaluation.tasks: {task.name} has no items in the languages of "
                     "the config: leave it out"
                 )
-        self._cfg, self._tokenizer, self._mesh = cfg, tokenizer, mesh
         self.every_steps = cfg.evaluation.tasks_every_steps
+        self._tokenizer = tokenizer
         self._scorer = Scorer(cfg.model, None, mesh, cfg.compute)
+        self._compute = cfg.compute
 
-    def __bool__(self) -> bool:
-        return bool(self._tasks)
-
-    def evaluate(
-        self, params: Any
-    ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-        """{"tasks": summaries by task}, and the rows of each; see `run_task`."""
+    def run(self, params: Any) -> tuple[dict[str, Any], dict[str, list[ItemResult]]]:
+        """Task -> its summary, and the results of its items; see `run_task`."""
         self._scorer.params = params
-        generator = None
-        if any(t.kind == "generation" for t in self._tasks):
-            model = self._cfg.model, params, self._mesh, self._tokenizer
-            generator = Generator(*model, self._cfg.compute)
-        results, rows = {}, {}
-        for t in self._tasks:
-            results[t.name], rows[t.name] = run_task(
-                t, self._tokenizer, self._scorer, generator
-            )
+        made = run_all(self.tasks, self._tokenizer, self._scorer, self._compute)
         self._scorer.params = None  # not a second copy while training goes on
-        return {"tasks": results}, rows
-
-    def headlines(self, result: Mapping[str, Any]) -> dict[str, float]:
-        """Name for TensorBoard -> each task's headline metric by language."""
-        return {
-            f"tasks/{name}/{task['metric']}/{language}": row[task["metric"]]
-            for name, task in result["tasks"].items()
-            for language, row in task["languages"].items()
-        }
-
-    def lines(self, result: Mapping[str, Any]) -> list[str]:
-        """The console's line of each task."""
-        return [
-            f"{name}: {task['metric']} "
-            f"{task['macro'].get(task['metric'], math.nan):.3f} (macro)"
-            for name, task in result["tasks"].items()
-        ]
+        return made
 
 
-def training_evaluators(
-    cfg: Config, corpus: Corpus, mesh: Mesh
-) -> list[HeldoutEvaluator | TrainingTasks]:
+def training_evaluators(cfg: Config, corpus: Corpus, mesh: Mesh) -> list[Evaluator]:
     """What a config evaluates in the course of training: held-out sets and tasks."""
     model = Transformer(cfg.model, cfg.compute)
     heldout = HeldoutEvaluator(cfg, corpus, mesh, model)
-    tasks = TrainingTasks(cfg, corpus.tokenizer(), mesh)
-    found: list[HeldoutEvaluator | TrainingTasks] = [heldout] if heldout.sets else []
-    return [*found, tasks] if tasks else found
-
-
-def evaluate_model(
-    path: Path,
-    tasks: Sequence[Task],
-    corpus: Path | None = None,
-    heldout: bool = True,
-    languages: Sequence[str] | None = None,
-    batch_size: int | None = None,
-    watch: Callable[[str, int], Progress | None] = lambda name, total: None,
-    window: int | None = None,
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """A model on tasks and on a corpus's held-out sets: eval.json, and the rows of each
-    task and set.
-
-    Args:
-      path: run folder, checkpoint or Hugging Face folder.
-      corpus: for the held-out sets; default: the model's own.
-      heldout: whether to run them.
-      watch: called with the name of a task and its number of texts, before it runs;
-        what it returns is called with numbers of texts that are done.
-      window: most tokens that the model sees before a predicted one; default: its
-        own, but rows as in training for held-out sets of a model trained here.
-
-    Raises:
-      UserError: a model that cannot be read, or without a tokenizer.
-    """
-    loaded = load_params(path)
-    cfg, params, meta, mesh = loaded
-    result: dict[str, Any] = {
-        "format": FORMAT,
-        "model": {
-            "path": str(path),
-            "run": meta.lineage.get("run"),
-            "parameters": parameter_count(cfg.model),
-            "bits": meta.bits,
-            "tokenizer": meta.tokenizer,
-            "dtype": str(compute_dtype(cfg.compute.dtype)),
-            "lineage": meta.lineage,
-        },
-        "label": plain_name(path),
-        "step": meta.step,
-        "tokens": meta.tokens,
-        "window": window,
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
-    }
-    rows: dict[str, list[dict[str, Any]]] = {}
-    if heldout:
-        found, rows = evaluate.evaluate_heldout(
-            path, corpus, languages, batch_size, loaded, window
-        )
-        result["sets"] = found["sets"]
-    if tasks:
-        tokenizer = huggingface.open_tokenizer(path, meta, corpus or cfg.data.corpus)
-        scorer = Scorer(cfg.model, params, mesh, cfg.compute, window)
-        generator = None
-        if any(t.kind == "generation" for t in tasks):
-            seen = dataclasses.replace(cfg.model, max_seq_len=scorer.window)
-            generator = Generator(seen, params, mesh, tokenizer, cfg.compute)
-        result["tasks"] = {}
-        for task in tasks:
-            progress = watch(task.name, texts_of(task))
-            result["tasks"][task.name], rows[task.name] = run_task(
-                task, tokenizer, scorer, generator, progress
-            )
-    return result, rows
-
-
-def texts_of(task: Task) -> int:
-    """How many texts a task scores or writes: what `progress` adds up to, about."""
-    items = (i for v in task.items.values() for i in v)
-    return sum(len(i["choices"]) if "choices" in i else 1 for i in items)
-
-
-def evaluate_missing(
-    models: Sequence[Path],
-    tasks: Sequence[Task],
-    out: Path,
-    log: Callable[[str], None],
-    watch: Callable[[str, int], Progress | None] = lambda name, total: None,
-) -> list[Path]:
-    """The result folder of each model; a result folder stands for itself.
-
-    Models are evaluated into OUT/<n>-<name>, unless their results are there already, so
-    that an interrupted comparison goes on.
-
-    Raises:
-      UserError: a result folder of a former version, or a model that cannot be read.
-    """
-    folders = []
-    for number, path in enumerate(models):
-        if is_result(path):
-            folders.append(path)
-            continue
-        if (path / "eval.json").is_file():
-            raise UserError(
-                f"{path} has no items/, written by a former version without tasks: run "
-                "`gamayun eval --out` again"
-            )
-        folder = out / f"{number}-{plain_name(path).replace(' ', '-')}"
-        folders.append(folder)
-        if is_result(folder):
-            result, _ = read_results(folder)
-            hashes = {name: task["hash"] for name, task in result["tasks"].items()}
-            same_model = result["model"]["path"] == str(path)
-            if same_model and hashes == {t.name: t.hash for t in tasks}:
-                log(f"{path}: results of before, in {folder}")
-                continue
-        log(f"{path}: evaluating")
-        result, items = evaluate_model(path, tasks, heldout=False, watch=watch)
-        write_results(folder, result, items)
-    return folders
+    tasks = TaskEvaluator(cfg, corpus.tokenizer(), mesh)
+    evaluators: list[Evaluator] = [heldout] if heldout.texts else []
+    return [*evaluators, tasks] if tasks.tasks else evaluators

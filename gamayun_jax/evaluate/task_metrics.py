@@ -2,24 +2,29 @@
 
 Every metric is a mean over items, so that its standard error is that of a mean and
 two models can be compared item by item (compare.py). The exception is bits per byte,
-a ratio of sums (evaluate.ratio).
+a ratio of sums (standard_errors.ratio).
 
 Shape suffixes: C choices of an item.
 """
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gamayun_jax.data.corpus import xz_bytes
 from gamayun_jax.data.documents import normal_form
-from gamayun_jax.evaluate.heldout import mean_error, ratio, ratio_residuals, root
+from gamayun_jax.evaluate.standard_errors import (
+    compression,
+    mean_error,
+    mean_se,
+    ratio_residuals,
+    root,
+)
 from gamayun_jax.evaluate.tasks import METRICS, Item, Task, prompt_of, with_choice
 
 BINS = 10  # of the expected calibration error
@@ -29,13 +34,13 @@ CHARACTERS = ("zh", "ja", "ko", "th")  # languages whose words f1 cannot split
 # --- one item -------------------------------------------------------------------------
 
 
-def choice_scores(
+def picks(
     logprobs_C: np.ndarray,
     tokens_C: Sequence[int],
     bytes_C: Sequence[int],
     unconditional_C: np.ndarray | None,
-) -> dict[str, np.ndarray]:
-    """Metric -> float64 [C], by which the highest choice is picked."""
+) -> dict[str, int]:
+    """Metric -> number of the choice that it makes the likeliest."""
     scores = {
         "raw": logprobs_C,
         "token": logprobs_C / np.array(tokens_C),
@@ -43,7 +48,7 @@ def choice_scores(
     }
     if unconditional_C is not None:
         scores["pmi"] = logprobs_C - unconditional_C
-    return scores
+    return {name: int(values_C.argmax()) for name, values_C in scores.items()}
 
 
 def confidence(logprobs_C: np.ndarray) -> float:
@@ -134,66 +139,43 @@ def baseline(task: Task, items: Sequence[Item]) -> float | None:
         text = "\n".join(i["text"] for i in items).encode()
         return 8 * xz_bytes(text) / max(len(text), 1)
     if task.kind == "generation":  # copy: the item's field `name`
-        key = task.metric
-        return float(
-            np.mean(
-                [
-                    text_scores(str(i.get("name", "")), i["answers"], i["language"])[
-                        key
-                    ]
-                    for i in items
-                ]
-            )
-        )
-    if task.kind != "multiple_choice":
+        copies = [(str(i.get("name", "")), i["answers"], i["language"]) for i in items]
+        return float(np.mean([text_scores(*copy)[task.metric] for copy in copies]))
+    if task.kind != "multiple_choice" or task.baseline == "copy":
         return None
-    of: dict[str, Callable[[Item], np.ndarray]] = {
-        "overlap": lambda i: overlap(task, i),
-        "longest": lambda i: np.array([len(c) for c in i["choices"]], np.float64),
-    }
-    if task.baseline not in of:
-        return None
-    score = of[task.baseline]
-    return float(np.mean([picked_share(score(i), i["answer"]) for i in items]))
+    shares = []
+    for item in items:
+        lengths = np.array([len(c) for c in item["choices"]], np.float64)
+        scores = overlap(task, item) if task.baseline == "overlap" else lengths
+        shares.append(picked_share(scores, item["answer"]))
+    return float(np.mean(shares))
 
 
 # --- a language, and all of them ------------------------------------------------------
 
 
-def mean_se(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; none for a single value."""
-    x = np.array(values, np.float64)
-    if len(x) < 2:
-        return float(x.mean()), None
-    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
-
-
-def summarise(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A language's results from its items' rows (see run_tasks.py)."""
-    found: dict[str, Any] = {"items": len(rows)}
+def summarise(task: Task, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A language's results from those of its items (see run_tasks.py)."""
+    results: dict[str, Any] = {"items": len(items)}
     if task.kind == "perplexity":
-        bits = np.array([r["bits"] for r in rows])
-        sizes = np.array([r["bytes"] for r in rows], np.float64)
-        value, error = ratio(bits, sizes)
-        found |= {"bits_per_byte": value, "bits_per_byte_se": error}
-        found |= {"bits": float(bits.sum()), "bytes": int(sizes.sum())}
-        found |= {"bits_per_unit": float(bits.mean())}
-        return found
+        bits = np.array([r["bits"] for r in items])
+        sizes = np.array([r["bytes"] for r in items], np.float64)
+        return results | compression(bits, sizes)
     for metric in METRICS[task.kind]:
-        if metric in rows[0]["correct"]:
-            values = [r["correct"][metric] for r in rows]
-            found[metric], found[f"{metric}_se"] = mean_se(values)
+        if metric in items[0]["correct"]:
+            values = [r["correct"][metric] for r in items]
+            results[metric], results[f"{metric}_se"] = mean_se(values)
     if task.kind == "multiple_choice":
-        found["chance"] = float(np.mean([1 / len(r["logprobs"]) for r in rows]))
-        sure = [confidence(np.array(r["logprobs"])) for r in rows]
-        found["ece"] = calibration_error(sure, [r["correct"]["raw"] for r in rows])
-    if "dropped" in rows[0]:
-        found["truncated"] = sum(r["dropped"] > 0 for r in rows)
-    return found
+        results["chance"] = float(np.mean([1 / len(r["logprobs"]) for r in items]))
+        sure = [confidence(np.array(r["logprobs"])) for r in items]
+        results["ece"] = calibration_error(sure, [r["correct"]["raw"] for r in items])
+    if "dropped" in items[0]:
+        results["truncated"] = sum(r["dropped"] > 0 for r in items)
+    return results
 
 
 def macro(
-    task: Task, languages: Mapping[str, Mapping[str, Any]], rows: Sequence[Any]
+    task: Task, languages: Mapping[str, Mapping[str, Any]], items: Sequence[Any]
 ) -> dict[str, Any]:
     """Means over languages, each counting the same, with standard errors.
 
@@ -201,19 +183,19 @@ def macro(
     """
     if not languages:
         return {}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for metric in METRICS[task.kind]:
         values = [v[metric] for v in languages.values() if metric in v]
         if len(values) < len(languages):
             continue
         error = mean_error([v.get(f"{metric}_se") for v in languages.values()])
         if task.parallel and error is not None:
-            error = shared_error(metric, list(languages), rows)
-        found |= {metric: float(np.mean(values)), f"{metric}_se": error}
-    return found
+            error = shared_error(metric, list(languages), items)
+        results |= {metric: float(np.mean(values)), f"{metric}_se": error}
+    return results
 
 
-def shared_error(metric: str, languages: Sequence[str], rows: Sequence[Any]) -> float:
+def shared_error(metric: str, languages: Sequence[str], items: Sequence[Any]) -> float:
     """Standard error of the mean over languages of a parallel task.
 
     Items of one id are answered alike in all languages, so their errors go together
@@ -221,7 +203,7 @@ def shared_error(metric: str, languages: Sequence[str], rows: Sequence[Any]) -> 
     """
     parts: dict[str, float] = {}
     for language in languages:
-        mine = [r for r in rows if r["language"] == language]
+        mine = [r for r in items if r["language"] == language]
         if metric == "bits_per_byte":
             pairs = [(r["bits"], r["bytes"]) for r in mine]
         else:

@@ -37,12 +37,12 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 import zstandard
 
-from gamayun_jax.config import DEMO_CORPUS, UserError, check_local
+from gamayun_jax.config import DEMO_CORPUS, UserError, check_local, decode
 from gamayun_jax.data.curriculum import near
 from gamayun_jax.data.documents import first_line
 from gamayun_jax.data.tokenizer import TextCoder
@@ -63,7 +63,6 @@ NEEDS = {
     "cloze": "target",
     "generation": "answers",
 }
-BASELINES = ("none", "overlap", "longest", "copy", "xz")
 LARGEST = 1 << 30  # bytes of a data file when unpacked
 LARGEST_DESCRIPTION = 1 << 20  # bytes
 
@@ -80,11 +79,11 @@ class DescriptionLoader(yaml.SafeLoader):
 
 
 @dataclass(frozen=True)
-class Task:
-    """A task with its items, of the chosen languages."""
+class Description:
+    """What a task's YAML file says; see the module."""
 
     name: str
-    kind: str
+    kind: Literal["perplexity", "multiple_choice", "cloze", "generation"]
     data: str
     description: str = ""
     prompt: str = "{text}"
@@ -97,9 +96,15 @@ class Task:
     seed: int = 0
     max_tokens: int = 32
     stop: tuple[str, ...] = ()
-    baseline: str = "none"
+    baseline: Literal["none", "overlap", "longest", "copy", "xz"] = "none"
     licence: str = ""
     source: str = ""
+
+
+@dataclass(frozen=True)
+class Task(Description):
+    """A task with its items, of the chosen languages."""
+
     items: Mapping[str, Sequence[Item]] = field(default_factory=dict)
     examples: Mapping[str, Sequence[Item]] = field(default_factory=dict)
     # Reason -> what was set aside for it, "language:id" or "file:line".
@@ -151,7 +156,7 @@ def load_task(
                 f"choose from {known}, or give the path of a YAML file"
             )
     task, text = read_description(path)
-    files = data_files(path, task, languages)
+    files = data_files(path, task.data, languages)
     aside: dict[str, list[str]] = {}
     digest = hashlib.sha256(text)
     items: dict[str, list[Item]] = {k: [] for k in languages or ()}
@@ -187,8 +192,8 @@ def load_task(
             )
     if limit:
         items = {k: first_by_hash(v, limit) for k, v in items.items()}
-    return dataclasses.replace(
-        task,
+    return Task(
+        **vars(task),
         items=items,
         examples=examples,
         set_aside=aside,
@@ -220,71 +225,42 @@ def first_by_hash(items: Sequence[Item], limit: int) -> list[Item]:
     return [item for item in items if key(item) <= last]
 
 
-def read_description(path: Path) -> tuple[Task, bytes]:
-    """The task of a YAML file, without its items, and the file's bytes."""
+def read_description(path: Path) -> tuple[Description, bytes]:
+    """A task's YAML file, checked, and its bytes."""
     try:
         with open(path, "rb") as f:
             text = f.read(LARGEST_DESCRIPTION + 1)
-        if len(text) > LARGEST_DESCRIPTION:
-            raise UserError(
-                f"{path} is larger than {LARGEST_DESCRIPTION:,} bytes: it is not the "
-                "description of a task"
-            )
-        found = yaml.load(text, DescriptionLoader)
+        fields = yaml.load(text[:LARGEST_DESCRIPTION], DescriptionLoader)
     except FileNotFoundError as e:
         raise UserError(f"there is no task file {path}") from e
-    except UserError:
-        raise
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as e:
         raise UserError(
             f"{path} is not a YAML file that can be read: {first_line(e)}"
         ) from e
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a description of a task: it holds no fields")
-    fields = {f.name: f for f in dataclasses.fields(Task)}
-    given = [
-        k for k in fields if k not in ("items", "examples", "set_aside", "hash", "path")
-    ]
-    for key, value in found.items():
-        if key not in given:
-            raise UserError(f"{path}: unknown field {key!r}{near(str(key), given)}")
-        default = fields[key].default
-        kind = type(default) if default not in (None, dataclasses.MISSING) else str
-        if kind is tuple and isinstance(value, list):
-            found[key] = tuple(map(str, value))
-        elif type(value) is not kind:
-            raise UserError(
-                f"{path}: {key} is {value!r:.60}, but must be a {kind.__name__}"
-                if isinstance(value, str | bool | float | None)
-                else f"{path}: {key} is of type {type(value).__name__}, but must be a "
-                f"{kind.__name__}"
-            )
-    for key in ("name", "kind", "data"):
-        if key not in found:
-            raise UserError(f"{path} lacks the field {key!r}")
-    task = Task(**found)
+    if len(text) > LARGEST_DESCRIPTION or not isinstance(fields, dict):
+        raise UserError(
+            f"{path} is not a description of a task: it holds no fields, or more than "
+            f"{LARGEST_DESCRIPTION:,} bytes"
+        )
+    try:
+        task = decode(fields, Description, "")
+    except ValueError as e:  # a UserError, or a number too long to be written out
+        raise UserError(f"{path}: {first_line(e)}") from e
     # The name becomes that of a file in the results' folder.
     if not re.fullmatch(r"\w[\w.+-]*", task.name):
         raise UserError(
             f"{path}: name is {task.name!r:.60}, but may hold only letters, digits, "
             "_ . + -"
         )
-    if task.kind not in METRICS:
-        raise UserError(f"{path}: kind {task.kind!r} is none of {', '.join(METRICS)}")
     metrics = METRICS[task.kind]
     task = dataclasses.replace(task, metric=task.metric or metrics[0])
-    if task.metric not in metrics or (
-        task.metric == "pmi" and task.unconditional is None
-    ):
-        hint = "pmi needs the field unconditional" if task.metric == "pmi" else ""
+    if task.metric not in metrics:
         raise UserError(
-            f"{path}: metric {task.metric!r} is not one of {task.kind}'s: "
-            f"{', '.join(metrics)}. {hint}"
+            f"{path}: metric {task.metric!r:.60} is not one of {task.kind}'s: "
+            f"{', '.join(metrics)}"
         )
-    if task.baseline not in BASELINES:
-        raise UserError(
-            f"{path}: baseline {task.baseline!r} is none of {', '.join(BASELINES)}"
-        )
+    if task.metric == "pmi" and task.unconditional is None:
+        raise UserError(f"{path}: metric pmi needs the field unconditional")
     for key in ("prompt", "choice", "unconditional"):
         template_fields(path, key, getattr(task, key) or "")
     return task, text
@@ -308,32 +284,31 @@ def template_fields(path: Path, key: str, template: str) -> list[str]:
 
 
 def data_files(
-    path: Path, task: Task, languages: Sequence[str] | None
+    path: Path, data: str, languages: Sequence[str] | None
 ) -> list[tuple[str, Path]]:
     """(language or "", file) of a task's data."""
-    if not task.data or Path(task.data).is_absolute() or "\0" in task.data:
+    if not data or Path(data).is_absolute() or "\0" in data:
         raise UserError(
-            f"{path}: data is {task.data!r:.60}, but must be a path relative to this "
-            "file"
+            f"{path}: data is {data!r:.60}, but must be a path relative to this file"
         )
-    whole = path.parent / task.data
-    if "{language}" not in task.data:
+    whole = path.parent / data
+    if "{language}" not in data:
         return [("", whole)]
-    prefix, found_one, suffix = whole.name.partition("{language}")
-    if not found_one or task.data.count("{language}") > 1:
+    prefix, stands_in_name, suffix = whole.name.partition("{language}")
+    if not stands_in_name or data.count("{language}") > 1:
         raise UserError(
             f"{path}: {{language}} may stand in data's file name only, and once"
         )
-    found = {
+    files = {
         p.name[len(prefix) : len(p.name) - len(suffix)]: p
         for p in (sorted(whole.parent.iterdir()) if whole.parent.is_dir() else ())
         if p.name.startswith(prefix) and p.name.endswith(suffix)
     }
     # "help.{language}" must not take "help.extra.en" for a language.
-    found = {k: p for k, p in found.items() if k and "." not in k}
-    if not found:
-        raise UserError(f"{path}: no file is like {task.data}")
-    return [(k, found[k]) for k in languages or found if k in found]
+    files = {k: p for k, p in files.items() if k and "." not in k}
+    if not files:
+        raise UserError(f"{path}: no file is like {data}")
+    return [(k, files[k]) for k in languages or files if k in files]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -353,7 +328,7 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def read_item(task: Task, line: bytes, language: str) -> tuple[Item | None, str]:
+def read_item(task: Description, line: bytes, language: str) -> tuple[Item | None, str]:
     """An item of a line, and why it must be set aside (empty if it need not be)."""
     try:
         item = json.loads(line.decode())
@@ -393,6 +368,11 @@ def read_item(task: Task, line: bytes, language: str) -> tuple[Item | None, str]
 # --- what a model is asked ------------------------------------------------------------
 
 
+def answers_of(task: Task, item: Item) -> Sequence[str]:
+    """What a model scores after the prompt: choices, or the target of a cloze."""
+    return item["choices"] if task.kind == "multiple_choice" else [item["target"]]
+
+
 def with_choice(task: Task, item: Item, text: str) -> str:
     """A choice, target or answer as it is written after the prompt."""
     return task.choice.format(**{**item, "choice": text, "target": text})
@@ -407,11 +387,10 @@ def prompt_of(task: Task, item: Item) -> str:
     random.Random(f"{task.seed} {item['language']}").shuffle(shots)
     parts = []
     for shot in shots[: task.shots]:
-        right = {
-            "multiple_choice": lambda s: s["choices"][s["answer"]],
-            "cloze": lambda s: s["target"],
-            "generation": lambda s: s["answers"][0],
-        }[task.kind](shot)
+        if task.kind == "multiple_choice":
+            right = shot["choices"][shot["answer"]]
+        else:
+            right = shot["target"] if task.kind == "cloze" else shot["answers"][0]
         parts.append(task.prompt.format(**shot) + with_choice(task, shot, right))
     return task.shot_separator.join([*parts, own])
 

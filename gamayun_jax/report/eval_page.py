@@ -14,7 +14,7 @@ from gamayun_jax.report.task_page import languages_in, tasks_section
 
 
 def write_page(result: Mapping[str, Any], out: Path) -> Path:
-    """OUT/index.html of an evaluation (see run_tasks.evaluate_model)."""
+    """OUT/index.html of an evaluation (see stored_model.evaluate_model)."""
     parts = []
     if result.get("tasks"):
         tasks = result["tasks"]

@@ -180,18 +180,13 @@ def run_meta(run: Run) -> RunMeta:
 class Evaluator(Protocol):
     """What is evaluated in the course of training."""
 
+    name: str  # its part of eval/<step>.json: "sets" (held-out ones) or "tasks"
     every_steps: int  # besides the start and the stages' ends; 0: not at all
 
-    def evaluate(
+    def run(
         self, params: Any
     ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-        """Its part of eval/<step>.json, and items under the names of their files."""
-
-    def headlines(self, result: Mapping[str, Any]) -> dict[str, float]:
-        """TensorBoard's scalars of what `evaluate` gave."""
-
-    def lines(self, result: Mapping[str, Any]) -> list[str]:
-        """The console's lines of it."""
+        """Set or task -> its results, and items under the names of their files."""
 
 
 def evaluate_if_due(run: Run, evaluators: Sequence[Evaluator]) -> None:
@@ -213,16 +208,20 @@ def evaluate_if_due(run: Run, evaluators: Sequence[Evaluator]) -> None:
     items: dict[str, list[dict[str, Any]]] = {}
     with run.meters.timer.measure("evaluate"):
         for evaluator in due:
-            found, of_it = evaluator.evaluate(run.state.params)
-            result |= found
-            items |= of_it
+            result[evaluator.name], its_items = evaluator.run(run.state.params)
+            items |= its_items
     for name, rows in items.items() if label else ():
         run.folder.write_items(run.step, name, rows)
     run.folder.write_evaluation(run.step, result)
     for evaluator in due:
-        run.folder.scalars(evaluator.headlines(result), tokens)
-        for line in evaluator.lines(result):
-            run.log(f"{'eval':>8} step {run.step}  {line}")
+        prefix = "eval" if evaluator.name == "sets" else evaluator.name
+        for name, part in result[evaluator.name].items():
+            metric = part.get("metric", "bits_per_byte")  # a held-out set has this one
+            languages = part["languages"].items()
+            tag = f"{prefix}/{name}/{metric}"
+            run.folder.scalars({f"{tag}/{k}": v[metric] for k, v in languages}, tokens)
+            mean = part.get("macro", {}).get(metric, math.nan)
+            run.log(f"{'eval':>8} step {run.step}  {tag} {mean:.3f} (macro)")
 
 
 def is_evaluated(run: Run, label: str) -> bool:

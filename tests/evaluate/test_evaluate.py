@@ -15,13 +15,9 @@ from flax import linen as nn
 from gamayun_jax.config import MeshConfig, UserError
 from gamayun_jax.data.corpus import Corpus, subsample_units
 from gamayun_jax.evaluate import heldout
-from gamayun_jax.evaluate.heldout import (
-    HeldoutEvaluator,
-    pack,
-    pooled_ratio,
-    ratio,
-    windows,
-)
+from gamayun_jax.evaluate.heldout import HeldoutEvaluator
+from gamayun_jax.evaluate.scoring import pack, token_scores, windows
+from gamayun_jax.evaluate.standard_errors import pooled_ratio, ratio
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, unembedding
 
@@ -45,7 +41,7 @@ def scores(config, corpus, params, mesh, devices=None, **changes):
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         evaluator = HeldoutEvaluator(cfg, corpus, mesh, model)
         placed = jax.device_put(params, sharding.replicated(mesh))
-        return evaluator.unit_sums(placed), evaluator.run(placed)["sets"]["udhr"]
+        return evaluator.unit_sums(placed), evaluator.run(placed)[0]["udhr"]
 
 
 class Changed(Corpus):
@@ -142,7 +138,7 @@ def test_chunks_never_form_all_logits():
     ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
 
     def program(chunk):
-        score = functools.partial(heldout.token_scores, chunk=chunk)
+        score = functools.partial(token_scores, chunk=chunk)
         return jax.jit(score).lower(x, w, ids).as_text()
 
     assert "4x64x512" in program(0)
@@ -231,7 +227,7 @@ def test_what_xz_makes_of_the_texts_is_in_the_manifest(
     for row in former["heldout"]["udhr"]["languages"].values():
         del row["xz"]
     before = dataclasses.replace(corpus, manifest=former)
-    found = evaluator(before)._baselines["udhr", "ru"]["xz"]
+    found = evaluator(before).texts["udhr"]["ru"].baselines["xz"]
     assert len(packed) == len(config.languages)
     assert found == result[1]["languages"]["ru"]["baselines"]["xz"]
 
@@ -352,8 +348,8 @@ def test_a_missing_language_is_a_named_gap(config, corpus, parameters):
             Transformer(config.model, config.compute),
         )
         placed = jax.device_put(parameters, sharding.replicated(mesh))
-        rows = evaluator.run(placed)["sets"]["udhr"]["languages"]
-    assert evaluator.missing == {"udhr": ["en"]}
+        rows = evaluator.run(placed)[0]["udhr"]["languages"]
+    assert list(evaluator.texts["udhr"]) == ["ru", "tr"]
     assert list(rows) == ["ru", "tr"]
     assert [r["parity"] for r in rows.values()] == [None, None]
 

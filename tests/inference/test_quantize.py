@@ -11,7 +11,7 @@ import pytest
 
 from gamayun_jax import cli, train
 from gamayun_jax.config import UserError
-from gamayun_jax.evaluate import heldout
+from gamayun_jax.evaluate import stored_model
 from gamayun_jax.inference import quantize
 from gamayun_jax.interop import huggingface
 
@@ -72,7 +72,7 @@ def trained(config, tmp_path_factory):
 @pytest.mark.slow
 def test_the_command_line(trained, tmp_path, capfd):
     """Quantise, evaluate before and after, generate from the result."""
-    old = heldout.evaluate_checkpoint(trained)["sets"]["udhr"]["languages"]
+    old = stored_model.evaluate_heldout(trained)[0]["sets"]["udhr"]["languages"]
     capfd.readouterr()
     for bits, most, option in ((8, 0.01, ["--no-eval"]), (4, 0.1, [])):
         out = tmp_path / f"int{bits}"
@@ -80,7 +80,7 @@ def test_the_command_line(trained, tmp_path, capfd):
         assert cli.main(argv) == 0
         said = capfd.readouterr().out
         assert ("bits per byte on held-out set 'udhr'" in said) == (not option)
-        new = heldout.evaluate_checkpoint(out)["sets"]["udhr"]["languages"]
+        new = stored_model.evaluate_heldout(out)[0]["sets"]["udhr"]["languages"]
         record = json.loads((out / "quantised.json").read_text())
         assert record["bytes"]["after"] < record["bytes"]["before"] / 2
         found = [e["sets"]["udhr"]["languages"] for e in record["evals"]]

@@ -22,7 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from gamayun_jax import cli
 from gamayun_jax.config import UserError
 from gamayun_jax.data.tokenizer import TextStream, Tokenizer
-from gamayun_jax.evaluate import heldout, results, run_tasks, tasks
+from gamayun_jax.evaluate import heldout, results, stored_model, tasks
 from gamayun_jax.interop import huggingface, load_model
 from gamayun_jax.interop.hf_tokenizer import HFTokenizer
 from gamayun_jax.model import sharding
@@ -195,7 +195,8 @@ def test_long_texts_are_scored_in_the_model_s_own_window(corpus, config, tmp_pat
             build(window=513)
     # Tasks have the same window, what is written included.
     task = tasks.load_task("cldr_names", ["en"], 1)
-    run = functools.partial(run_tasks.evaluate_model, tmp_path, [task], heldout=False)
+    evaluate = stored_model.evaluate_model
+    run = functools.partial(evaluate, tmp_path, [task], heldout=False)
     result, rows = run(window=16)
     assert rows == {"cldr_names": []}
     aside = result["tasks"]["cldr_names"]["set_aside"]
@@ -232,7 +233,7 @@ def test_generation_from_folder_run_and_quantised(imported, corpus, tmp_path, ca
     assert cli.main(argv) == 0
     if folder.name == "random-qwen3":  # int8 costs little
         say = [
-            heldout.evaluate_checkpoint(x, corpus.folder, ["ru"])["sets"]["udhr"]
+            stored_model.evaluate_heldout(x, corpus.folder, ["ru"])[0]["sets"]["udhr"]
             for x in (folder, small)
         ]
         a, b = (s["macro"]["bits_per_byte"] for s in say)

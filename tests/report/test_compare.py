@@ -7,7 +7,7 @@ import pytest
 
 from gamayun_jax import cli
 from gamayun_jax.config import UserError
-from gamayun_jax.evaluate import results, run_tasks
+from gamayun_jax.evaluate import results, stored_model
 from gamayun_jax.evaluate.tasks import METRICS
 from gamayun_jax.report import compare
 
@@ -137,7 +137,7 @@ def test_held_out_sets_alone_compare(tmp_path):
     (folders[0] / "items/heldout-help.jsonl").unlink()
     (folders[0] / "items").rmdir()
     with pytest.raises(UserError, match="has no items/"):
-        run_tasks.evaluate_missing(folders[:1], [], out, print)
+        stored_model.evaluate_each(folders[:1], [], out, print)
 
 
 @pytest.mark.slow

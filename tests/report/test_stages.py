@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gamayun_jax import cli
-from gamayun_jax.evaluate import heldout, paired
+from gamayun_jax.evaluate import paired, standard_errors
 from gamayun_jax.report import read_run, report, stage_changes
 
 LANGUAGES = ("en", "ru", "tr")
@@ -52,7 +52,7 @@ def folder(tmp_path):
                 bits, sizes = (
                     np.array([r[x] for r in rows]) for x in ("bits", "bytes")
                 )
-                value, error = heldout.ratio(bits, sizes)
+                value, error = standard_errors.ratio(bits, sizes)
                 part[k] = {"bits_per_byte": value, "bits_per_byte_se": error}
             text = "".join(json.dumps(r) + "\n" for r in lines)
             (out / f"{test}.jsonl").write_text(text)

@@ -1,0 +1,191 @@
+"""A stored model on tasks and held-out sets: `gamayun eval` and what builds on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from gamayun_jax.config import UserError
+from gamayun_jax.data.corpus import open_corpus
+from gamayun_jax.data.tokenizer import TextCoder
+from gamayun_jax.evaluate.heldout import HeldoutEvaluator, Items
+from gamayun_jax.evaluate.loglikelihood import Scorer
+from gamayun_jax.evaluate.results import (
+    FORMAT,
+    is_result,
+    plain_name,
+    read_results,
+    write_results,
+)
+from gamayun_jax.evaluate.run_tasks import Watch, run_all
+from gamayun_jax.evaluate.tasks import Task
+from gamayun_jax.interop import huggingface
+from gamayun_jax.interop.load_model import LoadedModel, load_params
+from gamayun_jax.model import sharding
+from gamayun_jax.model.transformer import Transformer, compute_dtype, parameter_count
+
+
+def versions() -> dict[str, str]:
+    """What computed the results."""
+    names = ("gamayun_jax", "jax", "jaxlib", "flax", "numpy", "sentencepiece")
+    found = {"python": platform.python_version()}
+    for name in (*names, "tokenizers", "sacrebleu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    return {**found, "device": f"{jax.device_count()} x {device.device_kind}"}
+
+
+def evaluate_heldout(
+    path: Path,
+    corpus_folder: Path | None = None,
+    languages: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    loaded: LoadedModel | None = None,
+    window: int | None = None,
+) -> tuple[dict[str, Any], Items]:
+    """Evaluate a model on the held-out sets of a corpus, with the model's tokenizer.
+
+    Returns the results, and the units of each set under the name of their file,
+    "heldout-NAME".
+
+    Args:
+      path: as of `load_params`; without a corpus of its own if it was imported.
+      corpus_folder: default: the run's own.
+      loaded: what `load_params(path)` returned, if it was called before.
+      window: see `HeldoutEvaluator`.
+
+    Raises:
+      UserError: a model or corpus that cannot be read, no tokenizer of the model.
+    """
+    cfg, params, meta, mesh = loaded or load_params(path)
+    if not (corpus_folder or cfg.data.corpus):
+        raise UserError(
+            f"{path} was not trained on a corpus here: give --corpus, a corpus folder "
+            "with held-out sets, or --tasks"
+        )
+    corpus = open_corpus(corpus_folder or Path(cfg.data.corpus))
+    tokenizer: TextCoder = corpus.tokenizer()
+    if meta.tokenizer != tokenizer.fingerprint:
+        tokenizer = huggingface.open_tokenizer(path, meta, cfg.data.corpus)
+    if batch_size:
+        evaluation = dataclasses.replace(cfg.evaluation, batch_size=batch_size)
+        cfg = dataclasses.replace(cfg, evaluation=evaluation)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        model = Transformer(cfg.model, cfg.compute)
+        evaluator = HeldoutEvaluator(
+            cfg, corpus, mesh, model, languages, tokenizer, window
+        )
+        sets, items = evaluator.run(params)
+    head = {"model": meta.lineage.get("run"), "step": meta.step, "label": "eval"}
+    return {**head, "tokens": meta.tokens, "stage": "", "sets": sets}, items
+
+
+def evaluate_model(
+    path: Path,
+    tasks: Sequence[Task],
+    corpus: Path | None = None,
+    heldout: bool = True,
+    languages: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    watch: Watch = lambda name, total: None,
+    window: int | None = None,
+) -> tuple[dict[str, Any], Items]:
+    """A model on tasks and on a corpus's held-out sets: eval.json, and the items of
+    each task and set.
+
+    Args:
+      path: run folder, checkpoint or Hugging Face folder.
+      corpus: for the held-out sets; default: the model's own.
+      heldout: whether to run them.
+      watch: see `run_all`.
+      window: most tokens that the model sees before a predicted one; default: its
+        own, but rows as in training for held-out sets of a model trained here.
+
+    Raises:
+      UserError: a model that cannot be read, or without a tokenizer.
+    """
+    loaded = load_params(path)
+    cfg, params, meta, mesh = loaded
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "model": {
+            "path": str(path),
+            "run": meta.lineage.get("run"),
+            "parameters": parameter_count(cfg.model),
+            "bits": meta.bits,
+            "tokenizer": meta.tokenizer,
+            "dtype": str(compute_dtype(cfg.compute.dtype)),
+            "lineage": meta.lineage,
+        },
+        "label": plain_name(path),
+        "step": meta.step,
+        "tokens": meta.tokens,
+        "window": window,
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+    }
+    items: Items = {}
+    if heldout:
+        found, items = evaluate_heldout(
+            path, corpus, languages, batch_size, loaded, window
+        )
+        result["sets"] = found["sets"]
+    if tasks:
+        tokenizer = huggingface.open_tokenizer(path, meta, corpus or cfg.data.corpus)
+        scorer = Scorer(cfg.model, params, mesh, cfg.compute, window)
+        result["tasks"], of_tasks = run_all(
+            tasks, tokenizer, scorer, cfg.compute, watch
+        )
+        items |= of_tasks
+    return result, items
+
+
+def evaluate_each(
+    models: Sequence[Path],
+    tasks: Sequence[Task],
+    out: Path,
+    log: Callable[[str], None],
+    watch: Watch = lambda name, total: None,
+) -> list[Path]:
+    """The result folder of each model; a result folder stands for itself.
+
+    Models are evaluated into OUT/<n>-<name>, unless their results are there already, so
+    that an interrupted comparison goes on.
+
+    Raises:
+      UserError: a result folder of a former version, or a model that cannot be read.
+    """
+    folders = []
+    for number, path in enumerate(models):
+        if is_result(path):
+            folders.append(path)
+            continue
+        if (path / "eval.json").is_file():
+            raise UserError(
+                f"{path} has no items/, written by a former version without tasks: run "
+                "`gamayun eval --out` again"
+            )
+        folder = out / f"{number}-{plain_name(path).replace(' ', '-')}"
+        folders.append(folder)
+        if is_result(folder):
+            result, _ = read_results(folder)
+            hashes = {name: task["hash"] for name, task in result["tasks"].items()}
+            same_model = result["model"]["path"] == str(path)
+            if same_model and hashes == {t.name: t.hash for t in tasks}:
+                log(f"{path}: results of before, in {folder}")
+                continue
+        log(f"{path}: evaluating")
+        result, items = evaluate_model(path, tasks, heldout=False, watch=watch)
+        write_results(folder, result, items)
+    return folders
