@@ -52,9 +52,8 @@ class NoText:
 
 
 def random_params(cfg: c.ModelConfig) -> dict:
-    from flax import linen as nn
 
-    from gamayun_jax.model.transformer import abstract_params
+    from gamayun_jax.model.weights import abstract_params
 
     rng = np.random.default_rng(0)
 
@@ -63,7 +62,7 @@ def random_params(cfg: c.ModelConfig) -> dict:
         std = 0.1 if norm else 0.05
         return (norm + std * rng.normal(size=x.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(cfg)))
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
 
 
 def as_transformers(cfg: c.ModelConfig, params: dict) -> torch.nn.Module:

@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gamayun_jax.interop import hf_weights, huggingface
+from gamayun_jax.interop import hf_config, hf_weights, huggingface
 from gamayun_jax.model import presets
-from gamayun_jax.model.transformer import parameter_count
+from gamayun_jax.model.weights import abstract_params, parameter_count
 
 
 def make_folder(layers: int, folder: Path) -> None:
@@ -40,15 +40,9 @@ def make_folder(layers: int, folder: Path) -> None:
     def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
         return np.resize(noise, x.shape)
 
-    params: dict = {}
-    for path, leaf in hf_weights.shapes_of(cfg).items():
-        *parents, name = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = draw(leaf)
+    params = jax.tree.map(draw, abstract_params(cfg))
     folder.mkdir(parents=True)
-    data = hf_weights.config_to_hf(cfg, "bfloat16")
+    data = hf_config.config_to_hf(cfg, "bfloat16")
     (folder / "config.json").write_text(json.dumps(data))
     hf_weights.write_weights(params, cfg, folder, dtype="bfloat16")
 
@@ -56,9 +50,8 @@ def make_folder(layers: int, folder: Path) -> None:
 def step(name: str, folder: Path) -> dict:
     """One step in this process: seconds, and peak memory above the start, bytes."""
     data = json.loads((folder / "in/config.json").read_text())
-    cfg = hf_weights.config_from_hf(data)
+    cfg = hf_config.config_from_hf(data)
     jnp.zeros(1).block_until_ready()
-    hf_weights.shapes_of(cfg)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
     begin, busy = time.perf_counter(), time.process_time()

@@ -26,15 +26,14 @@ import numpy as np
 import tokenizers
 import torch
 import zstandard
-from flax import linen as nn
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gamayun_jax import config as c
 from gamayun_jax.evaluate.lm_eval import GamayunLM
-from gamayun_jax.interop import hf_weights
-from gamayun_jax.model.transformer import abstract_params
+from gamayun_jax.interop import hf_config, hf_weights
+from gamayun_jax.model.weights import abstract_params
 
 MODEL = c.ModelConfig(
     vocab_size=8192, num_layers=8, d_model=256, num_heads=4, num_kv_heads=2,
@@ -67,14 +66,14 @@ def write_model(folder: Path) -> tokenizers.Tokenizer:
     tok.save(str(folder / "tokenizer.json"))
     own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
-    (folder / "config.json").write_text(json.dumps(hf_weights.config_to_hf(MODEL)))
+    (folder / "config.json").write_text(json.dumps(hf_config.config_to_hf(MODEL)))
     rng = np.random.default_rng(0)
 
     def draw(path, x):
         norm = "scale" in jax.tree_util.keystr(path)
         return (norm + 0.05 * rng.normal(size=x.shape)).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(MODEL)))
+    params = jax.tree_util.tree_map_with_path(draw, abstract_params(MODEL))
     hf_weights.write_weights(params, MODEL, folder)
     return tok
 

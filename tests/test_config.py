@@ -24,7 +24,7 @@ from gamayun_jax.config import (
     to_json,
 )
 from gamayun_jax.model import presets
-from gamayun_jax.model.transformer import parameter_count
+from gamayun_jax.model.weights import parameter_count
 
 EXPERIMENTS = ("tiny", "tiny_no_switch", "stage1", "stage2")
 PRESETS = ("gamayun_1p5b", "llama3p2_1b", "qwen2p5_1p5b", "qwen3_1p7b", "tiny")

@@ -30,7 +30,8 @@ from gamayun_jax.evaluate.tasks import Task
 from gamayun_jax.interop import huggingface
 from gamayun_jax.interop.load_model import LoadedModel, load_params
 from gamayun_jax.model import sharding
-from gamayun_jax.model.transformer import Transformer, compute_dtype, parameter_count
+from gamayun_jax.model.transformer import Transformer, compute_dtype
+from gamayun_jax.model.weights import parameter_count
 
 
 def versions() -> dict[str, str]:

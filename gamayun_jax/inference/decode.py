@@ -117,7 +117,7 @@ class Decoder:
                 (segments_BT, kv_segments_BS, at, None),
             )
             caches.append(cache)
-        norm = RMSNorm(cfg.norm_eps)
+        norm = RMSNorm(cfg, "final_norm/scale")
         x_BTD = norm.apply({"params": head["final_norm"]}, x_BTD[:, -1:])  # type: ignore[assignment]
         filled = dict(
             caches=caches, segments=kv_segments_BS, index=at + tokens_BT.shape[1]

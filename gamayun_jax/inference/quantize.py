@@ -1,8 +1,9 @@
 """Weight-only quantisation: int8 per output channel, int4 in groups of 64.
 
 Symmetric, round to nearest. A quantised matrix is {"codes": integers, "scale":
-float32}, and the model gives it back its floats where it is used. Embeddings are
-int8 in both (int4 costs them most), norms and biases stay float32.
+float32}, and the model gives it back its floats where it is used. The table of
+weights says what is quantised: embeddings are int8 in both, norms and biases stay
+float32.
 """
 
 from __future__ import annotations
@@ -21,23 +22,13 @@ import jax.numpy as jnp
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
 from gamayun_jax.data.tokenizer import TextCoder
+from gamayun_jax.model.weights import WEIGHTS
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.run_meta import RunMeta
 
 GROUP = 64
 RECORD = "quantised.json"  # of a quantised folder; `gamayun report` reads it
-# Matrix -> its axes that are summed over, from the end; the rest are output channels.
-SUMMED: dict[str, tuple[int, ...]] = {
-    "embedding": (-1,),
-    "unembedding": (-1,),
-    "q": (-3,),
-    "k": (-3,),
-    "v": (-3,),
-    "o": (-2, -3),
-    "gate": (-2,),
-    "up": (-2,),
-    "down": (-2,),
-}
+MATRICES = {w.name: w for w in WEIGHTS.values() if w.kind.fewest_bits}
 
 
 def is_quantised(leaf: Any) -> bool:
@@ -110,10 +101,11 @@ def quantize(params: Any, bits: int) -> Any:
     def one(name: str, leaf: Any) -> Any:
         if is_quantised(leaf):
             raise UserError("the checkpoint is quantised already: give the original")
-        if name not in SUMMED:
+        if name not in MATRICES:
             return leaf
-        embedding = name.endswith("embedding")
-        return quantize_matrix(leaf, SUMMED[name], 8 if embedding else bits)
+        weight = MATRICES[name]
+        least = weight.kind.fewest_bits or 8
+        return quantize_matrix(leaf, weight.summed_axes, max(bits, least))
 
     return map_leaves(one, params)
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -38,6 +37,7 @@ from gamayun_jax.config import (
 )
 from gamayun_jax.data import files
 from gamayun_jax.data.tokenizer import Tokenizer
+from gamayun_jax.interop.hf_config import config_from_hf, config_to_hf, unknown_keys
 from gamayun_jax.interop.hf_tokenizer import (
     TOKENIZER_FILES,
     HFTokenizer,
@@ -45,18 +45,10 @@ from gamayun_jax.interop.hf_tokenizer import (
     to_tokenizers,
     write_tokenizer,
 )
-from gamayun_jax.interop.hf_weights import (
-    DTYPES,
-    config_from_hf,
-    config_to_hf,
-    read_weights,
-    shapes_of,
-    unknown_keys,
-    write_weights,
-)
+from gamayun_jax.interop.hf_weights import DTYPES, read_weights, write_weights
 from gamayun_jax.interop.model_card import model_card
 from gamayun_jax.model import sharding
-from gamayun_jax.model.transformer import abstract_params, parameter_count
+from gamayun_jax.model.weights import abstract_params, parameter_count, weights_of
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.run_folder import find_checkpoint
 from gamayun_jax.training.run_meta import RunMeta
@@ -137,7 +129,7 @@ def read_hf(folder: Path, mesh: Mesh | None = None) -> tuple[Config, Any, RunMet
     shardings = None
     if mesh is not None:
         sharding.check_model(model, mesh)
-        shardings = sharding.logical_shardings(abstract_params(model), mesh)
+        shardings = sharding.parameter_shardings(abstract_params(model), mesh)
     params = read_weights(folder, model, shardings)
     name = folder.resolve().name
     cfg = imported_config(name, model)
@@ -270,7 +262,7 @@ def freed_memory_given_back() -> Iterator[None]:
 
 def largest_bytes(cfg: ModelConfig) -> int:
     """Of the largest float32 parameter: what a disk is given to do at a time."""
-    return max(4 * math.prod(x.shape) for x in shapes_of(cfg).values()) + 2**20
+    return max(4 * math.prod(w.full_shape(cfg)) for w in weights_of(cfg)) + 2**20
 
 
 def imported_config(name: str, model: ModelConfig) -> Config:
@@ -427,7 +419,7 @@ def export_hf(
             host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
             abstract = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
-                nn.unbox(abstract_params(cfg.model)),
+                abstract_params(cfg.model),
             )
             limit = largest_bytes(cfg.model)
             store = Checkpoints(folder, read_only=True, in_flight=limit)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -14,7 +13,7 @@ from gamayun_jax.config import Config, MeshConfig
 from gamayun_jax.inference import quantize
 from gamayun_jax.interop import huggingface
 from gamayun_jax.model import sharding
-from gamayun_jax.model.transformer import abstract_params
+from gamayun_jax.model.weights import abstract_params
 from gamayun_jax.training import checkpoint
 from gamayun_jax.training.run_folder import find_checkpoint
 from gamayun_jax.training.run_meta import RunMeta
@@ -53,13 +52,8 @@ def load_params(path: Path, quantised: bool = False) -> LoadedModel:
     # Not the mesh of the training: this machine may have other devices.
     mesh = sharding.make_mesh(MeshConfig())
     sharding.check_model(cfg.model, mesh)
-    boxed = abstract_params(cfg.model, cfg.compute)
-    shardings = sharding.logical_shardings(boxed, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        nn.unbox(boxed),
-        shardings,
-    )
+    abstract = sharding.place_abstract(abstract_params(cfg.model), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     bits = meta.bits
     if bits:
         abstract = quantize.abstract_quantised(abstract, bits)

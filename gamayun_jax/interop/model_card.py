@@ -7,8 +7,8 @@ from typing import Any
 
 from gamayun_jax import __version__
 from gamayun_jax.config import Config
-from gamayun_jax.interop.hf_weights import ARCHITECTURES
-from gamayun_jax.model.transformer import parameter_count
+from gamayun_jax.interop.hf_config import ARCHITECTURES
+from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.training.run_meta import RunMeta
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from gamayun_jax.config import UserError
 from gamayun_jax.model import sharding
+from gamayun_jax.model.weights import VOCAB_MATRIX_AXES
 
 Batch = dict[str, jax.Array]
 
@@ -81,13 +82,13 @@ def _head_forward(x_BTD, w_VD, targets_BT, weights_BT, z_loss, dw_dtype):
 
 def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, dw_dtype):
     B, T, _ = x_BTD.shape
-    cast_w_VD = sharding.gather(w_VD, sharding.VOCAB_MATRIX_AXES, x_BTD.dtype)
+    cast_w_VD = sharding.gather(w_VD, VOCAB_MATRIX_AXES, x_BTD.dtype)
     if not chunk or chunk >= T:
         loss, nll_BT, grads = _head_forward(
             x_BTD, cast_w_VD, targets_BT, weights_BT, z_loss, dw_dtype
         )
         if grads is not None:
-            dw_VD = sharding.constrain_parameter(grads[1].T, sharding.VOCAB_MATRIX_AXES)
+            dw_VD = sharding.constrain_parameter(grads[1].T, VOCAB_MATRIX_AXES)
             grads = (grads[0], dw_VD.astype(jnp.float32))
         return loss, nll_BT, grads
     if T % chunk:
@@ -131,7 +132,7 @@ def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, dw_dtype):
 
     if dw_PQDV is None:
         return loss, paste(nll), None
-    dw_VD = sharding.sum_groups(dw_PQDV.mT, sharding.VOCAB_MATRIX_AXES)
+    dw_VD = sharding.sum_groups(dw_PQDV.mT, VOCAB_MATRIX_AXES)
     return loss, paste(nll), (paste(dx), dw_VD.astype(jnp.float32))
 
 

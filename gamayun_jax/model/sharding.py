@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gamayun_jax.config import Config, MeshConfig, ModelConfig, UserError
+from gamayun_jax.model.weights import find_weight, parameter_path
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -40,9 +41,6 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("mlp", "tensor"),
     ("norm", None),
 )
-
-# Logical axes of the embedding and of the output matrix.
-VOCAB_MATRIX_AXES = ("vocab_rows", None)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -129,20 +127,29 @@ def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def logical_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """NamedShardings of a tree of boxed (logically partitioned) abstract values."""
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings of parameters, also of those within other trees: a train state.
 
-    def is_box(x: Any) -> bool:
-        return isinstance(x, nn.LogicallyPartitioned)
+    What is no parameter is whole on every device.
+    """
 
-    def place(x: Any, spec: Any) -> NamedSharding:
-        spec = spec if isinstance(spec, PartitionSpec) else PartitionSpec()
-        value = x.unbox(apply_constraint=False) if is_box(x) else x
-        shape = value.shape
-        return NamedSharding(mesh, parameter_spec(shape, tuple(spec), mesh))
+    def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        weight = find_weight(parameter_path(path))
+        if weight is None:
+            return replicated(mesh)
+        axes = (*("layers",) * weight.stacked, *weight.logical_axes)
+        return NamedSharding(mesh, parameter_spec(x.shape, axes, mesh))
 
-    specs = nn.get_partition_spec(boxed)
-    return jax.tree.map(place, boxed, specs, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def place_abstract(tree: Any, mesh: Mesh) -> Any:
+    """Abstract values with `parameter_shardings`, to restore or compile with."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        parameter_shardings(tree, mesh),
+    )
 
 
 def parameter_spec(

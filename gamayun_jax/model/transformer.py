@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gamayun_jax.config import ComputeConfig, ModelConfig
 from gamayun_jax.model import sharding
 from gamayun_jax.model.attention import OUTPUT, attention, self_attention
-from gamayun_jax.model.sharding import VOCAB_MATRIX_AXES
+from gamayun_jax.model.weights import VOCAB_MATRIX_AXES, WEIGHTS
 
 Cache = dict[str, jax.Array]
 
@@ -141,45 +141,33 @@ def _project_bwd(contracted, axes, reduce_dtype, saved, g):
 _project.defvjp(_project_fwd, _project_bwd)
 
 
-def _param(
-    module: nn.Module,
-    name: str,
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    std: float,
-) -> Any:
-    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-    return module.param(name, init, shape, jnp.float32)
+def _param(module: nn.Module, path: str, cfg: ModelConfig) -> Any:
+    """A weight of the table, declared in its module."""
+    w = WEIGHTS[path]
+    return module.param(w.name, w.kind.initializer(cfg), w.shape(cfg), jnp.float32)
 
 
-def _weight(
-    module: Any,
-    name: str,
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    std: float,
-) -> Weight:
+def _weight(module: Any, path: str) -> Weight:
     """A matrix to `project` with."""
-    w = _param(module, name, shape, axes, std)
-    return Weight(w, axes, module.reduce_dtype)
+    value = _param(module, path, module.cfg)
+    return Weight(value, WEIGHTS[path].logical_axes, module.reduce_dtype)
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, computed in float32 (1910.07467)."""
 
-    eps: float
-    axis: str | None = "norm"
+    cfg: ModelConfig
+    weight: str  # path of its scale
     lean: bool = False  # see Block
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-        scale: Any = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        scale = _param(self, self.weight, self.cfg)
 
         def norm(x, scale):
             x32 = x.astype(jnp.float32)
             inverse = jax.lax.rsqrt(
-                jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps
+                jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.cfg.norm_eps
             )
             return (x32 * inverse * _like(scale, x32)).astype(x.dtype)
 
@@ -204,26 +192,24 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, cos_BT1H, sin_BT1H, segments, layer_cache):
         """Returns the output [B, T, D] and the layer's updated (k, v) or None."""
         cfg = self.cfg
-        D, N, K, H = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        std, out_std = cfg.init_std, cfg.init_std / (2 * cfg.num_layers) ** 0.5
+        at = "layers/attention"
 
-        def heads(name: str, count: int, axis: str) -> jax.Array:
-            w_DNH = _weight(self, name, (D, count, H), ("embed", axis, None), std)
-            y_BTNH = project(x_BTD, w_DNH, 1)
+        def heads(name: str) -> jax.Array:
+            y_BTNH = project(x_BTD, _weight(self, f"{at}/{name}"), 1)
             if cfg.qkv_bias:
-                init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, None))
-                bias: Any = self.param(f"{name}_bias", init, (count, H), jnp.float32)
+                bias = _param(self, f"{at}/{name}_bias", cfg)
                 # In float32, as its gradient is then summed.
                 y32_BTNH = y_BTNH.astype(jnp.float32)
                 y_BTNH = (y32_BTNH + _like(bias, y32_BTNH)).astype(self.dtype)
             return checkpoint_name(y_BTNH, name)
 
-        q_BTNH = heads("q", N, "heads")
-        k_BTKH = heads("k", K, "kv_heads")
-        v_BTKH = heads("v", K, "kv_heads")
+        q_BTNH = heads("q")
+        k_BTKH = heads("k")
+        v_BTKH = heads("v")
         if cfg.qk_norm:
-            q_BTNH = RMSNorm(cfg.norm_eps, None, self.lean, name="q_norm")(q_BTNH)
-            k_BTKH = RMSNorm(cfg.norm_eps, None, self.lean, name="k_norm")(k_BTKH)
+            norm = functools.partial(RMSNorm, cfg, lean=self.lean)
+            q_BTNH = norm(f"{at}/q_norm/scale", name="q_norm")(q_BTNH)
+            k_BTKH = norm(f"{at}/k_norm/scale", name="k_norm")(k_BTKH)
         q_BTNH = rotate(q_BTNH, cos_BT1H, sin_BT1H)
         k_BTKH = rotate(k_BTKH, cos_BT1H, sin_BT1H)
         q_BTNH = nn.with_logical_constraint(
@@ -249,8 +235,7 @@ class Attention(nn.Module):
             out_BTNH = self_attention(*qkv, q_segments, impl)
         else:
             out_BTNH = attention(*qkv, q_segments, kv_segments, offset, q_contexts)
-        w_NHD = _weight(self, "o", (N, H, D), ("head_rows", None, None), out_std)
-        y_BTD = project(out_BTNH, w_NHD, 2)
+        y_BTD = project(out_BTNH, _weight(self, f"{at}/o"), 2)
         return y_BTD, layer_cache
 
 
@@ -264,12 +249,9 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        cfg = self.cfg
-        D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
-        out_std = std / (2 * cfg.num_layers) ** 0.5
-        gate_DF = _weight(self, "gate", (D, F), ("embed", "mlp"), std)
-        up_DF = _weight(self, "up", (D, F), ("embed", "mlp"), std)
-        down_FD = _weight(self, "down", (F, D), ("mlp_rows", None), out_std)
+        gate_DF, up_DF, down_FD = (
+            _weight(self, f"layers/mlp/{name}") for name in ("gate", "up", "down")
+        )
         gate_BTF = checkpoint_name(project(x_BTD, gate_DF, 1), "gate")
         up_BTF = checkpoint_name(project(x_BTD, up_DF, 1), "up")
 
@@ -301,14 +283,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, cos_BT1H, sin_BT1H, segments):
-        eps = self.cfg.norm_eps
-        h_BTD = RMSNorm(eps, lean=self.lean, name="attention_norm")(x_BTD)
+        norm = functools.partial(RMSNorm, self.cfg, lean=self.lean)
+        scale = "layers/attention_norm/scale"
+        h_BTD = norm(scale, name="attention_norm")(x_BTD)
         how = (self.reduce_dtype, self.lean)
         args = (self.cfg, self.dtype, self.attention_impl)
         attend = Attention(*args, *how, name="attention")
         h_BTD, layer_cache = attend(h_BTD, cos_BT1H, sin_BT1H, segments, layer_cache)
         x_BTD = x_BTD + h_BTD
-        h_BTD = RMSNorm(eps, lean=self.lean, name="mlp_norm")(x_BTD)
+        h_BTD = norm("layers/mlp_norm/scale", name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + SwiGLU(self.cfg, self.dtype, *how, name="mlp")(h_BTD)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         # Kept only where the collection is asked for: see `hidden_states`.
@@ -387,10 +370,9 @@ class Transformer(nn.Module):
           x_BTD in the compute dtype, and the new cache (None without one).
         """
         cfg, dtype = self.cfg, self.dtype
-        shape = (cfg.vocab_size, cfg.d_model)
-        embedding_VD = _param(self, "embedding", shape, VOCAB_MATRIX_AXES, cfg.init_std)
+        embedding_VD = _param(self, "embedding", cfg)
         if not cfg.tie_embeddings:
-            _param(self, "unembedding", shape, VOCAB_MATRIX_AXES, cfg.init_std)
+            _param(self, "unembedding", cfg)
         x_BTD = look_up(embedding_VD, tokens_BT, dtype, self.compute.reduce_dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         self.sow("intermediates", "embedded", x_BTD)
@@ -426,7 +408,6 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=cfg.num_layers,
             unroll=1 if self.compute.scan_layers else cfg.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
         )(
             cfg,
             dtype,
@@ -436,7 +417,7 @@ class Transformer(nn.Module):
             name="layers",
         )(x_BTD, layer_caches, *context)
 
-        x_BTD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BTD)
+        x_BTD = RMSNorm(cfg, "final_norm/scale", name="final_norm")(x_BTD)
         if cache is None:
             return x_BTD, None
         k, v = layer_caches
@@ -494,30 +475,3 @@ def logits(params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
     """float32 logits [B, T, V] of hidden states; for evaluation and decoding."""
     w_VD = unembedding(params).astype(x_BTD.dtype)
     return jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32)
-
-
-def abstract_params(cfg: ModelConfig, compute: ComputeConfig = ComputeConfig()) -> Any:
-    """The boxed abstract parameters: shapes, dtypes, logical axes; no allocation."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    model = Transformer(cfg, compute)
-    return jax.eval_shape(model.init, jax.random.key(0), one, one, one)["params"]
-
-
-def parameter_count(cfg: ModelConfig) -> int:
-    """Number of parameters, from shapes alone."""
-    leaves = jax.tree.leaves(abstract_params(cfg))
-    return sum(int(np.prod(x.shape)) for x in leaves)
-
-
-def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Model FLOPs of one training token, forward and backward.
-
-    6 per parameter in a matrix product (the embedding look-up is none, the output
-    head is one), plus attention: causal, so half of the T x T scores count
-    (PaLM, arXiv 2204.02311, appendix B, with that factor).
-    """
-    attn = cfg.d_model * cfg.head_dim * 2 * (cfg.num_heads + cfg.num_kv_heads)
-    mlp = 3 * cfg.d_model * cfg.d_ff
-    matrices = cfg.num_layers * (attn + mlp) + cfg.vocab_size * cfg.d_model
-    scores = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
-    return 6.0 * matrices + 6.0 * scores

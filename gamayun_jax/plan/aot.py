@@ -30,7 +30,7 @@ from gamayun_jax.config import Config, MeshConfig, UserError, to_json
 from gamayun_jax.data.files import write_text
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
-from gamayun_jax.model.transformer import flops_per_token, parameter_count
+from gamayun_jax.model.weights import flops_per_token, parameter_count
 from gamayun_jax.plan import hlo, roofline
 from gamayun_jax.plan.roofline import Assumptions
 from gamayun_jax.plan.text import mesh_name

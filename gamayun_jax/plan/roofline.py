@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gamayun_jax.config import Config, ModelConfig
-from gamayun_jax.model.transformer import flops_per_token
+from gamayun_jax.model.weights import flops_per_token, weights_of
 from gamayun_jax.training.chips import Chip
 
 COMPUTE_BYTES = 2  # bfloat16: weights gathered, activations kept
@@ -31,18 +31,9 @@ class Assumptions:
 
 def matrices(cfg: ModelConfig) -> dict[str, int]:
     """Parameters of a layer's matrices and of the embedding and head, by name."""
-    D, H = cfg.d_model, cfg.head_dim
-    heads = 1 if cfg.tie_embeddings else 2
-    return {
-        "q": D * cfg.num_heads * H,
-        "k": D * cfg.num_kv_heads * H,
-        "v": D * cfg.num_kv_heads * H,
-        "o": D * cfg.num_heads * H,
-        "gate": D * cfg.d_ff,
-        "up": D * cfg.d_ff,
-        "down": D * cfg.d_ff,
-        "embedding": heads * cfg.vocab_size * D,
-    }
+    sizes = {w.name: w.size(cfg) for w in weights_of(cfg) if w.summed}
+    sizes["embedding"] += sizes.pop("unembedding", 0)
+    return sizes
 
 
 def layer_parameters(cfg: ModelConfig) -> int:

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gamayun_jax.config import CheckpointConfig, Config, UserError
+from gamayun_jax.model.weights import parameter_path
 from gamayun_jax.training import cluster
 from gamayun_jax.training.checksums import (
     checksums,
@@ -33,7 +34,6 @@ from gamayun_jax.training.checksums import (
     named_leaves,
     verify,
 )
-from gamayun_jax.training.optimizer import parameter_path
 from gamayun_jax.training.run_folder import steps_in
 from gamayun_jax.training.run_meta import RunMeta
 

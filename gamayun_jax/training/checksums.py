@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gamayun_jax.config import UserError
-from gamayun_jax.training.optimizer import parameter_path
+from gamayun_jax.model.weights import parameter_path
 
 
 def json_sha256(data: Any) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from gamayun_jax.config import Config, to_dict
 from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.loader import DataPlan
-from gamayun_jax.model.transformer import parameter_count
+from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.continuity import check_tokenizer
 from gamayun_jax.training.corpus_changes import corpus_changes

@@ -7,7 +7,6 @@ state over to another stage cannot carry a stale position in the schedule with i
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
@@ -15,10 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from gamayun_jax.config import OptimizerConfig, ScheduleConfig, UserError
-
-# Every parameter path must match exactly one of these.
-DECAYED = r"(attention/[qkvo]|mlp/(gate|up|down))$"
-NOT_DECAYED = r"((un)?embedding|scale|_bias)$"
+from gamayun_jax.model.weights import WEIGHTS, parameter_path
 
 
 def learning_rate(
@@ -69,32 +65,18 @@ def check_schedule(cfg: ScheduleConfig, where: str, start: int, end: int) -> Non
         )
 
 
-def parameter_path(path: tuple[Any, ...]) -> str:
-    """ "layers/attention/q" for a key path of `jax.tree_util`.
-
-    The attribute `value` of a box with logical axes is no part of the path.
-    """
-    names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-    return "/".join(names).removesuffix("/value")
-
-
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: by path, since under a scan over layers a
-    norm's scale is a matrix [L, D] and its rank says nothing.
+    """True where weight decay applies, by the table of weights.
 
     Raises:
-      UserError: a parameter that no rule, or both rules, cover.
+      UserError: a parameter that is not in the table.
     """
 
-    def decayed(path, _) -> bool:
+    def decayed(path: tuple[Any, ...], _: Any) -> bool:
         name = parameter_path(path)
-        yes, no = re.search(DECAYED, name), re.search(NOT_DECAYED, name)
-        if bool(yes) == bool(no):
-            raise UserError(
-                f"parameter {name!r} is covered by {'both' if yes else 'neither'} of "
-                "the weight-decay rules: name it in optim.DECAYED or NOT_DECAYED"
-            )
-        return bool(yes)
+        if name not in WEIGHTS:
+            raise UserError(f"parameter {name!r} has no line in model/weights.py")
+        return WEIGHTS[name].kind.decayed
 
     return jax.tree_util.tree_map_with_path(decayed, params)
 

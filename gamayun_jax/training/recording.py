@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from gamayun_jax.config import UserError
-from gamayun_jax.model.transformer import flops_per_token
+from gamayun_jax.model.weights import flops_per_token
 from gamayun_jax.training import cluster
 from gamayun_jax.training.chips import chip_of
 from gamayun_jax.training.divergence import Diverged

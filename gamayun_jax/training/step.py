@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,6 +16,7 @@ from gamayun_jax.config import Config
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights, weighted_loss
 from gamayun_jax.model.transformer import Transformer, unembedding
+from gamayun_jax.model.weights import abstract_params
 from gamayun_jax.training import optimizer as optim
 from gamayun_jax.training.checkpoint import TrainState
 
@@ -24,9 +24,14 @@ from gamayun_jax.training.checkpoint import TrainState
 
 
 def init_state(cfg: Config, key: jax.Array) -> TrainState:
-    """A new state with boxed parameters (they carry their logical axes)."""
+    """A new state; to be traced."""
     one = jnp.zeros((1, 1), jnp.int32)
     params = Transformer(cfg.model, cfg.compute).init(key, one, one, one)["params"]
+    return state_of(cfg, params)
+
+
+def state_of(cfg: Config, params: Any) -> TrainState:
+    """The state at step 0 of these parameters."""
     opt_state = optim.make_optimizer(cfg.optimizer).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
@@ -36,22 +41,15 @@ def abstract_state(cfg: Config, mesh: Mesh) -> TrainState:
 
     The one source for initialisation, restore and ahead-of-time compilation.
     """
-    # The key is made inside: under the mesh of a topology no array can exist.
-    boxed = jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
-    shardings = sharding.logical_shardings(boxed, mesh)
-    # The boxes have one leaf each: the tree without them has the same leaves.
-    plain = jax.tree.unflatten(jax.tree.structure(shardings), jax.tree.leaves(boxed))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        plain,
-        shardings,
-    )
+    params = abstract_params(cfg.model)
+    state = jax.eval_shape(lambda params: state_of(cfg, params), params)
+    return sharding.place_abstract(state, mesh)
 
 
 def new_state(cfg: Config, mesh: Mesh) -> TrainState:
     """Initialise on the devices, each its part: the state never exists unsharded."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
-    init = jax.jit(lambda key: nn.unbox(init_state(cfg, key)), out_shardings=shardings)
+    init = jax.jit(lambda key: init_state(cfg, key), out_shardings=shardings)
     return init(jax.random.key(cfg.seed))
 
 

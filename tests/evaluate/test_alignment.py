@@ -15,7 +15,7 @@ from gamayun_jax.cli import main
 from gamayun_jax.config import ComputeConfig, MeshConfig, UserError
 from gamayun_jax.data.tokenizer import Tokenizer
 from gamayun_jax.evaluate import alignment, results
-from gamayun_jax.interop import hf_weights
+from gamayun_jax.interop import hf_config, hf_weights
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
 from gamayun_jax.report.alignment_page import best_layer
@@ -29,7 +29,7 @@ MESH = MeshConfig(2, 2, 2)
 def parameters(config):
     one = jnp.zeros((1, 1), jnp.int32)
     model = Transformer(config.model, config.compute)
-    params = nn.unbox(model.init(jax.random.key(3), one, one, one))["params"]
+    params = model.init(jax.random.key(3), one, one, one)["params"]
     # Large enough weights that attention looks at something.
     return jax.tree.map(lambda x: np.asarray(8 * x) if x.ndim > 2 else x, params)
 
@@ -60,7 +60,7 @@ def test_means_of_hidden_states_equal_those_of_transformers(
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(
-        json.dumps(hf_weights.config_to_hf(config.model))
+        json.dumps(hf_config.config_to_hf(config.model))
     )
     hf_weights.write_weights(parameters, config.model, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -100,7 +100,7 @@ def test_training_keeps_no_hidden_states(config):
     cfg = dataclasses.replace(config.model, num_layers=3)
     model = Transformer(cfg, ComputeConfig(remat="full"))
     ids = jnp.ones((2, 16), jnp.int32)
-    params = nn.unbox(model.init(jax.random.key(0), ids, ids, ids))
+    params = model.init(jax.random.key(0), ids, ids, ids)
     assert set(params) == {"params"}
 
     def plain(params):

@@ -28,7 +28,7 @@ MESH = MeshConfig(2, 2, 2)  # one for most tests, so that they share a program
 def parameters(config):
     one = jnp.zeros((1, 1), jnp.int32)
     model = Transformer(config.model, config.compute)
-    params = nn.unbox(model.init(jax.random.key(3), one, one, one))["params"]
+    params = model.init(jax.random.key(3), one, one, one)["params"]
     # Large enough weights that the predictions differ from uniform.
     return jax.tree.map(lambda x: np.asarray(8 * x) if x.ndim > 2 else x, params)
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,8 @@ from gamayun_jax.evaluate.loglikelihood import (
     fill_rows,
     row_length,
 )
-from gamayun_jax.model.transformer import Transformer, abstract_params, logits
+from gamayun_jax.model.transformer import Transformer, logits
+from gamayun_jax.model.weights import abstract_params
 
 FLOAT32 = ComputeConfig(dtype="float32")
 
@@ -35,7 +35,7 @@ def weights():
         norm = float("scale" in jax.tree_util.keystr(path))
         return (norm + 0.3 * rng.normal(size=x.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(WIDE)))
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(WIDE))
 
 
 @functools.cache

@@ -199,7 +199,8 @@ def model_folder(tmp_path_factory):
     import jax.numpy as jnp
 
     from gamayun_jax.config import ModelConfig
-    from gamayun_jax.interop.hf_weights import config_to_hf, shapes_of, write_weights
+    from gamayun_jax.interop.hf_config import config_to_hf
+    from gamayun_jax.interop.hf_weights import find_tensors, write_weights
 
     cfg = ModelConfig(
         vocab_size=32, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1,
@@ -208,15 +209,12 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_to_hf(cfg)))
-    from flax import linen as nn
 
-    from gamayun_jax.model.transformer import abstract_params
+    from gamayun_jax.model.weights import abstract_params
 
-    params = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(abstract_params(cfg))
-    )
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(cfg))
     write_weights(params, cfg, folder, 10**9, "float32")
-    assert shapes_of(cfg)
+    assert find_tensors(folder)
     return folder
 
 

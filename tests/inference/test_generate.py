@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,8 @@ from gamayun_jax.inference.generator import Generator, bucket
 from gamayun_jax.inference.quantize import dequantize_all, quantize
 from gamayun_jax.inference.sampling import Sampling, kept, penalised, sample_token
 from gamayun_jax.model import sharding
-from gamayun_jax.model.transformer import Transformer, abstract_params, logits
+from gamayun_jax.model.transformer import Transformer, logits
+from gamayun_jax.model.weights import abstract_params
 
 MODEL = ModelConfig(
     vocab_size=258, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -50,7 +50,7 @@ def weights(cfg, std=0.3):
         norm = float("scale" in jax.tree_util.keystr(path))
         return (norm + std * rng.normal(size=x.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(cfg)))
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
 
 
 @functools.cache
@@ -132,7 +132,7 @@ def test_a_mesh_gives_the_same_text(sizes):
 @functools.cache
 def on_mesh(sizes):
     mesh, params = mesh_of(sizes), weights(WIDE)
-    layout = sharding.logical_shardings(abstract_params(WIDE), mesh)
+    layout = sharding.parameter_shardings(abstract_params(WIDE), mesh)
     placed = jax.device_put(params, layout)
     made = Generator(WIDE, placed, mesh, Bytes(), FLOAT32)
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=5)

@@ -24,7 +24,7 @@ SHAPES = {  # one matrix of each kind, stacked over 2 layers but for the embeddi
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_is_at_most_half_a_step(name, bits):
-    shape, summed = SHAPES[name], quantize.SUMMED[name]
+    shape, summed = SHAPES[name], quantize.MATRICES[name].summed_axes
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     w[(0,) * len(shape)] = 50.0  # an outlier costs its own channel or group only
     found = quantize.quantize_matrix(jnp.asarray(w), summed, bits)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import linen as nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch and transformers have their own
@@ -25,15 +24,11 @@ from conftest import meta_of
 from gamayun_jax import config as c
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
 from gamayun_jax.data.tokenizer import Tokenizer
-from gamayun_jax.interop import hf_weights, huggingface
+from gamayun_jax.interop import hf_config, hf_weights, huggingface
 from gamayun_jax.interop.hf_tokenizer import HFTokenizer, to_tokenizers
 from gamayun_jax.model import presets, sharding
-from gamayun_jax.model.transformer import (
-    Transformer,
-    abstract_params,
-    logits,
-    parameter_count,
-)
+from gamayun_jax.model.transformer import Transformer, logits
+from gamayun_jax.model.weights import abstract_params, parameter_count, parameter_path
 from gamayun_jax.training import checkpoint, lineage, resume, step
 from gamayun_jax.training.run_meta import RunMeta
 
@@ -73,12 +68,12 @@ def random_params(cfg, seed=0):
         middle = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
         return jnp.float32(middle + 0.25 * rng.normal(size=x.shape))
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(cfg)))
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
 
 
 def write_folder(cfg, params, folder, **options):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf_weights.config_to_hf(cfg)))
+    (folder / "config.json").write_text(json.dumps(hf_config.config_to_hf(cfg)))
     hf_weights.write_weights(params, cfg, folder, **options)
     return folder
 
@@ -134,7 +129,7 @@ def case(request, tmp_path_factory):
     )
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys"))
     kind = request.param.split("_")[0]
-    assert type(model).__name__ == hf_weights.ARCHITECTURES[kind]
+    assert type(model).__name__ == hf_config.ARCHITECTURES[kind]
     return cfg, params, model.eval()
 
 
@@ -152,7 +147,7 @@ def test_logits_in(case, tmp_path):
     cfg, params, model = case
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     data = json.loads((tmp_path / "config.json").read_text())
-    read = hf_weights.config_from_hf(data)
+    read = hf_config.config_from_hf(data)
     assert read == dataclasses.replace(cfg, init_std=read.init_std)
     back = hf_weights.read_weights(tmp_path, read)
     jax.tree.map(np.testing.assert_array_equal, back, params)
@@ -222,7 +217,7 @@ def test_gradients(case):
 
     grads = jax.jit(jax.grad(loss))(params)
     flat = jax.tree_util.tree_flatten_with_path(grads)[0]
-    grads = {hf_weights.parameter_path(path): np.asarray(x) for path, x in flat}
+    grads = {parameter_path(path): np.asarray(x) for path, x in flat}
     for t in hf_weights.tensors_of(cfg):
         part = grads[t.path] if t.layer is None else grads[t.path][t.layer]
         found = np.empty(t.shape, np.float32)
@@ -280,7 +275,7 @@ PUBLISHED = {
 def test_published_models_have_their_shapes(name):
     data, count = PUBLISHED[name]
     cfg = getattr(presets, name)()
-    assert hf_weights.config_from_hf(data) == cfg
+    assert hf_config.config_from_hf(data) == cfg
     assert parameter_count(cfg) == count
     kind = type(transformers.AutoConfig.for_model(data["model_type"]))
     with torch.device("meta"):
@@ -291,25 +286,25 @@ def test_published_models_have_their_shapes(name):
     # transformers 5 writes the rotary parameters as one field.
     new = json.loads(config.to_json_string())
     assert "rope_parameters" in new
-    assert hf_weights.config_from_hf(new) == cfg
-    assert hf_weights.config_from_hf(hf_weights.config_to_hf(cfg)) == cfg
+    assert hf_config.config_from_hf(new) == cfg
+    assert hf_config.config_from_hf(hf_config.config_to_hf(cfg)) == cfg
 
 
 def test_json_of_others_has_one_kind_of_number():
     """2048.0 for 2048: written by tools of languages that have no integers."""
     scaling = {**LLAMA["rope_scaling"], "original_max_position_embeddings": 8192.0}
     floats = {"hidden_size": 2048.0, "vocab_size": 128256.0, "rope_scaling": scaling}
-    read = hf_weights.config_from_hf({**LLAMA, **floats})
+    read = hf_config.config_from_hf({**LLAMA, **floats})
     assert read == presets.llama3p2_1b()
     assert type(read.d_model) is type(read.rope_scaling.original_max_len) is int
     with pytest.raises(UserError, match="config.json: hidden_size: expected int"):
-        hf_weights.config_from_hf({**LLAMA, "hidden_size": 2048.5})
+        hf_config.config_from_hf({**LLAMA, "hidden_size": 2048.5})
 
 
 def test_gamayun_is_a_qwen3():
-    data = hf_weights.config_to_hf(presets.gamayun_1p5b(), "bfloat16")
+    data = hf_config.config_to_hf(presets.gamayun_1p5b(), "bfloat16")
     assert data["architectures"] == ["Qwen3ForCausalLM"]
-    assert hf_weights.config_from_hf(data) == presets.gamayun_1p5b()
+    assert hf_config.config_from_hf(data) == presets.gamayun_1p5b()
 
 
 @pytest.mark.parametrize(
@@ -347,14 +342,14 @@ def test_gamayun_is_a_qwen3():
 )  # fmt: skip
 def test_refuses_what_it_cannot_do(change, words):
     with pytest.raises(UserError, match=words) as e:
-        hf_weights.config_from_hf({**QWEN3, **change})
+        hf_config.config_from_hf({**QWEN3, **change})
     assert "\n" not in str(e.value)
 
 
 def test_accepts_what_changes_nothing():
     """Keys that are off, and a window that is not switched on."""
     window = {k: v for k, v in QWEN2.items() if k != "use_sliding_window"}
-    expected = hf_weights.config_from_hf(QWEN2)
+    expected = hf_config.config_from_hf(QWEN2)
     for change in (
         {**window, "sliding_window": 64, "max_window_layers": 0},
         {**window, "use_sliding_window": False, "max_window_layers": 0},
@@ -363,23 +358,23 @@ def test_accepts_what_changes_nothing():
         {**QWEN2, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
          "rope_scaling": None},
     ):  # fmt: skip
-        assert hf_weights.config_from_hf(change) == expected
+        assert hf_config.config_from_hf(change) == expected
         loaded = transformers.Qwen2Config(**change)
         assert set(loaded.layer_types) == {"full_attention"}
 
 
 def test_every_key_is_used_harmless_or_named():
     for data, _ in PUBLISHED.values():
-        assert hf_weights.unknown_keys(data) == []
+        assert hf_config.unknown_keys(data) == []
     for kind in ("Llama", "Qwen2", "Qwen3"):  # all that transformers writes
         data = getattr(transformers, f"{kind}Config")().to_diff_dict()
-        assert hf_weights.unknown_keys(data) == []
-        assert hf_weights.unknown_keys({**data, "new_trick": 1}) == ["new_trick"]
+        assert hf_config.unknown_keys(data) == []
+        assert hf_config.unknown_keys({**data, "new_trick": 1}) == ["new_trick"]
 
 
 def test_no_architecture_has_both_features():
     with pytest.raises(UserError, match="qk_norm"):
-        hf_weights.config_to_hf(dataclasses.replace(SMALL, qk_norm=True, qkv_bias=True))
+        hf_config.config_to_hf(dataclasses.replace(SMALL, qk_norm=True, qkv_bias=True))
 
 
 # --- weights --------------------------------------------------------------------
@@ -406,7 +401,7 @@ def test_read_onto_a_mesh(tmp_path):
     params = random_params(cfg)
     write_folder(cfg, params, tmp_path)
     mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=2, tensor=2))
-    shardings = sharding.logical_shardings(abstract_params(cfg), mesh)
+    shardings = sharding.parameter_shardings(abstract_params(cfg), mesh)
     back = hf_weights.read_weights(tmp_path, cfg, shardings)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     assert back["layers"]["mlp"]["gate"].sharding == shardings["layers"]["mlp"]["gate"]

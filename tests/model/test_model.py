@@ -7,22 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
 from gamayun_jax.model import presets
 from gamayun_jax.model.transformer import (
     Transformer,
-    abstract_params,
-    flops_per_token,
     init_cache,
     logits,
     look_up,
-    parameter_count,
     rope_angles,
     rope_frequencies,
     rotate,
 )
+from gamayun_jax.model.weights import abstract_params, flops_per_token, parameter_count
 
 SMALL = ModelConfig(
     vocab_size=61, num_layers=2, d_model=24, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -49,7 +46,7 @@ def make(cfg, compute=FLOAT32):
     """Model and parameters, all of them random (norms and biases too)."""
     one = jnp.zeros((1, 1), jnp.int32)
     model = Transformer(cfg, compute)
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), one, one, one))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), one, one, one)
     rng = np.random.default_rng(0)
 
     def noisy(path, x):
@@ -163,6 +160,15 @@ def test_parameter_counts_of_the_presets(name, count):
     )
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_table_of_weights_is_what_the_model_declares(name):
+    """Paths, shapes and dtypes."""
+    declared, table = make(VARIANTS[name])[1], abstract_params(VARIANTS[name])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), declared) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), table
+    )
+
+
 @pytest.mark.parametrize("name", ["gamayun", "all"])
 def test_packed_documents_are_as_alone(name):
     """Padding between and after them does not matter either, whatever it holds."""
@@ -261,12 +267,13 @@ def loss_and_gradients(compute):
 def test_bfloat16_compute_is_close_and_parameters_stay_float32():
     tokens, *rest = inputs(SMALL)
     model, params = make(SMALL)
+    one = (jnp.zeros((1, 1), jnp.int32),) * 3
     compute = ComputeConfig("bfloat16")
     a, b = (run(m, params, tokens, *rest) for m in (model, Transformer(SMALL, compute)))
     assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
     assert b.dtype == np.float32
     for tree in (
-        abstract_params(SMALL, compute),
+        jax.eval_shape(Transformer(SMALL, compute).init, jax.random.key(0), *one),
         jax.eval_shape(loss_and_gradients(compute), params, tokens, *rest)[1],
     ):
         assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
@@ -280,7 +287,7 @@ def test_initial_values():
         init_std=0.03, qk_norm=True, qkv_bias=True,
     )  # fmt: skip
     params = jax.jit(Transformer(cfg).init)(jax.random.key(0), one, one, one)
-    params = nn.unbox(params)["params"]
+    params = params["params"]
     layers = params["layers"]
     for x in (params["embedding"], layers["attention"]["q"], layers["mlp"]["up"]):
         assert np.std(x) == pytest.approx(0.03, rel=0.05)

@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 from gamayun_jax.config import MeshConfig, UserError
 from gamayun_jax.model import presets, sharding
 from gamayun_jax.model.loss import TokenWeights
-from gamayun_jax.model.transformer import Weight, abstract_params, project
-from gamayun_jax.training import optimizer, step
+from gamayun_jax.model.transformer import Weight, project
+from gamayun_jax.model.weights import VOCAB_MATRIX_AXES, abstract_params, parameter_path
+from gamayun_jax.training import step
 
 # Last part of a parameter's path -> its sharding, without the axis of the layers.
 SPECS = {
@@ -97,7 +98,7 @@ def test_sizes_that_do_not_divide(wide_config, replace, path, value, message):
 def check_layout(tree, mesh):
     """Every leaf of a tree with parameter paths is divided as SPECS says."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = optimizer.parameter_path(path)
+        name = parameter_path(path)
         spec = SPECS[name.rpartition("/")[2]]
         if "layers" in name.split("/"):
             spec = P(None, *spec)
@@ -110,7 +111,7 @@ def check_layout(tree, mesh):
 def test_parameters_of_the_presets_are_sharded_by_the_rules(preset):
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     cfg = dataclasses.replace(getattr(presets, preset)(), tie_embeddings=False)
-    check_layout(sharding.logical_shardings(abstract_params(cfg), mesh), mesh)
+    check_layout(sharding.parameter_shardings(abstract_params(cfg), mesh), mesh)
 
 
 def test_the_state_is_born_divided(new_states, wide_config):
@@ -125,7 +126,7 @@ def test_the_state_is_born_divided(new_states, wide_config):
     norms = sum(
         x.size
         for path, x in jax.tree_util.tree_flatten_with_path(state.params)[0]
-        if optimizer.parameter_path(path).endswith("scale")
+        if parameter_path(path).endswith("scale")
     )
     whole = sum(x.size for x in jax.tree.leaves(state.params))
     local = sum(
@@ -211,8 +212,8 @@ def test_rows_that_do_not_divide_over_fsdp():
     shape = {"data": 1, "fsdp": 256, "tensor": 1}
     mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
     at = sharding.parameter_spec
-    assert at((151_936, 1536), sharding.VOCAB_MATRIX_AXES, mesh) == P("tensor", "fsdp")
-    assert at((131_072, 2048), sharding.VOCAB_MATRIX_AXES, mesh)[0] == (
+    assert at((151_936, 1536), VOCAB_MATRIX_AXES, mesh) == P("tensor", "fsdp")
+    assert at((131_072, 2048), VOCAB_MATRIX_AXES, mesh)[0] == (
         "tensor",
         "fsdp",
     )

@@ -15,7 +15,7 @@ import pytest
 from gamayun_jax import cli, config
 from gamayun_jax.config import ComputeConfig, MeshConfig, UserError
 from gamayun_jax.model import presets, sharding
-from gamayun_jax.model.transformer import flops_per_token, parameter_count
+from gamayun_jax.model.weights import flops_per_token, parameter_count
 from gamayun_jax.plan import aot, roofline
 from gamayun_jax.plan import text as plan_text
 from gamayun_jax.training.chips import CHIPS, GIB
