@@ -39,6 +39,7 @@ from gamayun_jax import config as c
 from gamayun_jax.config import load_config
 from gamayun_jax.data import build, loader
 from gamayun_jax.data.corpus import Corpus, open_corpus
+from gamayun_jax.data.plan import make_data_plan
 
 T, B = 2048, 8
 TOKENS = 8_000_000  # of each source
@@ -100,7 +101,7 @@ def make_corpus(folder: Path) -> tuple[c.Config, Corpus]:
 
 
 def ours(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray]]:
-    plan = loader.make_data_plan(cfg, corpus)
+    plan = make_data_plan(cfg, corpus)
     return iter(loader.local_batches(cfg, corpus, plan, np.arange(B), 0))
 
 
@@ -139,7 +140,7 @@ def memory_map(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray]]
 
 def grain_examples(cfg: c.Config, corpus: Corpus) -> Iterator[dict[str, np.ndarray]]:
     bos = corpus.tokenizer().bos_id
-    plan = loader.make_data_plan(cfg, corpus)
+    plan = make_data_plan(cfg, corpus)
 
     class Selection(grain.transforms.DatasetSelectionMap):
         def __len__(self) -> int:

@@ -52,30 +52,17 @@ LAWS = {
 LINES, FUNCTION_LINES = 450, 80
 LONG = {
     "config": 726,
-    "data.build": 609,
-    "data.corpus": 582,
-    "data.curriculum": 699,
-    "data.documents": 558,
-    "data.loader": 570,
-    "data.tokenizer": 473,
     "interop.huggingface": 474,
     "model.transformer": 477,
     "plan.aot": 610,
 }
 LONG_FUNCTIONS = {
-    "data.build.make",
-    "data.build_jobs.scan",
-    "data.corpus.open_corpus",
-    "data.loader.make_data_plan",
     "interop.model_card.model_card",
     "plan.aot.plan_topology",
 }
 # Used by other modules and not documented yet: take names out, add none.
 UNDOCUMENTED = {
-    "data.corpus": {"check_shard", "token_dtype"},
-    "data.documents": {"BadDocument", "Document", "first_line"},
     "report.figures": {"colours_of"},
-    "data.files": {"file_sha256", "sync", "write_text"},
     "report.read_run": {
         "esc", "fixed", "label_of", "languages_of", "seconds_of", "sets_of", "spans",
     },

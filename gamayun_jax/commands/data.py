@@ -26,10 +26,11 @@ def build_corpus(
       out: corpus folder to write.
       workers: processes (default: one per core).
     """
-    from gamayun_jax.data import build, corpus
+    from gamayun_jax.data import build
+    from gamayun_jax.data.inspect_corpus import inspect
 
     build.build(load_config(config, set_), out, workers=workers)
-    print(corpus.inspect(out))
+    print(inspect(out))
 
 
 def inspect_corpus(folder: Path) -> None:
@@ -44,9 +45,9 @@ def inspect_corpus(folder: Path) -> None:
     Args:
       folder: corpus folder, only read.
     """
-    from gamayun_jax.data import corpus
+    from gamayun_jax.data.inspect_corpus import inspect
 
-    print(corpus.inspect(folder))
+    print(inspect(folder))
 
 
 def download_debian(
@@ -121,6 +122,7 @@ def report_tokenizer(corpus: Path, *, model: Path | None = None) -> None:
     """
     from gamayun_jax.data import tokenizer
     from gamayun_jax.data.corpus import open_corpus
+    from gamayun_jax.data.tokenizer_training import format_report, report
 
     texts = open_corpus(corpus)
     tokens = tokenizer.Tokenizer(model) if model else texts.tokenizer()
@@ -129,7 +131,7 @@ def report_tokenizer(corpus: Path, *, model: Path | None = None) -> None:
             k: [text for _, text in texts.heldout(name, k)] for k in languages
         }
         print(f"held-out set {name}")
-        print(tokenizer.format_report(tokenizer.report(tokens, by_language)))
+        print(format_report(report(tokens, by_language)))
 
 
 def preview_curriculum(
@@ -152,8 +154,8 @@ def preview_curriculum(
       out (PNG): picture to draw: .png, .svg or .pdf.
       init_from (RUN): run whose checkpoint the run goes on from, as `gamayun train`.
     """
-    from gamayun_jax.data import loader
     from gamayun_jax.data.corpus import open_corpus
+    from gamayun_jax.data.plan import make_data_plan, mixture_notes, unbuilt_plan
     from gamayun_jax.report import figures, read_run
     from gamayun_jax.training import continuity, lineage, resume
 
@@ -166,16 +168,16 @@ def preview_curriculum(
             store, _, origin = lineage.load_origin(init_from, cfg, corpus)
             store.close()
             first = origin["tokens"]
-        plan = loader.make_data_plan(cfg, corpus, origin)
+        plan = make_data_plan(cfg, corpus, origin)
         continuity.check_corpus(cfg, corpus)
         resume.check_stages(cfg, corpus, plan, first)
         table = plan.table()
     else:
-        corpus, plan, table = loader.unbuilt_plan(cfg)
+        corpus, plan, table = unbuilt_plan(cfg)
         continuity.check_schedules(cfg)
         note(f"there is no corpus in {folder} yet: planned with {assumed_sizes(cfg)}")
     print(read_run.curriculum_table(table, cfg.data.seq_len))
-    for text in loader.mixture_notes(cfg, corpus, plan):
+    for text in mixture_notes(cfg, corpus, plan):
         note(text)
     if out:
         points = lineage.share_points(cfg, plan, first)

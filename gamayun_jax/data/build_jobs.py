@@ -8,21 +8,16 @@ workers nor on interruptions.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +25,11 @@ import numpy as np
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from gamayun_jax.config import CorpusConfig, UserError
-from gamayun_jax.data import tokenizer as tok
+from gamayun_jax.config import CorpusConfig
+from gamayun_jax.data import tokenizer_training
+from gamayun_jax.data.cleaning import clean
 from gamayun_jax.data.contamination import Contamination
-from gamayun_jax.data.corpus import check_shard, token_dtype
+from gamayun_jax.data.corpus import token_dtype
 from gamayun_jax.data.documents import (
     EXCERPT,
     HARMLESS,
@@ -41,84 +37,15 @@ from gamayun_jax.data.documents import (
     Damage,
     Document,
     Input,
-    clean,
-    digest,
-    read_input,
 )
 from gamayun_jax.data.files import atomic, file_sha256, sync, write_json
+from gamayun_jax.data.inputs import read_input
+from gamayun_jax.data.records import check_shard
 from gamayun_jax.data.tokenizer import Tokenizer
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 BATCH_BYTES = 1_000_000  # text given to the tokenizer at a time
 COMPARED = 100_000  # characters compared with the held-out texts at a time
-Heldout = dict[str, dict[str, list[tuple[str, str]]]]  # set -> language -> (id, text)
-
-
-def start_worker() -> None:
-    # No worker outlives its parent: one that is killed can't tell them to end.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-class Pool:
-    """Runs jobs in spawned processes (never forked: JAX has threads), or right here."""
-
-    def __init__(self, workers: int):
-        self.workers = workers
-        self.executor: ProcessPoolExecutor | None = None
-        self.others = set(multiprocessing.active_children())
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self.executor is None:
-            return
-        if kind is not None:
-            for child in set(multiprocessing.active_children()) - self.others:
-                child.terminate()
-        self.executor.shutdown(cancel_futures=True)
-
-    def run(
-        self, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]
-    ) -> Iterator[tuple[int, Any]]:
-        """(number of the job, its result) as they are done."""
-        if self.workers <= 1:
-            for i, job in enumerate(jobs):
-                yield i, function(*job)
-            return
-        if not jobs:
-            return
-        if self.executor is None:
-            self.executor = ProcessPoolExecutor(
-                self.workers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=start_worker,
-            )
-        try:
-            # Ctrl-C is this process's to handle: those it starts inherit the mask.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                futures: dict[Future, int] = {
-                    self.executor.submit(function, *job): i
-                    for i, job in enumerate(jobs)
-                }
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as e:
-            raise UserError(
-                "a worker process of the build died (out of memory?): run again with "
-                "fewer workers, finished shards are kept; in a script of your own, "
-                'call build under `if __name__ == "__main__":`'
-            ) from e
 
 
 @functools.lru_cache(maxsize=1)
@@ -154,97 +81,10 @@ def scan(
         return json.loads((out / "done.json").read_text("utf-8"))
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="scan-", dir=out.parent))
-    digests: list[bytes] = []
-    sizes: list[tuple[int, int, int]] = []
-    reasons: Counter[str] = Counter()
-    damaged: list[dict[str, Any]] = []
-    held: list[bool] = []
-    of_set: Counter[str] = Counter()
-    waiting: list[Document] = []  # clean documents not yet compared with the held-out
-    first_bad = ""
-    read, chunk, filled = 0, -1, 0
-    with contextlib.ExitStack() as stack:
-        rejected = stack.enter_context(
-            open(work / "rejected.jsonl", "w", encoding="utf-8")
-        )
-        chunk_file: Any = None
-
-        def reject(file: str, line: int, reason: str, detail: str, text: str) -> None:
-            row = {"file": file, "line": line, "reason": reason, "detail": detail}
-            # A rejected text may hold lone surrogates: escape what isn't ASCII.
-            rejected.write(json.dumps({**row, "text": text[:EXCERPT]}) + "\n")
-
-        def compare() -> None:
-            finder = contamination(heldout) if heldout else None
-            texts = [d.text for d in waiting]
-            verdicts = finder.judge(texts) if finder else [()] * len(texts)
-            for found, units in zip(waiting, verdicts, strict=True):
-                gone = any(u.equal for u in units) or (bool(units) and remove)
-                held.append(gone)
-                of_set.update({u.set for u in units})
-                if units:
-                    reason = "held out" if gone else "held out, kept"
-                    detail = f"{units[0].set}: {units[0].id}"
-                    reasons.update(["held out"] if gone else [])
-                    reject(found.file, found.line, reason, detail, found.text)
-            waiting.clear()
-
-        size = 0  # of the texts in `waiting`
-        for found in read_input(item):
-            if isinstance(found, Damage):
-                told = {"file": found.file, "reason": found.reason}
-                numbers = {"after": found.line - 1, "unread": found.unread}
-                damaged.append({**told, "detail": found.detail, **numbers})
-                continue
-            read += 1
-            if isinstance(found, Document):
-                text = clean(found.text)
-                if len(text) < max(min_chars, 1):
-                    reason = "too short" if text else "empty"
-                    found = BadDocument(
-                        found.file, found.line, reason, "", found.text[:EXCERPT]
-                    )
-            if isinstance(found, BadDocument):
-                reasons[found.reason] += 1
-                if not first_bad and found.reason not in HARMLESS:
-                    detail = f" ({found.detail})" if found.detail else ""
-                    first_bad = f"{found.file}:{found.line}: {found.reason}{detail}"
-                reject(
-                    found.file, found.line, found.reason, found.detail, found.excerpt
-                )
-                continue
-            encoded = text.encode()
-            if chunk < 0 or (filled and filled + len(encoded) > shard_bytes):
-                if chunk_file:
-                    chunk_file.close()
-                chunk, filled = chunk + 1, 0
-                chunk_file = zstandard.open(
-                    work / f"{chunk}.zst", "wb", cctx=zstandard.ZstdCompressor(level=1)
-                )
-            chunk_file.write(encoded)
-            filled += len(encoded)
-            digests.append(digest(encoded))
-            sizes.append((len(encoded), len(text), chunk))
-            waiting.append(Document(text, found.file, found.line))
-            size += len(text)
-            if size >= COMPARED:
-                compare()
-                size = 0
-        compare()
-        if chunk_file:
-            chunk_file.close()
-    table = np.array(sizes, np.int64).reshape(-1, 3)
-    np.savez(
-        work / "docs.npz",
-        digest=np.array(digests, "S16"),
-        bytes=table[:, 0],
-        characters=table[:, 1],
-        chunk=table[:, 2],
-        held=np.array(held, bool),
-    )
-    done: dict[str, Any]
-    done = {"read": read, "rejected": dict(sorted(reasons.items())), "bad": first_bad}
-    done |= {"held_out": dict(of_set), "damaged": damaged}
+    with Scanner(work, min_chars, shard_bytes, heldout, remove) as scanner:
+        for document in read_input(item):
+            scanner.take(document)
+    done = scanner.finish()
     for file in work.iterdir():
         sync(file)
     write_json(work / "done.json", done)
@@ -254,6 +94,135 @@ def scan(
         shutil.rmtree(work)
     sync(out.parent)
     return done
+
+
+class Scanner:
+    """The scan of one input file, document by document; see `scan`."""
+
+    def __init__(
+        self,
+        work: Path,
+        min_chars: int,
+        shard_bytes: int,
+        heldout: Path | None,
+        remove: bool,
+    ):
+        self._work, self._remove = work, remove
+        self._min_chars, self._shard_bytes = max(min_chars, 1), shard_bytes
+        self._finder = contamination(heldout) if heldout else None
+        self._rejected = open(work / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self._read = 0
+        self._reasons: Counter[str] = Counter()
+        self._held_out: Counter[str] = Counter()  # by held-out set
+        self._damaged: list[dict[str, Any]] = []
+        self._first_bad = ""
+        # Of the clean documents.
+        self._digests: list[bytes] = []
+        self._sizes: list[tuple[int, int, int]] = []  # bytes, characters, chunk
+        self._held: list[bool] = []
+        self._chunk, self._chunk_bytes = -1, 0
+        self._chunk_file: Any = None
+        self._waiting: list[Document] = []  # not yet compared with held-out texts
+        self._waiting_size = 0
+
+    def __enter__(self) -> Scanner:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self._compare()
+        if self._chunk_file:
+            self._chunk_file.close()
+        self._rejected.close()
+
+    def take(self, found: Document | BadDocument) -> None:
+        """Keep a document, or what could not be read as one."""
+        if isinstance(found, Damage):
+            told = {"file": found.file, "reason": found.reason, "detail": found.detail}
+            self._damaged.append(
+                told | {"after": found.line - 1, "unread": found.unread}
+            )
+            return
+        self._read += 1
+        if isinstance(found, Document):
+            text = clean(found.text)
+            if len(text) >= self._min_chars:
+                self._keep(replace(found, text=text))
+                return
+            reason, excerpt = "too short" if text else "empty", found.text[:EXCERPT]
+            found = BadDocument(found.file, found.line, reason, "", excerpt)
+        self._reasons[found.reason] += 1
+        if not self._first_bad and found.reason not in HARMLESS:
+            detail = f" ({found.detail})" if found.detail else ""
+            self._first_bad = f"{found.file}:{found.line}: {found.reason}{detail}"
+        self._reject(found)
+
+    def _reject(self, bad: BadDocument) -> None:
+        # A rejected text may hold lone surrogates: escape what isn't ASCII.
+        row = {"file": bad.file, "line": bad.line, "reason": bad.reason}
+        row |= {"detail": bad.detail, "text": bad.excerpt}
+        self._rejected.write(json.dumps(row) + "\n")
+
+    def _keep(self, document: Document) -> None:
+        encoded = document.text.encode()
+        if not self._chunk_file or (
+            self._chunk_bytes and self._chunk_bytes + len(encoded) > self._shard_bytes
+        ):
+            if self._chunk_file:
+                self._chunk_file.close()
+            self._chunk, self._chunk_bytes = self._chunk + 1, 0
+            self._chunk_file = zstandard.open(
+                self._work / f"{self._chunk}.zst",
+                "wb",
+                cctx=zstandard.ZstdCompressor(level=1),
+            )
+        self._chunk_file.write(encoded)
+        self._chunk_bytes += len(encoded)
+        self._digests.append(hashlib.blake2b(encoded, digest_size=16).digest())
+        self._sizes.append((len(encoded), len(document.text), self._chunk))
+        self._waiting.append(document)
+        self._waiting_size += len(document.text)
+        if self._waiting_size >= COMPARED:
+            self._compare()
+
+    def _compare(self) -> None:
+        """Look for held-out texts in the documents that wait."""
+        if self._finder:
+            verdicts = self._finder.judge([d.text for d in self._waiting])
+        else:
+            verdicts = [()] * len(self._waiting)
+        for document, units in zip(self._waiting, verdicts, strict=True):
+            gone = any(u.equal for u in units) or (bool(units) and self._remove)
+            self._held.append(gone)
+            self._held_out.update({u.set for u in units})
+            if units:
+                reason = "held out" if gone else "held out, kept"
+                self._reasons.update(["held out"] if gone else [])
+                where = f"{units[0].set}: {units[0].id}"
+                excerpt = document.text[:EXCERPT]
+                self._reject(
+                    BadDocument(document.file, document.line, reason, where, excerpt)
+                )
+        self._waiting, self._waiting_size = [], 0
+
+    def finish(self) -> dict[str, Any]:
+        """Write docs.npz; returns the counts."""
+        table = np.array(self._sizes, np.int64).reshape(-1, 3)
+        np.savez(
+            self._work / "docs.npz",
+            digest=np.array(self._digests, "S16"),
+            bytes=table[:, 0],
+            characters=table[:, 1],
+            chunk=table[:, 2],
+            held=np.array(self._held, bool),
+        )
+        return {
+            "read": self._read,
+            "rejected": dict(sorted(self._reasons.items())),
+            "bad": self._first_bad,
+            "held_out": dict(self._held_out),
+            "damaged": self._damaged,
+        }
 
 
 def chunk_texts(folder: Path, chunk: int, keep: np.ndarray) -> Iterator[bytes]:
@@ -323,25 +292,28 @@ def fit_tokenizer(cfg: CorpusConfig, files: Sequence[Scanned], out: Path) -> Non
     of_language: dict[str, list[Scanned]] = {}
     for file in files:
         of_language.setdefault(file.source.split("/")[0], []).append(file)
-    shares = tok.shares_of(cfg.tokenizer, list(of_language))
-    texts = {
-        language: sample_texts(
-            found, int(shares[language] * cfg.tokenizer.sample_bytes)
-        )
-        for language, found in of_language.items()
-    }
-    tok.train(texts, cfg.tokenizer, out)
+    shares = tokenizer_training.shares_of(cfg.tokenizer, list(of_language))
+    budgets = {k: int(shares[k] * cfg.tokenizer.sample_bytes) for k in of_language}
+    texts = {k: sample_texts(found, budgets[k]) for k, found in of_language.items()}
+    tokenizer_training.train(texts, cfg.tokenizer, out)
 
 
 Part = tuple[Path, int, np.ndarray]  # folder of a scan, chunk, keep bool[n]
 
 
+@dataclass
+class ShardPlan:
+    """Consecutive chunks that make one shard, and the bytes of their text."""
+
+    parts: list[Part]
+    bytes: int
+
+
 def plan_shards(
     files: Sequence[Scanned], shard_bytes: int
-) -> dict[str, list[list[Part]]]:
-    """Source -> shards -> consecutive chunks of it, about `shard_bytes` together."""
-    plan: dict[str, list[list[Part]]] = {}
-    filled = 0
+) -> dict[str, list[ShardPlan]]:
+    """Source -> its shards, of about `shard_bytes` each."""
+    plan: dict[str, list[ShardPlan]] = {}
     for file in files:
         shards = plan.setdefault(file.source, [])
         for chunk in range(int(file.chunk.max(initial=-1)) + 1):
@@ -349,11 +321,10 @@ def plan_shards(
             size = int(file.bytes[inside & file.keep].sum())
             if not size:
                 continue
-            if not shards or filled + size > shard_bytes:
-                shards.append([])
-                filled = 0
-            shards[-1].append((file.folder, chunk, file.keep[inside]))
-            filled += size
+            if not shards or shards[-1].bytes + size > shard_bytes:
+                shards.append(ShardPlan([], 0))
+            shards[-1].parts.append((file.folder, chunk, file.keep[inside]))
+            shards[-1].bytes += size
     return plan
 
 

@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from gamayun_jax.data.documents import normal_form
+from gamayun_jax.data.cleaning import normal_form
 
 
 @cache

@@ -27,12 +27,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 import functools
 import hashlib
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -46,7 +44,6 @@ NEVER = np.int64(1) << 62
 LONGEST = 1 << 32  # examples in a phase: times ONE, their integral fits in int64
 VERSION = 2  # of the mapping; part of the fingerprint
 RAMPS = ("step", "linear", "cosine")
-SCHEMES = ("natural", "temperature", "unimax", "explicit")
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,10 @@ class Blocks:
     start: int  # first global example of the phase
     ends: np.ndarray  # int64 [b + 1]: examples of the phase before boundary b
     counts: np.ndarray  # int64 [b + 1, S]: since the phase began
+    before: np.ndarray  # int64 [S]: examples of each source in the phases before
 
 
-def quantise(weights: np.ndarray) -> np.ndarray:
+def to_fixed_point(weights: np.ndarray) -> np.ndarray:
     """float [..., S] that sum to 1 -> int64 over ONE that sum to ONE; 0 stays 0."""
     exact = weights * ONE
     whole = np.floor(exact).astype(np.int64)
@@ -101,7 +99,9 @@ def ramp_integral(kind: str, x: np.ndarray) -> np.ndarray:
     return area + np.maximum(x - 1.0, 0.0)
 
 
-def schedule(weights: np.ndarray, lengths: np.ndarray, final: np.ndarray) -> np.ndarray:
+def earliest_deadline_counts(
+    weights: np.ndarray, lengths: np.ndarray, final: np.ndarray
+) -> np.ndarray:
     """Whole counts within 1 of the integrals of the weights, at block boundaries.
 
     Args:
@@ -170,30 +170,33 @@ def schedule(weights: np.ndarray, lengths: np.ndarray, final: np.ndarray) -> np.
 
 @functools.lru_cache(maxsize=8)  # a run makes the same plan several times
 def phase_counts(
-    phase: tuple[int, str, int], size: int, final: tuple[float, ...],
-    former: tuple[float, ...] | None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    phase: tuple[int, str, int],
+    size: int,
+    final: tuple[float, ...],
+    former: tuple[float, ...],
+) -> tuple[np.ndarray, np.ndarray]:
     """Ends int64 [b + 1] and counts int64 [b + 1, S] of a phase; see Blocks.
 
     Args:
       phase: its examples, its ramp and the examples of the ramp.
       size: of a block, in examples.
-      final, former: shares of the sources in it and before it, each adding up to 1.
+      final, former: shares of the sources in it and before it, each adding up to 1;
+        `former` is () where nothing came before.
     """
     examples, ramp, ramp_examples = phase
     ends = np.append(np.arange(0, examples, size, dtype=np.int64), examples)
     lengths = np.diff(ends)
-    rates = quantise(np.array(final))
+    rates = to_fixed_point(np.array(final))
     weights = np.broadcast_to(rates, (len(lengths), len(final)))
-    if ramp != "step" and ramp_examples and former is not None:
+    if ramp != "step" and ramp_examples and former:
         area = ramp_integral(ramp, ends / ramp_examples) * ramp_examples
         # Rounding must not leave [0, 1]: it would make weights negative.
         done = np.clip(np.diff(area) / lengths, 0.0, 1.0)[:, None]
         ramped = ends[:-1] < ramp_examples
         mixed = (1 - done[ramped]) * np.array(former) + done[ramped] * np.array(final)
         weights = weights.copy()
-        weights[ramped] = quantise(mixed)
-    counts = schedule(weights, lengths, rates)
+        weights[ramped] = to_fixed_point(mixed)
+    counts = earliest_deadline_counts(weights, lengths, rates)
     ends.flags.writeable = counts.flags.writeable = False  # many plans share them
     return ends, counts
 
@@ -241,52 +244,41 @@ class Curriculum:
     def total(self) -> int:
         return sum(p.examples for p in self.phases)
 
+    def _shares(self, weights: Mapping[str, float]) -> tuple[float, ...]:
+        """Weights in the order of the sources, adding up to 1; () if all are 0."""
+        all_weights = np.array([weights.get(n, 0.0) for n in self.names], np.float64)
+        total = all_weights.sum()
+        return tuple((all_weights / total).tolist()) if total > 0 else ()
+
     @cached_property
-    def _blocks(self) -> tuple[Blocks, ...]:
-        found, start, former = [], 0, None
-        left = np.array([self.before.get(n, 0.0) for n in self.names], np.float64)
-        if left.sum() > 0:
-            former = left / left.sum()
+    def blocks(self) -> tuple[Blocks, ...]:
+        """The realised counts of each phase."""
+        blocks = []
+        start, before = 0, np.zeros(len(self.names), np.int64)
+        former = self._shares(self.before)
         for p in self.phases:
-            final = np.array([p.weights.get(n, 0.0) for n in self.names], np.float64)
-            final = final / final.sum()
+            final = self._shares(p.weights)
             rule = p.examples, p.ramp, p.ramp_examples
-            ends, counts = phase_counts(
-                rule,
-                self.block_examples,
-                tuple(final.tolist()),
-                None if former is None else tuple(former.tolist()),
-            )
-            found.append(Blocks(start, ends, counts))
-            start += p.examples
-            former = final
-        return tuple(found)
+            ends, counts = phase_counts(rule, self.block_examples, final, former)
+            blocks.append(Blocks(start, ends, counts, before))
+            start, before, former = start + p.examples, before + counts[-1], final
+        return tuple(blocks)
 
     @cached_property
-    def _bases(self) -> np.ndarray:
-        """int64 [phases + 1, S]: counts before each phase."""
-        parts = [b.counts[-1] for b in self._blocks]
-        zero = np.zeros(len(self.names), np.int64)
-        return np.cumsum([zero, *parts], axis=0)
+    def _starts(self) -> np.ndarray:
+        return np.array([b.start for b in self.blocks], np.int64)
 
     @cached_property
-    def _cache(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+    def _orders(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
         return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, value)
 
     def _order(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Sources int32 [n] of a block's examples, and each one's number among those
         of its source in the block, int64 [n]."""
         key = (phase, block)
-        if (hit := self._cache.get(key)) is not None:
-            return hit
-        b = self._blocks[phase]
+        if (known := self._orders.get(key)) is not None:
+            return known
+        b = self.blocks[phase]
         n = b.counts[block + 1] - b.counts[block]
         source = np.repeat(np.arange(len(n), dtype=np.int32), n)
         number = np.arange(len(source)) - np.repeat(np.cumsum(n) - n, n)
@@ -297,11 +289,10 @@ class Curriculum:
         )
         place = (number + shift[source]) / n[source]
         order = np.argsort(place, kind="stable")
-        made = (source[order], number[order])
-        if len(self._cache) > 16:
-            self._cache.clear()
-        self._cache[key] = made
-        return made
+        if len(self._orders) > 16:
+            self._orders.clear()
+        self._orders[key] = source[order], number[order]
+        return self._orders[key]
 
     def lookup(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Global examples int64 [n] -> (source int32 [n], position int64 [n]).
@@ -317,19 +308,15 @@ class Curriculum:
             raise IndexError(f"example outside of 0..{self.total - 1}")
         source = np.empty(examples.shape, np.int32)
         position = np.empty(examples.shape, np.int64)
-        starts = np.array([b.start for b in self._blocks], np.int64)
-        phases = np.searchsorted(starts, examples, side="right") - 1
-        blocks = (examples - starts[phases]) // self.block_examples
-        for phase, block in sorted(
-            set(zip(phases.tolist(), blocks.tolist(), strict=True))
-        ):
+        phases = np.searchsorted(self._starts, examples, side="right") - 1
+        blocks = (examples - self._starts[phases]) // self.block_examples
+        for phase, block in set(zip(phases.tolist(), blocks.tolist(), strict=True)):
             mine = (phases == phase) & (blocks == block)
-            b = self._blocks[phase]
+            b = self.blocks[phase]
             sources, number = self._order(phase, block)
             inside = examples[mine] - b.start - block * self.block_examples
-            which = sources[inside]
-            before = self._bases[phase] + b.counts[block] + self.offsets
-            source[mine] = which
+            source[mine] = which = sources[inside]
+            before = b.before + b.counts[block] + self.offsets
             position[mine] = before[which] + number[inside]
         return source, position
 
@@ -344,88 +331,49 @@ class Curriculum:
         """int64 [S]: examples of each source among the global examples [0, example)."""
         if not 0 <= example <= self.total:
             raise IndexError(f"example {example} outside of 0..{self.total}")
-        phase = 0
-        while phase + 1 < len(self.phases) and (
-            self._blocks[phase + 1].start <= example
-        ):
-            phase += 1
-        b = self._blocks[phase]
-        block, rest = divmod(example - b.start, self.block_examples)
-        counts = self._bases[phase] + b.counts[min(block, len(b.counts) - 1)]
-        if rest and block < len(b.counts) - 1 and example < b.start + b.ends[-1]:
+        phase = int(np.searchsorted(self._starts, example, side="right")) - 1
+        b = self.blocks[phase]
+        inside = example - b.start
+        if inside == b.ends[-1]:  # the last block may be a short one
+            return b.before + b.counts[-1]
+        block, rest = divmod(inside, self.block_examples)
+        counts = b.before + b.counts[block]
+        if rest:
             first = self._order(phase, block)[0][:rest]
-            counts = counts + np.bincount(first, minlength=len(self.names))
-        elif rest:
-            counts = self._bases[phase + 1]
-        return counts.astype(np.int64)
+            counts += np.bincount(first, minlength=len(self.names))
+        return counts
 
     def consumed(self, example: int) -> dict[str, int]:
         """Position of each source before global example `example`, `start` included."""
         positions = self.counts_at(example) + self.offsets
         return dict(zip(self.names, positions.tolist(), strict=True))
 
-    def epochs(self, example: int | None = None) -> dict[str, float]:
-        """Passes over each source before `example` (default: at the end)."""
-        used = self.consumed(self.total if example is None else example)
-        return {
-            n: c / size if (size := self.sources[n]) else 0.0 for n, c in used.items()
-        }
+    def epochs(self) -> dict[str, float]:
+        """Passes over each source at the end, `start` included."""
+        used = self.consumed(self.total)
+        sizes = self.sources
+        return {n: c / sizes[n] if sizes[n] else 0.0 for n, c in used.items()}
 
     def table(self) -> list[dict[str, Any]]:
         """One row per phase and source: share, examples, epochs in it and in all."""
-        rows = []
-        for k, p in enumerate(self.phases):
-            counts = self._blocks[k].counts[-1]
-            total = self._bases[k + 1] + self.offsets
-            for s, name in enumerate(self.names):
-                size = max(self.sources[name], 1)
-                rows.append(
-                    {
-                        "phase": p.name,
-                        "source": name,
-                        "share": p.weights.get(name, 0.0),
-                        "examples": int(counts[s]),
-                        "epochs": float(counts[s] / size),
-                        "epochs_total": float(total[s] / size),
-                    }
-                )
-        return rows
-
-    def _past(self, example: int) -> list[tuple[str, Any]]:
-        """Everything that determines the examples before `example`, as named parts.
-
-        Only sources used by then count, in their order, which breaks ties; what a
-        block gives to others comes after `example` in it.
-        """
-        if not example:
-            return []
-        touched = np.flatnonzero(self.counts_at(example)).tolist()
-        parts: list[tuple[str, Any]] = [
-            ("order of sources", [self.names[s] for s in touched]),
-            ("version of the mapping", VERSION),
-            ("seed", self.seed),
-            ("block_examples", self.block_examples),
+        return [
+            {
+                "phase": p.name,
+                "source": name,
+                "share": p.weights.get(name, 0.0),
+                "examples": int(b.counts[-1, s]),
+                "epochs": float(b.counts[-1, s] / max(self.sources[name], 1)),
+                "epochs_total": float(
+                    (b.before + b.counts[-1] + self.offsets)[s]
+                    / max(self.sources[name], 1)
+                ),
+            }
+            for p, b in zip(self.phases, self.blocks, strict=True)
+            for s, name in enumerate(self.names)
         ]
-        for s in touched:
-            parts.append((f"size of {self.names[s]}", self.sources[self.names[s]]))
-            parts.append((f"start of {self.names[s]}", int(self.offsets[s])))
-        for k, b in enumerate(self._blocks):
-            if b.start >= example:
-                break
-            last = min(-(-(example - b.start) // self.block_examples), len(b.ends) - 1)
-            past = b.counts[: last + 1][:, touched]
-            digest = hashlib.sha256(b.ends[: last + 1].tobytes() + past.tobytes())
-            # By number: a phase's name determines nothing.
-            parts.append((f"mapping of phase {k}", digest.hexdigest()))
-        return parts
-
-    def fingerprint(self, example: int) -> str:
-        """Hash of what determines the examples before `example`, and nothing else:
-        later phases, and sources not yet used, may change."""
-        data = json.dumps(self._past(example))
-        return hashlib.sha256(data.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON; `from_json` is the inverse."""
         return {
             "version": VERSION,
             "phases": [dataclasses.asdict(p) for p in self.phases],
@@ -485,215 +433,9 @@ def check_phase(phase: Phase, sources: Mapping[str, int]) -> None:
         raise UserError(f"{at}: the weights sum to {total:.6g}, not 1")
 
 
-def near(name: str, known: Any) -> str:
+def near(name: str, known: Iterable[str]) -> str:
     """ " (did you mean ...?)" or the list of what there is."""
     close = difflib.get_close_matches(name, list(known), n=2)
     if close:
         return f" (did you mean {' or '.join(map(repr, close))}?)"
     return f" (there are: {', '.join(sorted(known))})"
-
-
-def check_epochs(epochs: Mapping[str, float], caps: Mapping[str, float]) -> None:
-    """Raise UserError if a source would be passed over more often than its cap."""
-    for name in caps:
-        if name not in epochs:
-            raise UserError(
-                f"data.max_epochs_of names {name!r}, no source{near(name, epochs)}"
-            )
-    for name, passes in epochs.items():
-        cap = caps.get(name, math.inf)
-        if passes > cap + 1e-9:
-            raise UserError(
-                f"source {name!r} would be seen {passes:.2f} times, over its cap of "
-                f"{cap:g} epochs: lower its share, shorten the stages, add text, or "
-                "raise data.max_epochs (or data.max_epochs_of for this source)"
-            )
-
-
-def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
-    """What `new` would re-map of the examples before `example`; empty if nothing."""
-    if example > new.total:
-        return [f"it ends at example {new.total}, but {example} were trained on"]
-    if old.fingerprint(example) == new.fingerprint(example):
-        return []
-    # What differs early differs later too, so the first such example can be bisected.
-    same, differs = 0, example
-    while differs - same > 1:
-        middle = (same + differs) // 2
-        if old.fingerprint(middle) == new.fingerprint(middle):
-            same = middle
-        else:
-            differs = middle
-    lines = [f"examples from number {same} on would be re-mapped"]
-    before, after = dict(old._past(example)), dict(new._past(example))
-    lines += [
-        f"{key} was {before[key]} and is {after[key]}"
-        for key in before
-        # A source that only one side has used is told by its count below.
-        if key in after
-        and not key.startswith(("mapping", "order"))
-        and before[key] != after[key]
-    ]
-
-    def shares(where: str, a: Mapping[str, float], b: Mapping[str, float]) -> None:
-        for name in {**a, **b}:
-            x, y = a.get(name, 0.0), b.get(name, 0.0)
-            if x != y:
-                lines.append(f"share of {name} {where} was {x:.9g} and is {y:.9g}")
-
-    for a, b, begin in zip(old.phases, new.phases, old._blocks, strict=False):
-        if begin.start >= example:  # the future may change
-            break
-        for key in ("examples", "ramp", "ramp_examples"):
-            x, y = getattr(a, key), getattr(b, key)
-            if x != y:
-                lines.append(f"{key} of {a.name} was {x} and is {y}")
-        shares(f"in {a.name}", a.weights, b.weights)
-    shares("before the run", old.before, new.before)
-    was = dict(zip(old.names, old.counts_at(example).tolist(), strict=True))
-    would = dict(zip(new.names, new.counts_at(example).tolist(), strict=True))
-    for name in {**was, **would}:
-        if was.get(name, 0) != would.get(name, 0):
-            lines.append(
-                f"{name}: {was.get(name, 0)} examples were served, "
-                f"{would.get(name, 0)} would have been"
-            )
-    # The longest line is the last; one that only one side has used is none of it.
-    orders = [
-        [n for n in x.names if n in was and n in would and was[n] and would[n]]
-        for x in (old, new)
-    ]
-    if orders[0] != orders[1]:
-        lines.append(f"order of sources was {orders[0]} and is {orders[1]}")
-    return lines
-
-
-def mixture_shares(
-    sizes: Mapping[str, int],
-    scheme: str,
-    shares: Mapping[str, float],
-    alpha: float,
-    max_epochs: float,
-    budget: int,
-    rest_of: str = "languages",
-) -> dict[str, float]:
-    """Share of the tokens per source; sums to 1.
-
-    Args:
-      sizes: tokens per source "<language>/<domain>".
-      scheme: how the languages that `shares` does not name divide the rest: natural
-        (by size n), temperature (n ** alpha), unimax (uniform, at most `max_epochs` of
-        a language; arXiv 2304.09151, algorithm 1), explicit (no rest).
-      shares: source or glob -> exact share, divided among its sources by size. An
-        exact name goes before a glob. A language that one of them begins with
-        ("en/web", "en/*") has what they give it and nothing of the rest; "*/web" names
-        no language.
-      budget: tokens of the phase, for unimax.
-      rest_of: "sources": as former releases did, the sources that no key matches take
-        part in the rest, whether their language is named or not.
-
-    Raises:
-      UserError: an unknown scheme, a share below 0, a pattern that matches nothing, two
-        globs that match one source, shares beyond 1, a rest that nobody may take.
-    """
-    if scheme not in SCHEMES:
-        raise UserError(f"scheme={scheme!r}; choose one of {', '.join(SCHEMES)}")
-    owner = owners(sizes, shares)
-    given = sum(shares.values())
-    rest = 1.0 - given
-    if rest < -1e-6:
-        raise UserError(f"shares sum to {given:.9g}, which is more than 1")
-    result = dict.fromkeys(sizes, 0.0)
-    for pattern, share in shares.items():
-        mine = {n: sizes[n] for n in sizes if owner.get(n) == pattern}
-        total = sum(mine.values())
-        if share > 0 and not total:
-            raise UserError(f"shares: {pattern!r} has share {share:g} but no tokens")
-        for name, size in mine.items():
-            result[name] = share * size / total if total else 0.0
-    if rest <= 1e-6:
-        return {n: v / given for n, v in result.items()}
-    if scheme == "explicit":
-        raise UserError(
-            f"shares sum to {given:.6g}: with scheme 'explicit' they must sum to 1"
-        )
-    left_out = unnamed_sources(sizes, shares) if rest_of == "languages" else {}
-    without = {n for names in left_out.values() for n in names}
-    free = {n: k for n, k in sizes.items() if k and n not in owner and n not in without}
-    languages: dict[str, int] = {}
-    for name, size in free.items():
-        language = name.split("/")[0]
-        languages[language] = languages.get(language, 0) + size
-    if not languages:
-        also = f"; give a share to {', '.join(sorted(without))}" if without else ""
-        raise UserError(
-            f"shares sum to {given:.6g} and no other language is left for the rest"
-            f"{also}"
-        )
-    if scheme == "unimax":
-        portions = unimax(languages, max_epochs, budget * rest)
-    else:
-        power = alpha if scheme == "temperature" else 1.0
-        most = max(languages.values())  # relative, lest a large alpha overflow
-        portions = {k: (n / most) ** power for k, n in languages.items()}
-    total_portion = sum(portions.values())
-    for name, size in free.items():
-        language = name.split("/")[0]
-        of_language = rest * portions[language] / total_portion
-        result[name] = of_language * size / languages[language]
-    return result
-
-
-def owners(sizes: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, str]:
-    """Source -> the key of `shares` that gives it its share; UserError as
-    `mixture_shares`."""
-    owner: dict[str, str] = {}
-    for pattern, share in shares.items():
-        if not (math.isfinite(share) and share >= 0):
-            raise UserError(f"shares: {pattern!r} has {share}; give a share >= 0")
-        matched = [n for n in sizes if n == pattern or fnmatch.fnmatchcase(n, pattern)]
-        if not matched:
-            raise UserError(
-                f"shares: {pattern!r} matches no source{near(pattern, sizes)}"
-            )
-        for name in matched:
-            if name == pattern or name not in owner:
-                owner[name] = pattern
-            elif owner[name] != name:
-                raise UserError(
-                    f"shares: {owner[name]!r} and {pattern!r} both match {name!r}; "
-                    "make one of them narrower"
-                )
-    return owner
-
-
-def unnamed_sources(
-    sizes: Mapping[str, int], shares: Mapping[str, float]
-) -> dict[str, list[str]]:
-    """Language that `shares` names -> its sources with text that no key matches."""
-    owner = owners(sizes, shares)
-    named = {key.split("/")[0] for key in shares}
-    found: dict[str, list[str]] = {}
-    for name, size in sizes.items():
-        language = name.split("/")[0]
-        if size and language in named and name not in owner:
-            found.setdefault(language, []).append(name)
-    return found
-
-
-def unimax(
-    sizes: Mapping[str, int], max_epochs: float, budget: float
-) -> dict[str, float]:
-    """Tokens per language: uniform, none beyond `max_epochs` (2304.09151, alg. 1)."""
-    taken: dict[str, float] = {}
-    left = budget
-    for k, (name, size) in enumerate(sorted(sizes.items(), key=lambda kv: kv[1])):
-        taken[name] = min(left / (len(sizes) - k), max_epochs * size)
-        left -= taken[name]
-    if left > 1e-6 * budget:
-        raise UserError(
-            f"unimax: all languages together have {sum(taken.values()):.3g} tokens at "
-            f"{max_epochs:g} epochs, but the stage wants {budget:.3g}: raise "
-            "mixture.max_epochs, shorten the stage, or add text"
-        )
-    return {name: taken[name] for name in sizes}

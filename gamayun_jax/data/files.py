@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from gamayun_jax.config import UserError
-from gamayun_jax.data.documents import first_line
 
 
 @contextlib.contextmanager
@@ -32,6 +31,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
+    """Wait until a file or the names in a folder are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -40,6 +40,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(text, "utf-8")
 
@@ -73,6 +74,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def file_sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -121,6 +123,11 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a JSON object: {advice}")
     return data
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def unreadable(path: Path, e: OSError) -> UserError:

@@ -28,8 +28,9 @@ import zstandard
 from jax.sharding import Mesh
 
 from gamayun_jax.config import Config, UserError
-from gamayun_jax.data.corpus import Corpus, open_corpus, subsample_units
+from gamayun_jax.data.corpus import Corpus, open_corpus
 from gamayun_jax.data.files import write_json
+from gamayun_jax.data.heldout_sets import subsample_units
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.demo_corpus import HELDOUT, heldout_files
 from gamayun_jax.evaluate.heldout import HeldoutEvaluator

@@ -25,12 +25,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gamayun_jax.config import Config, UserError
-from gamayun_jax.data.corpus import (
-    Corpus,
-    subsample_units,
-    text_key,
-    xz_bytes,
-)
+from gamayun_jax.data.corpus import Corpus
+from gamayun_jax.data.heldout_sets import subsample_units, text_key, xz_bytes
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.evaluate.scoring import (
     Window,

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gamayun_jax.data.corpus import xz_bytes
-from gamayun_jax.data.documents import normal_form
+from gamayun_jax.data.cleaning import normal_form
+from gamayun_jax.data.heldout_sets import xz_bytes
 from gamayun_jax.evaluate.standard_errors import (
     compression,
     mean_error,

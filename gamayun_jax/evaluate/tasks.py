@@ -44,7 +44,7 @@ import zstandard
 
 from gamayun_jax.config import DEMO_CORPUS, UserError, check_local, decode
 from gamayun_jax.data.curriculum import near
-from gamayun_jax.data.documents import first_line
+from gamayun_jax.data.files import first_line
 from gamayun_jax.data.tokenizer import TextCoder
 
 FOLDER = DEMO_CORPUS.with_name("demo_tasks")

@@ -17,7 +17,7 @@ from gamayun_jax.config import (
     UserError,
     decode,
 )
-from gamayun_jax.data.documents import first_line
+from gamayun_jax.data.files import first_line
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from gamayun_jax.config import Config, UserError, to_dict
+from gamayun_jax.data.continuity import diff_past
 from gamayun_jax.data.corpus import Corpus
-from gamayun_jax.data.curriculum import Curriculum, diff_past
-from gamayun_jax.data.loader import DataPlan
+from gamayun_jax.data.curriculum import Curriculum
+from gamayun_jax.data.plan import DataPlan
 from gamayun_jax.training import cluster, optimizer
 from gamayun_jax.training.run_folder import (
     checkpoint_steps,
@@ -126,11 +127,11 @@ def check_past(
         first = former["first_example"]
         if first >= end:
             break
-        if k >= len(plan.segments) or plan.segments[k].first_example != first:
+        if k >= len(plan.runs) or plan.runs[k].first_example != first:
             changed = [f"the cursors began anew at example {first}"]
         else:
             old = Curriculum.from_json(former["curriculum"])
-            new = plan.segments[k].curriculum
+            new = plan.runs[k].curriculum
             changed = diff_past(old, new, min(end - first, old.total))
         if changed:
             begun, causes = changed_fields(cfg, meta, where), changed[1:]

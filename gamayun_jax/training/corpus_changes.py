@@ -10,7 +10,8 @@ from typing import Any
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data.corpus import Corpus
-from gamayun_jax.data.loader import DataPlan, example_order, past_plan
+from gamayun_jax.data.loader import example_order
+from gamayun_jax.data.plan import DataPlan, past_plan
 from gamayun_jax.training.run_meta import RunMeta
 
 MOST_LOOKED_UP = 20_000  # served examples of a changed source that are counted
@@ -87,7 +88,7 @@ def source_changes(
     starts = begins(old)
     same = {(b, *s) for b, s in zip(begins(new), new, strict=False)}
     changed = [k for k, s in enumerate(old) if (starts[k], *s) not in same]
-    total, size = starts[-1], plan.segments[0].curriculum.sources[name]
+    total, size = starts[-1], plan.runs[0].curriculum.sources[name]
     after = begins(new)[-1]
     # The order is of all the records: of another number, a cursor means nothing any
     # more, be it a former run's. Of a source that is gone nothing comes again.
@@ -96,7 +97,8 @@ def source_changes(
         return f"source {name} had {total} records and has {after}", moved
     per_record = size // total
     orders = [
-        example_order(s.seed, name, range(total), per_record) for s in plan.segments
+        example_order(r.curriculum.seed, name, range(total), per_record)
+        for r in plan.runs
     ]
     looked = hits = 0
     for segment, position in plan.behind(name, step):

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from gamayun_jax.config import Config, DivergenceConfig, UserError
-from gamayun_jax.data.corpus import BadRecordError, Corpus
+from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.files import read_json, write_json
-from gamayun_jax.data.loader import DataPlan, example_order
+from gamayun_jax.data.loader import example_order
+from gamayun_jax.data.plan import DataPlan
+from gamayun_jax.data.records import BadRecordError
 from gamayun_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from gamayun_jax.training.cluster import barrier
 from gamayun_jax.training.run_folder import RunFolder
@@ -188,7 +190,8 @@ def describe(
         segment, number = divmod(dataset, len(plan.sources))
         name = plan.sources[number]
         records = corpus.records(name)
-        order = example_order(plan.segments[segment].seed, name, records, per_record)
+        seed = plan.runs[segment].curriculum.seed
+        order = example_order(seed, name, records, per_record)
         record, part = divmod(order[position], per_record)
         shard, inside = records.locate(record)
         try:

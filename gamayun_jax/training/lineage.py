@@ -15,7 +15,7 @@ import numpy as np
 
 from gamayun_jax.config import Config, to_dict
 from gamayun_jax.data.corpus import Corpus
-from gamayun_jax.data.loader import DataPlan
+from gamayun_jax.data.plan import DataPlan
 from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.continuity import check_tokenizer
@@ -97,7 +97,7 @@ def share_points(
 ) -> list[dict[str, Any]]:
     """Points of each source's share over tokens, to draw with straight lines."""
     points = []
-    before = [plan.segments[0].curriculum.before, *plan.shares]
+    before = [plan.runs[0].curriculum.before, *plan.shares]
     for k, stage in enumerate(cfg.stages):
         begin, end = stage_tokens(cfg, k, tokens_before)
         ramp = stage.mixture.ramp_tokens if stage.mixture.ramp != "step" else 0

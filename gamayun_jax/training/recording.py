@@ -165,7 +165,7 @@ def run_meta(run: Run) -> RunMeta:
         curricula=plan.curricula(step),
         shares=plan.shares[run.cfg.stage_at(max(step - 1, 0))],
         rest_of=plan.rest_of,
-        seed=plan.segments[plan.segment_before(step)].seed,
+        seed=plan.runs[plan.run_before(step)].curriculum.seed,
         origin=run.origin,
         rollbacks=run.rollbacks,
         interval=run.meters.accumulator.to_json(),

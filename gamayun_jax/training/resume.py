@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gamayun_jax.config import Config, UserError, to_dict
 from gamayun_jax.data.corpus import Corpus
-from gamayun_jax.data.loader import DataPlan, make_data_plan, mixture_notes
+from gamayun_jax.data.plan import DataPlan, make_data_plan, mixture_notes
 from gamayun_jax.data.token_weights import build_token_weights
 from gamayun_jax.training import cluster
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gamayun_jax.data.documents import normal_form
+from gamayun_jax.data.cleaning import normal_form
 from gamayun_jax.demo_corpus import LANGUAGES
 
 if TYPE_CHECKING:  # a corpus build needs no reader of pages

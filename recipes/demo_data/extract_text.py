@@ -17,7 +17,7 @@ from typing import Any
 
 from lxml import html
 
-from gamayun_jax.data.documents import normal_form
+from gamayun_jax.data.cleaning import normal_form
 
 # What each source calls a language, where it is not the language's own code.
 CODES: dict[str, dict[str, str]] = {

@@ -35,13 +35,21 @@ from gamayun_jax.config import UserError
 from gamayun_jax.data import build as corpus_build
 from gamayun_jax.data import (
     build_jobs,
+    cleaning,
     contamination,
     corpus,
     documents,
     files,
-    tokenizer,
+    heldout_sets,
+    inputs,
+    inspect_corpus,
+    records,
+    text_files,
+    tokenizer_training,
+    worker_pool,
 )
 from gamayun_jax.data.contamination import Contamination
+from gamayun_jax.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 ALPHABETS = {
@@ -168,8 +176,8 @@ def test_records_give_back_the_documents(built):
     cfg, found = built
     for source in cfg.corpus.sources:
         expected = []
-        for document in documents.read_documents(source):
-            expected.append(documents.clean(document.text))
+        for document in inputs.read_documents(source):
+            expected.append(cleaning.clean(document.text))
         texts = documents_of(found, source.name)
         assert texts == expected
         info = found.sources[source.name]
@@ -184,7 +192,7 @@ def test_records_give_back_the_documents(built):
         counts[[1, 2]] += len(texts)
         assert found.token_counts(source.name).tolist() == counts.tolist()
         assert len(info.shards) > 1
-    corpus.verify(found)
+    inspect_corpus.verify(found)
 
 
 def test_using_a_corpus(built):
@@ -216,14 +224,14 @@ def test_using_a_corpus(built):
     ):
         with pytest.raises(UserError):
             call()
-    table = corpus.inspect(found.folder)
+    table = inspect_corpus.inspect(found.folder)
     assert "zh/books" in table
     assert "5 units in en ru" in table
 
 
 def test_no_grain_no_jax_no_tensorflow_at_import():
     code = (
-        "import sys, gamayun_jax.corpus; "
+        "import sys, gamayun_jax.data.build; "
         "print({'jax', 'grain', 'tensorflow', 'pyarrow', 'tensorflow_datasets'} "
         "& set(sys.modules))"
     )
@@ -283,14 +291,14 @@ def test_any_documents(built, tmp_path_factory, texts, record_tokens, shard_byte
     )
     cfg = dataclasses.replace(cfg, data=c.DataConfig(seq_len=record_tokens))
     found = build(cfg, folder / "out")
-    expected = list(dict.fromkeys(t for t in map(documents.clean, texts) if t))
+    expected = list(dict.fromkeys(t for t in map(cleaning.clean, texts) if t))
     assert documents_of(found, "en/web") == expected
     row = found.manifest["sources"]["en/web"]
-    empty = sum(not documents.clean(t) for t in texts)
+    empty = sum(not cleaning.clean(t) for t in texts)
     assert row["rejected"] == ({"empty": empty} if empty else {})
     assert row["documents_read"] == len(texts)
     assert row["duplicates"] == len(texts) - empty - len(expected)
-    corpus.verify(found)
+    inspect_corpus.verify(found)
 
 
 def test_duplicates_and_held_out(tmp_path):
@@ -376,7 +384,7 @@ def test_held_out_sentences_inside_of_documents(tmp_path, language, mode):
         "held out" if removed else "held out, kept"
     }
     assert [r["detail"] for r in rejected].count("h: a") == 4
-    told = corpus.inspect(tmp_path / "out")
+    told = inspect_corpus.inspect(tmp_path / "out")
     done = "removed" if removed else "reported, not removed"
     assert f"5 documents with its texts {done}: 5 of {source}" in told
     assert "1 of 2 texts are too short" in told
@@ -460,7 +468,7 @@ def test_held_out_files_that_cannot_be(tmp_path, name, content, says):
     with pytest.raises(
         UserError, match=rf"^corpus.heldout\['h'\].files\['en'\].*{says}"
     ):
-        corpus_build.read_heldout(make_config((), sets).corpus)
+        heldout_sets.read_heldout(make_config((), sets).corpus)
 
 
 def test_held_out_files_of_a_folder_s_present_corpus(tmp_path):
@@ -536,7 +544,7 @@ def test_parallel_is_what_has_the_same_ids(tmp_path, change, given, parallel, wa
     )
     found = build(cfg, tmp_path / "out")
     assert found.manifest["heldout"]["h"]["parallel"] is parallel
-    told = corpus.inspect(tmp_path / "out")
+    told = inspect_corpus.inspect(tmp_path / "out")
     assert warns in told
     assert ("WARNING: units" in told or "not parallel, since" in told) == bool(warns)
     assert ("(not parallel)" in told) != parallel
@@ -549,7 +557,8 @@ def test_parallel_on_purpose_needs_no_ids(tmp_path):
     }
     for told, parallel in ((True, True), (None, False)):
         cfg = make_config((), (c.HeldoutConfig("h", held, told),))
-        assert corpus_build.read_heldout(cfg.corpus)[1] == {"h": parallel}
+        (one,) = heldout_sets.read_heldout(cfg.corpus)
+        assert (one.name, one.parallel) == ("h", parallel)
 
 
 def test_vocabulary_beyond_16_bits_uses_32(tmp_path):
@@ -569,13 +578,13 @@ def test_train_tokenizer_is_the_one_of_the_build(built, tmp_path):
     out = corpus_build.train_tokenizer(
         cfg.corpus, tmp_path / "t.model", 1, progress=False
     )
-    assert tokenizer.Tokenizer(out).fingerprint == found.tokenizer().fingerprint
+    assert Tokenizer(out).fingerprint == found.tokenizer().fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["t.model"]
 
 
 def test_sample_is_spread_over_the_source(built, tmp_path):
     cfg, _ = built
-    item = documents.expand(cfg.corpus.sources[1])[0]
+    item = inputs.expand(cfg.corpus.sources[1])[0]
     build_jobs.scan(item, tmp_path / "0", 1, 5000)
     files = build_jobs.select([("ru/web", tmp_path / "0")])
     total = int(files[0].bytes.sum())
@@ -592,9 +601,10 @@ BUILD = """
 import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
-from gamayun_jax import config, corpus_build
+from gamayun_jax import config
+from gamayun_jax.data import build
 cfg = config.from_json(Path(sys.argv[1]).read_text())
-corpus_build.build(cfg, Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)
+build.build(cfg, Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)
 """
 
 
@@ -709,7 +719,7 @@ def test_ctrl_c_is_clean(built, tmp_path):
 
 
 def test_dead_worker_is_said():
-    with build_jobs.Pool(2) as pool:
+    with worker_pool.Pool(2) as pool:
         with pytest.raises(UserError, match="worker process"):
             list(pool.run(os._exit, [(3,)]))
 
@@ -768,10 +778,10 @@ def test_two_builds_of_a_folder(built, tmp_path):
 )
 @example("e\u00ad\u0301")
 def test_clean(text):
-    found = documents.clean(text)
-    assert documents.clean(found) == found
+    found = cleaning.clean(text)
+    assert cleaning.clean(found) == found
     assert unicodedata.is_normalized("NFC", found)
-    assert not documents.DROPPED.search(found)
+    assert not cleaning.DROPPED.search(found)
     for line in found.split("\n"):
         assert line == line.rstrip(" \t")
     assert found == found.strip("\n")
@@ -779,21 +789,21 @@ def test_clean(text):
 
 def test_clean_keeps_what_matters():
     assert (
-        documents.clean("\n  def f():\r\n\treturn  1 \t\n\n")
+        cleaning.clean("\n  def f():\r\n\treturn  1 \t\n\n")
         == "  def f():\n\treturn  1"
     )
-    assert documents.clean("می\u200cخواهم 👩\u200d👩") == "می\u200cخواهم 👩\u200d👩"
+    assert cleaning.clean("می\u200cخواهم 👩\u200d👩") == "می\u200cخواهم 👩\u200d👩"
 
 
 def test_clean_does_not_glue_words():
     for mark in "\f\v\x1c\x1d\x1e\x85\u2028\u2029":  # \f: a page of pdftotext ends
-        assert documents.clean(f"last{mark}first") == "last\nfirst"
-    assert documents.clean("a\x1fb \f\n c") == "a b\n\n c"
+        assert cleaning.clean(f"last{mark}first") == "last\nfirst"
+    assert cleaning.clean("a\x1fb \f\n c") == "a b\n\n c"
     # Thai, Lao, Burmese and Khmer mark words with it; elsewhere it is a break that
     # may be, within a word.
     for words in ("ฉัน\u200bรัก", "ຂ້ອຍ\u200bຮັກ", "ကျွန်\u200bတော်", "ខ្ញុំ\u200bស្រលាញ់"):
-        assert documents.clean(words) == unicodedata.normalize("NFC", words)
-    assert documents.clean("super\u200bcali, \u200bfragi") == "supercali, fragi"
+        assert cleaning.clean(words) == unicodedata.normalize("NFC", words)
+    assert cleaning.clean("super\u200bcali, \u200bfragi") == "supercali, fragi"
 
 
 @settings(max_examples=100, deadline=None)
@@ -807,7 +817,7 @@ def test_normal_forms_are_unicode_s(text, form):
     """Marks that are sorted before come out as if they had not been."""
     for times in (1, 3):
         expected = unicodedata.normalize(form, text * times)
-        assert documents.normal_form(form, text * times) == expected
+        assert cleaning.normal_form(form, text * times) == expected
 
 
 TEXTS = ["первый", "second\nline", "三", " \t 4 "]
@@ -815,7 +825,7 @@ TEXTS = ["первый", "second\nline", "三", " \t 4 "]
 
 def read(*files, **fields):
     return list(
-        documents.read_documents(
+        inputs.read_documents(
             c.SourceConfig("en/web", tuple(map(str, files)), **fields)
         )
     )
@@ -1006,7 +1016,7 @@ def test_a_damaged_file_is_no_small_matter(tmp_path, damage, capsys):
     else:
         assert 500 < len(kept) == first + 300
     assert f"DAMAGED: en/web {path.name}" in capsys.readouterr().err
-    assert f"DAMAGED: en/web {path.name}" in corpus.inspect(out)
+    assert f"DAMAGED: en/web {path.name}" in inspect_corpus.inspect(out)
 
 
 def test_a_file_system_s_fault_is_no_damage(tmp_path, monkeypatch):
@@ -1151,10 +1161,10 @@ def test_huge_lines_are_not_held(tmp_path, end, monkeypatch):
 @given(st.binary(max_size=60), st.integers(1, 9))
 def test_lines_do_not_depend_on_blocks(raw, size):
     parts = [raw[i : i + size] for i in range(0, len(raw), size)]
-    assert list(documents.lines(parts)) == list(documents.lines([raw]))
+    assert list(text_files.lines(parts)) == list(text_files.lines([raw]))
     expected = raw.split(b"\n")
     expected = expected if expected[-1] else expected[:-1]
-    found = [line for _, line in documents.lines(parts)]
+    found = [line for _, line in text_files.lines(parts)]
     assert found == [line.removesuffix(b"\r") for line in expected]
 
 
@@ -1187,7 +1197,7 @@ def test_tfds(tmp_path):
     folder = str(made.data_path)
     found, most = [], 0
     source = c.SourceConfig("en/web", (f"tfds:{folder}:train",))
-    for document in documents.read_documents(source):
+    for document in inputs.read_documents(source):
         found.append(document)
         files_open = [os.path.realpath(p) for p in Path("/proc/self/fd").iterdir()]
         most = max(most, sum(p.startswith(folder) for p in files_open))
@@ -1322,11 +1332,11 @@ def test_damaged_corpora(built, tmp_path):
     data[len(data) // 3] ^= 1
     shard.write_bytes(data)
     with pytest.raises(UserError, match="sha256|found"):
-        corpus.verify(corpus.open_corpus(folder))
+        inspect_corpus.verify(corpus.open_corpus(folder))
     folder, _ = copy("other-tokenizer")
     opened = corpus.open_corpus(folder)
     assert opened.tokenizer() is corpus.open_corpus(folder).tokenizer()  # made once
-    tokenizer.train(
+    tokenizer_training.train(
         {"en": ["a b c d"] * 9}, c.TokenizerConfig(267), folder / "tokenizer.model"
     )
     with pytest.raises(UserError, match="is not the one"):
@@ -1335,7 +1345,7 @@ def test_damaged_corpora(built, tmp_path):
     path = folder / "heldout/units.en.jsonl"
     path.write_text(path.read_text().replace("unit 1", "unit 9"))
     with pytest.raises(UserError, match=r"units\.en"):
-        corpus.verify(corpus.open_corpus(folder))
+        inspect_corpus.verify(corpus.open_corpus(folder))
     path.write_text("")
     with pytest.raises(UserError, match="lost units"):
         corpus.open_corpus(folder).heldout("units", "en")
@@ -1364,7 +1374,7 @@ def test_what_may_not_be_read_is_not_called_damaged(config, what, monkeypatch):
     place, read = {
         "folder": ((os, "stat"), lambda: corpus.open_corpus(folder)),
         "manifest": ((Path, "read_text"), lambda: corpus.open_corpus(folder)),
-        "shard": ((corpus, "open"), lambda: corpus.open_corpus(folder)),
+        "shard": ((records, "open"), lambda: corpus.open_corpus(folder)),
         "heldout": ((Path, "read_bytes"), lambda: found.heldout("udhr", "tr")),
         "counts": ((np, "load"), lambda: found.token_counts("tr/help")),
     }[what]

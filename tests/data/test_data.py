@@ -14,13 +14,15 @@ from gamayun_jax.config import (
     TokenWeightConfig,
     TransitionConfig,
     UserError,
-    to_json,
 )
 from gamayun_jax.data import loader
-from gamayun_jax.data.loader import host_rows, local_batches, make_batch, make_data_plan
+from gamayun_jax.data.continuity import fingerprint
+from gamayun_jax.data.loader import host_rows, local_batches, make_batch
+from gamayun_jax.data.plan import Skipped, make_data_plan, mixture_notes
 from gamayun_jax.model import sharding
 from gamayun_jax.training.continuity import check_past
 from gamayun_jax.training.corpus_changes import check_contents, corpus_changes
+from gamayun_jax.training.run_meta import RunMeta
 
 BOS, PAD, EOS = 1, 0, 2
 
@@ -123,7 +125,7 @@ def test_cursors_restart_where_the_transition_says_so(config, corpus):
     )
     cfg = dataclasses.replace(config, stages=(config.stages[0], second))
     going_on, again = make_data_plan(config, corpus), make_data_plan(cfg, corpus)
-    assert len(again.segments) == 2
+    assert len(again.runs) == 2
     assert again.consumed(7) == going_on.consumed(7)
     before = going_on.consumed(7)
     after_on, after_again = going_on.consumed(13), again.consumed(13)
@@ -135,7 +137,7 @@ def test_cursors_restart_where_the_transition_says_so(config, corpus):
 
 
 @pytest.fixture
-def three_segments(config):
+def three_runs(config):
     """Stages of 7, 6 and 4 steps; the second and the third begin their data anew."""
     first, second = config.stages
     ramped = dataclasses.replace(second, transition=TransitionConfig(cursors="restart"))
@@ -145,11 +147,11 @@ def three_segments(config):
     return dataclasses.replace(config, stages=(first, ramped, third))
 
 
-def test_what_is_counted_per_segment_at_every_step(three_segments, corpus):
+def test_what_is_counted_per_segment_at_every_step(three_runs, corpus):
     """Against the examples themselves, before, at and after each boundary."""
-    plan = make_data_plan(three_segments, corpus)
-    assert [s.first_example for s in plan.segments] == [0, 56, 104]
-    assert len({s.seed for s in plan.segments}) == 3
+    plan = make_data_plan(three_runs, corpus)
+    assert [s.first_example for s in plan.runs] == [0, 56, 104]
+    assert len({r.curriculum.seed for r in plan.runs}) == 3
     dataset, _ = plan.lookup(np.arange(17 * 8))
     names = len(plan.sources)
     for step in range(18):
@@ -158,32 +160,32 @@ def test_what_is_counted_per_segment_at_every_step(three_segments, corpus):
         current = max(k for k in range(3) if k == 0 or (0, 56, 104)[k] < end)
         assert [plan.served_of(k, step) for k in range(3)] == per.sum(1).tolist()
         assert list(plan.served(step).values()) == per.sum(0).tolist()
-        assert plan.segment_before(step) == current
+        assert plan.run_before(step) == current
         assert list(plan.consumed(step).values()) == per[current].tolist()
         assert [past["fingerprint"] for past in plan.curricula(step)] == [
-            s.curriculum.fingerprint(int(n))
-            for s, n in zip(plan.segments, per.sum(1), strict=True)
+            fingerprint(s.curriculum, int(n))
+            for s, n in zip(plan.runs, per.sum(1), strict=True)
         ]
     # A ramp into a segment begins at the shares of the stage before it.
-    assert plan.segments[1].curriculum.before == plan.shares[0]
+    assert plan.runs[1].curriculum.before == plan.shares[0]
     rows = [r for r in plan.table() if r["source"] == "tr/help"]
     assert rows[-1]["epochs_total"] == pytest.approx(sum(r["epochs"] for r in rows))
 
 
-def test_a_restart_after_another_run_has_an_order_of_its_own(three_segments, corpus):
+def test_a_restart_after_another_run_has_an_order_of_its_own(three_runs, corpus):
     """Also where both runs have the same seed and begin anew."""
-    former = make_data_plan(three_segments, corpus)
-    origin = {"cursors": {}, "seed": former.segments[0].seed, "shares": {}}
+    former = make_data_plan(three_runs, corpus)
+    origin = {"cursors": {}, "seed": former.runs[0].curriculum.seed, "shares": {}}
     stages = (
         dataclasses.replace(
-            three_segments.stages[0], transition=TransitionConfig(cursors="restart")
+            three_runs.stages[0], transition=TransitionConfig(cursors="restart")
         ),
-        *three_segments.stages[1:],
+        *three_runs.stages[1:],
     )
     plan = make_data_plan(
-        dataclasses.replace(three_segments, stages=stages), corpus, origin
+        dataclasses.replace(three_runs, stages=stages), corpus, origin
     )
-    seeds = [origin["seed"], *(s.seed for s in plan.segments)]
+    seeds = [origin["seed"], *(r.curriculum.seed for r in plan.runs)]
     assert len(set(seeds)) == 4
 
 
@@ -202,23 +204,23 @@ def test_what_a_config_may_not_mean_is_said(two_domains, config, corpus):
     cfg, other = two_domains
     plan = make_data_plan(cfg, other)
     assert plan.language_shares(cfg, 0)["en"] == pytest.approx(0.5)
-    (text,) = loader.mixture_notes(cfg, other, plan)
+    (text,) = mixture_notes(cfg, other, plan)
     assert "stages.align.mixture.shares names 'en'" in text
     assert "get nothing" in text
     assert text.endswith("en/help")
     former = make_data_plan(cfg, other, rest_of="sources")
     assert former.shares[0]["en/help"] > 0.1
-    (text,) = loader.mixture_notes(cfg, other, former)
+    (text,) = mixture_notes(cfg, other, former)
     assert f"have {former.shares[0]['en/help']:.2%} of the rest" in text
     mixture = MixtureConfig("natural", {"en/hq": 0.5, "en/help": 0.0})
     stage = dataclasses.replace(cfg.stages[0], mixture=mixture)
     plain = dataclasses.replace(cfg, stages=(stage,))
-    assert loader.mixture_notes(plain, other, make_data_plan(plain, other)) == []
-    assert loader.mixture_notes(config, corpus, make_data_plan(config, corpus)) == []
+    assert mixture_notes(plain, other, make_data_plan(plain, other)) == []
+    assert mixture_notes(config, corpus, make_data_plan(config, corpus)) == []
     weights = TokenWeightConfig("target_share", {"en": 0.8, "ru": 0.6, "tr": 0.4})
     stage = dataclasses.replace(config.stages[0], token_weights=weights)
     weighted = dataclasses.replace(config, stages=(stage,))
-    (text,) = loader.mixture_notes(weighted, corpus, make_data_plan(weighted, corpus))
+    (text,) = mixture_notes(weighted, corpus, make_data_plan(weighted, corpus))
     assert "stages.align.token_weights.weights sum to 1.8" in text
 
 
@@ -242,7 +244,7 @@ def past_error(former, cfg, corpus, step):
     return str(e.value)
 
 
-def test_a_changed_past_is_told_by_its_fields_first(config, three_segments, corpus):
+def test_a_changed_past_is_told_by_its_fields_first(config, three_runs, corpus):
     """As they are written in the config; not by what follows from them."""
     first, second = config.stages
 
@@ -276,9 +278,9 @@ def test_a_changed_past_is_told_by_its_fields_first(config, three_segments, corp
     check_past(
         restart, make_data_plan(restart, corpus), corpus, meta_of(on, corpus, 7), "x"
     )
-    shorter = dataclasses.replace(three_segments, stages=three_segments.stages[:2])
+    shorter = dataclasses.replace(three_runs, stages=three_runs.stages[:2])
     want = "stages.third is not in the config any more: "
-    assert past_error(three_segments, shorter, corpus, 15).startswith(want)
+    assert past_error(three_runs, shorter, corpus, 15).startswith(want)
     blocks = dataclasses.replace(
         config, data=dataclasses.replace(config.data, block_examples=16)
     )
@@ -320,16 +322,16 @@ def test_a_seq_len_that_does_not_divide(config, corpus, replace):
 
 def meta_of(cfg, corpus, step, rollbacks=(), origin=None):
     """What a checkpoint says of the past."""
-    return {
-        "step": step,
-        "curricula": make_data_plan(cfg, corpus, origin, rollbacks).curricula(step),
-        "config": to_json(cfg),
-        "rollbacks": list(rollbacks),
-        "contents": corpus.contents(),
-        "origin": origin,
-        "tokenizer": corpus.manifest["tokenizer"]["fingerprint"],
-        "lineage": {"corpus": {"recipe": corpus.manifest["recipe"]}},
-    }
+    return RunMeta(
+        step=step,
+        config=cfg,
+        curricula=make_data_plan(cfg, corpus, origin, rollbacks).curricula(step),
+        rollbacks=list(rollbacks),
+        contents=corpus.contents(),
+        origin=origin,
+        tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
+        lineage={"corpus": {"recipe": corpus.manifest["recipe"]}},
+    )
 
 
 def with_other_shards(corpus, source, numbers, cut=0):
@@ -343,11 +345,11 @@ def with_other_shards(corpus, source, numbers, cut=0):
 
 
 @pytest.mark.parametrize("step", [3, 7, 12, 15])
-def test_what_was_served_of_a_changed_shard_is_counted(three_segments, corpus, step):
+def test_what_was_served_of_a_changed_shard_is_counted(three_runs, corpus, step):
     """Against the rows that were read: with segments, and examples left out."""
-    left_out = loader.Skipped(1, "en/help", 3, 5)
+    left_out = Skipped(1, "en/help", 3, 5)
     rollbacks = [{"skipped": [dataclasses.asdict(left_out)]}]
-    plan = make_data_plan(three_segments, corpus, None, rollbacks)
+    plan = make_data_plan(three_runs, corpus, None, rollbacks)
     records = corpus.records("en/help")
     files = [row["file"] for row in corpus.manifest["sources"]["en/help"]["shards"]]
     assert len(files) > 1
@@ -356,11 +358,11 @@ def test_what_was_served_of_a_changed_shard_is_counted(three_segments, corpus, s
     for dataset, position in zip(*plan.lookup(np.arange(step * 8)), strict=True):
         segment, source = divmod(int(dataset), len(plan.sources))
         if source == number:
-            seed = plan.segments[segment].seed
+            seed = plan.runs[segment].curriculum.seed
             order = loader.example_order(seed, "en/help", records, 1)
             shard, _ = records.locate(order[int(position)])
             served[[shard.endswith(f) for f in files].index(True)] += 1
-    meta = meta_of(three_segments, corpus, step, rollbacks)
+    meta = meta_of(three_runs, corpus, step, rollbacks)
     assert corpus_changes(meta, corpus, "here") == []
     for k, count in enumerate(served.tolist()):
         other = with_other_shards(corpus, "en/help", [k])
@@ -387,11 +389,11 @@ def test_a_source_that_grows_under_a_cursor_is_refused(config, corpus):
         assert change.served == refused
 
 
-def test_texts_that_were_not_served_may_change(three_segments, corpus):
-    first = three_segments.stages[0]
+def test_texts_that_were_not_served_may_change(three_runs, corpus):
+    first = three_runs.stages[0]
     mixture = MixtureConfig("explicit", {"en/help": 1.0})
-    stages = (dataclasses.replace(first, mixture=mixture), *three_segments.stages[1:])
-    cfg = dataclasses.replace(three_segments, stages=stages)
+    stages = (dataclasses.replace(first, mixture=mixture), *three_runs.stages[1:])
+    cfg = dataclasses.replace(three_runs, stages=stages)
     meta = meta_of(cfg, corpus, 7)
     other = with_other_shards(corpus, "ru/help", [0])
     other.manifest["recipe"] = "another"

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gamayun_jax.config import TokenizerConfig, UserError
-from gamayun_jax.data import tokenizer as tok
+from gamayun_jax.data import tokenizer_training as training
+from gamayun_jax.data.tokenizer import Tokenizer
 
 TEXTS = {
     "en": ["The quick brown fox jumps over 13 lazy dogs.\n\tdef f(x):\n        pass"]
@@ -37,7 +38,7 @@ NASTY = (
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return tok.train(TEXTS, TokenizerConfig(340), out)
+    return training.train(TEXTS, TokenizerConfig(340), out)
 
 
 def check_lossless(tokenizer, text):
@@ -99,24 +100,26 @@ def test_pickle_and_save(trained, tmp_path):
     assert other.encode("Привет, 世界") == trained.encode("Привет, 世界")
     assert other.fingerprint == trained.fingerprint
     trained.save(tmp_path / "deep" / "copy.model")
-    assert tok.Tokenizer(tmp_path / "deep" / "copy.model").model == trained.model
-    assert tok.Tokenizer(trained.model).fingerprint == trained.fingerprint
+    assert Tokenizer(tmp_path / "deep" / "copy.model").model == trained.model
+    assert Tokenizer(trained.model).fingerprint == trained.fingerprint
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["copy.model"]
 
 
 def test_training_twice_gives_the_same_bytes(trained, tmp_path):
-    again = tok.train(TEXTS, TokenizerConfig(340), tmp_path / "b.model")
+    again = training.train(TEXTS, TokenizerConfig(340), tmp_path / "b.model")
     assert again.model == trained.model == (tmp_path / "b.model").read_bytes()
 
 
 def test_space_is_a_piece_without_spaces_in_the_text(tmp_path):
     texts = {"zh": ["天地玄黄宇宙洪荒" * 5]}
-    check_lossless(tok.train(texts, TokenizerConfig(272), tmp_path / "m"), "a b ▁ c")
+    check_lossless(
+        training.train(texts, TokenizerConfig(272), tmp_path / "m"), "a b ▁ c"
+    )
 
 
 def test_control_pieces_in_the_training_text(tmp_path):
     texts = {"en": ["<s> <0x0A> </s> <unk> <pad><s><s> a▅b c\0d ▁▁ ⁇  x"] * 50}
-    model = tok.train(texts, TokenizerConfig(277), tmp_path / "m")
+    model = training.train(texts, TokenizerConfig(277), tmp_path / "m")
     for text in NASTY:
         check_lossless(model, text)
 
@@ -124,22 +127,22 @@ def test_control_pieces_in_the_training_text(tmp_path):
 def test_long_and_unbroken_text_is_used(tmp_path):
     """No sentence is skipped: a word that occurs only in a huge line is learnt."""
     text = {"en": ["x" * 300_000 + " " + "hippopotamus " * 20_000]}
-    model = tok.train(text, TokenizerConfig(290), tmp_path / "m")
+    model = training.train(text, TokenizerConfig(290), tmp_path / "m")
     assert model.encode(" hippopotamus") == [model.pieces.index("▁hippopotamus")]
 
 
 @given(scalar_text(max_size=50), st.integers(1, 7))
 def test_cut_sentence(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tok, "MAX_SENTENCE", size)
-        parts = list(tok.cut_sentence(text))
+        patch.setattr(training, "MAX_SENTENCE", size)
+        parts = list(training.cut_sentence(text))
     assert "".join(parts) == text
     assert all(len(p) <= size for p in parts)
 
 
 @given(st.lists(scalar_text(max_size=20), max_size=6), st.integers(0, 60))
 def test_take_bytes(texts, budget):
-    taken, size = tok.take_bytes(texts, budget)
+    taken, size = training.take_bytes(texts, budget)
     assert size == sum(len(t.encode()) for t in taken)
     assert "".join(texts).startswith("".join(taken))
     whole = sum(len(t.encode()) for t in texts)
@@ -154,18 +157,18 @@ def test_shares_decide_what_is_learnt(tmp_path):
     size = {}
     for share in (0.0, 1.0):
         cfg = TokenizerConfig(285, {"en": 1 - share, "de": share})
-        model = tok.train(texts, cfg, tmp_path / "m")
+        model = training.train(texts, cfg, tmp_path / "m")
         size[share] = len(model.encode(texts["de"][0]))
     assert size[1.0] < size[0.0]
-    assert tok.shares_of(TokenizerConfig(9), ["a", "b"]) == {"a": 0.5, "b": 0.5}
+    assert training.shares_of(TokenizerConfig(9), ["a", "b"]) == {"a": 0.5, "b": 0.5}
 
 
 def test_too_large_a_vocabulary_names_one_that_works(tmp_path):
     with pytest.raises(UserError, match="at most") as error:
-        tok.train(TEXTS, TokenizerConfig(5000), tmp_path / "m")
+        training.train(TEXTS, TokenizerConfig(5000), tmp_path / "m")
     assert "\n" not in str(error.value)
     largest = int(str(error.value).split("at most ")[1].split(",")[0])
-    assert tok.train(TEXTS, TokenizerConfig(largest), tmp_path / "m")
+    assert training.train(TEXTS, TokenizerConfig(largest), tmp_path / "m")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,7 @@ def test_too_large_a_vocabulary_names_one_that_works(tmp_path):
 )
 def test_bad_training_input(texts, cfg, says, tmp_path):
     with pytest.raises(UserError, match=says):
-        tok.train(texts, cfg, tmp_path / "m")
+        training.train(texts, cfg, tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 
@@ -190,11 +193,11 @@ def test_damaged_models_are_refused(trained, tmp_path):
     model = trained.model
     for end in (0, 1, 100, *range(500, len(model), 997), len(model) - 1):
         with pytest.raises(UserError, match="tokenizer train"):
-            tok.Tokenizer(model[:end])
+            Tokenizer(model[:end])
     (tmp_path / "text.model").write_text("not a model\n" * 100)
     for path in (tmp_path / "text.model", tmp_path / "missing.model", tmp_path):
         with pytest.raises(UserError, match=path.name):
-            tok.Tokenizer(path)
+            Tokenizer(path)
 
 
 def test_a_model_that_loses_text_is_refused(tmp_path):
@@ -207,7 +210,7 @@ def test_a_model_that_loses_text_is_refused(tmp_path):
         minloglevel=2,
     )
     with pytest.raises(UserError, match="give back every text"):
-        tok.Tokenizer(tmp_path / "lossy.model")
+        Tokenizer(tmp_path / "lossy.model")
 
 
 def test_bad_ids_and_surrogates(trained):
@@ -222,13 +225,13 @@ def test_bad_ids_and_surrogates(trained):
 
 
 def test_report(trained):
-    rows = tok.report(trained, TEXTS)
+    rows = training.report(trained, TEXTS)
     assert [r["language"] for r in rows] == list(TEXTS)
     for row in rows:
         assert row["bytes"] == sum(len(t.encode()) for t in TEXTS[row["language"]])
         assert row["bytes_per_token"] * row["tokens"] == pytest.approx(row["bytes"])
     assert rows[2]["bytes_per_token"] > rows[2]["characters_per_token"]
-    table = tok.format_report(rows).splitlines()
+    table = training.format_report(rows).splitlines()
     assert len(table) == 4
     assert len({len(line) for line in table}) == 1
-    assert tok.report(trained, {"en": []})[0]["tokens"] == 0
+    assert training.report(trained, {"en": []})[0]["tokens"] == 0

@@ -13,7 +13,8 @@ import pytest
 from flax import linen as nn
 
 from gamayun_jax.config import MeshConfig, UserError
-from gamayun_jax.data.corpus import Corpus, subsample_units
+from gamayun_jax.data.corpus import Corpus
+from gamayun_jax.data.heldout_sets import subsample_units
 from gamayun_jax.evaluate import heldout
 from gamayun_jax.evaluate.heldout import HeldoutEvaluator
 from gamayun_jax.evaluate.scoring import pack, token_scores, windows
@@ -204,9 +205,9 @@ def test_what_xz_makes_of_the_texts_is_in_the_manifest(
     config, corpus, result, monkeypatch
 ):
     """Packing is slow: no start and no host does it again."""
-    from gamayun_jax.data import corpus as corpora
+    from gamayun_jax.data import heldout_sets
 
-    corpora.xz_bytes.cache_clear()
+    heldout_sets.xz_bytes.cache_clear()
     mesh = sharding.make_mesh(MESH)
 
     def evaluator(corpus):
@@ -214,13 +215,13 @@ def test_what_xz_makes_of_the_texts_is_in_the_manifest(
         with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
             return HeldoutEvaluator(config, corpus, mesh, model)
 
-    packed, compress = [], corpora.lzma.compress
+    packed, compress = [], heldout_sets.lzma.compress
 
     def counted(*args, **kwargs):
         packed.append(args)
         return compress(*args, **kwargs)
 
-    monkeypatch.setattr(corpora.lzma, "compress", counted)
+    monkeypatch.setattr(heldout_sets.lzma, "compress", counted)
     evaluator(corpus)
     assert not packed
     former = copy.deepcopy(corpus.manifest)  # as a former version wrote it

@@ -14,7 +14,7 @@ from pathlib import Path
 import zstandard
 
 from gamayun_jax.config import DEMO_CORPUS, TokenizerConfig
-from gamayun_jax.data import documents, tokenizer
+from gamayun_jax.data import cleaning, tokenizer_training
 from gamayun_jax.evaluate import task_metrics
 from recipes.demo_data import decontaminate, extract_text, tasks
 
@@ -51,7 +51,7 @@ def main(names):
 
     @functools.cache
     def model():
-        return tokenizer.train({"en": plain}, small, folder / "a.model")
+        return tokenizer_training.train({"en": plain}, small, folder / "a.model")
 
     held = decontaminate.HeldOut(plain)
 
@@ -64,7 +64,7 @@ def main(names):
         return list(extract_text.description_documents(path, "en"))
 
     functions = {
-        "clean": documents.clean,
+        "clean": cleaning.clean,
         "normalise": lambda t: [
             decontaminate.normalise(t, dense) for dense in (False, True)
         ],
@@ -89,9 +89,11 @@ def main(names):
             extract_text.unwrap(t.split("\n"), k) for k in ("en", "zh")
         ],
         "descriptions": descriptions,
-        "report": lambda t: tokenizer.report(model(), {"en": [documents.clean(t)]}),
-        "train": lambda t: tokenizer.train(
-            {"en": [*plain, documents.clean(t)]}, small, folder / "b.model"
+        "report": lambda t: tokenizer_training.report(
+            model(), {"en": [cleaning.clean(t)]}
+        ),
+        "train": lambda t: tokenizer_training.train(
+            {"en": [*plain, cleaning.clean(t)]}, small, folder / "b.model"
         ),
     }  # fmt: skip
     for wanted in names or functions:

@@ -17,9 +17,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from gamayun_jax import train
 from gamayun_jax.config import UserError
-from gamayun_jax.data import corpus as corpus_module
-from gamayun_jax.data.corpus import BadRecordError, open_corpus
-from gamayun_jax.data.loader import LocalBatches, make_data_plan
+from gamayun_jax.data import records as records_module
+from gamayun_jax.data.corpus import open_corpus
+from gamayun_jax.data.loader import LocalBatches
+from gamayun_jax.data.plan import make_data_plan
+from gamayun_jax.data.records import BadRecordError
 
 
 def quiet(text):
@@ -193,7 +195,7 @@ def test_a_run_counts_what_it_set_aside(copy, tmp_path):
 FEW_FILES = """
 import os, random, resource, sys
 from concurrent.futures import ThreadPoolExecutor
-from gamayun_jax.data.corpus import OPEN, Records
+from gamayun_jax.data.records import OPEN, Records
 
 folder, soft, hard = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -239,8 +241,8 @@ def test_a_shard_that_is_used_stays_open(tmp_path, monkeypatch):
         def read(self, numbers):
             return [b"%d" % n for n in numbers]
 
-    monkeypatch.setattr(corpus_module, "ArrayRecordReader", Reader)
-    files = corpus_module.OpenShards(limit=3)
+    monkeypatch.setattr(records_module, "ArrayRecordReader", Reader)
+    files = records_module.OpenShards(limit=3)
     for name in "abcadaea":
         assert files.read(name, 7) == b"7"
     assert opened == [*"abcde"]

@@ -15,7 +15,8 @@ import pytest
 
 from gamayun_jax import train
 from gamayun_jax.config import DivergenceConfig, UserError
-from gamayun_jax.data.loader import LocalBatches, make_data_plan
+from gamayun_jax.data.loader import LocalBatches
+from gamayun_jax.data.plan import make_data_plan
 from gamayun_jax.training import checkpoint, divergence, resume, step
 from gamayun_jax.training.divergence import DivergenceDetector, spike_limit
 

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gamayun_jax.config import SourceConfig, UserError, from_json, to_json
-from gamayun_jax.data import documents
+from gamayun_jax.data import documents, inputs
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.files import read_json
 from gamayun_jax.evaluate import tasks
@@ -129,7 +129,7 @@ def test_documents(body, kind, tmp_path):
         path.write_bytes(content)
         found = quietly(
             lambda path=path: list(
-                documents.read_documents(SourceConfig("en/x", (str(path),)))
+                inputs.read_documents(SourceConfig("en/x", (str(path),)))
             )
         )
         for d in found or ():
@@ -161,11 +161,11 @@ def test_texts_of_every_adversarial_kind():
 
 BOMB = """
 import resource, sys
-from gamayun_jax import documents
+from gamayun_jax.data import inputs
 from gamayun_jax.config import SourceConfig
 soft = 3 << 30
 resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
-found = list(documents.read_documents(SourceConfig("en/x", (sys.argv[1],))))
+found = list(inputs.read_documents(SourceConfig("en/x", (sys.argv[1],))))
 assert [type(d).__name__ for d in found] == ["BadDocument"], found
 assert found[0].reason == "too long"
 """

@@ -29,7 +29,7 @@ from gamayun_jax.config import (
 )
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.files import file_sha256
-from gamayun_jax.data.loader import make_data_plan
+from gamayun_jax.data.plan import make_data_plan
 from gamayun_jax.training import checkpoint, cluster, signals
 from gamayun_jax.training.continuity import check_corpus
 from gamayun_jax.training.lineage import load_origin, share_points
@@ -243,7 +243,7 @@ def test_init_from_inside_each_segment_goes_on_with_its_order(restarted, corpus)
         path = run / "checkpoints" / str(step)
         store, meta, origin = load_origin(path, cfg, corpus)
         store.close()
-        assert meta.seed == origin["seed"] == plan.segments[segment].seed
+        assert meta.seed == origin["seed"] == plan.runs[segment].curriculum.seed
         assert origin["cursors"] == plan.consumed(step)
         assert not origin["restarted"]
 
@@ -666,12 +666,12 @@ def test_no_example_comes_again_after_init_from(config, corpus):
     plan = make_data_plan(config, corpus)
     origin = {
         "cursors": plan.consumed(7),
-        "seed": plan.segments[-1].seed,
+        "seed": plan.runs[-1].curriculum.seed,
         "shares": plan.shares[0],
     }
     second = dataclasses.replace(config, seed=5, stages=(config.stages[1],))
     going_on = make_data_plan(second, corpus, origin)
-    assert going_on.segments[0].seed == plan.segments[0].seed
+    assert going_on.runs[0].curriculum.seed == plan.runs[0].curriculum.seed
     # A ramp in a first stage begins at the former run's shares.
     points = share_points(second, going_on)
     assert points[0]["shares"]["tr/help"] == pytest.approx(0.2)
@@ -685,8 +685,8 @@ def test_no_example_comes_again_after_init_from(config, corpus):
         ),
     )
     assert (
-        make_data_plan(restart, corpus, origin).segments[0].seed
-        != plan.segments[0].seed
+        make_data_plan(restart, corpus, origin).runs[0].curriculum.seed
+        != plan.runs[0].curriculum.seed
     )
 
 

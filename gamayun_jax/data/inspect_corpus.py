@@ -1,0 +1,130 @@
+"""What a corpus holds, for a person to read; and whether it still holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gamayun_jax.config import UserError
+from gamayun_jax.data.corpus import Corpus, open_corpus
+from gamayun_jax.data.files import file_sha256
+from gamayun_jax.data.records import COPY_AGAIN
+
+
+def verify(corpus: Corpus) -> None:
+    """Read everything: hashes of shards and held-out files, counts of tokens.
+
+    Raises:
+      UserError: naming the first file that is not as the manifest says.
+    """
+
+    def expect(what: Path | str, found: Any, expected: Any) -> None:
+        if found != expected:
+            raise UserError(
+                f"{what}: found {found}, the manifest says {expected}: {COPY_AGAIN}"
+            )
+
+    tokenizer = corpus.tokenizer()
+    for name, languages in corpus.heldout_sets().items():
+        for language in languages:
+            path = corpus.folder / "heldout" / f"{name}.{language}.jsonl"
+            row = corpus.manifest["heldout"][name]["languages"][language]
+            corpus.heldout(name, language)
+            expect(path, file_sha256(path), row["sha256"])
+    for name, source in corpus.manifest["sources"].items():
+        tokens = -source["records"] + len(source["shards"])  # repeated tokens
+        documents = 0
+        for row in source["shards"]:
+            path = corpus.folder / row["file"]
+            expect(path, file_sha256(path), row["sha256"])
+        for record in corpus.records(name):
+            expect(name, len(record), corpus.manifest["record_tokens"] + 1)
+            tokens += int(np.count_nonzero(record != tokenizer.pad_id))
+            documents += int(np.count_nonzero(record[:-1] == tokenizer.bos_id))
+        expect(f"tokens of {name}", tokens, source["tokens"])
+        expect(f"documents of {name}", documents, source["documents"])
+        counts = corpus.token_counts(name)
+        expect(f"token counts of {name}", int(counts.sum()), source["tokens"])
+
+
+def told_damage(damage: Mapping[str, Any]) -> str:
+    """What a manifest's entry of an input file says that was not read to its end."""
+    unread = damage["unread"]
+    lost = "what follows" if unread is None else f"{unread:,} documents"
+    return (
+        f"{damage['file']}: {damage['reason']} after document {damage['after']:,}, "
+        f"{lost} not read ({damage['detail']})"
+    )
+
+
+def told_copies(manifest: Mapping[str, Any], name: str) -> list[str]:
+    """What a manifest says of a held-out set's texts in the training documents."""
+    held = manifest["heldout"][name]
+    told = [
+        f"WARNING: units of {k} and of the first language are unlike in length "
+        f"(correlation {r}): are they translations, in the same order?"
+        for k, r in held.get("unlike_lengths", {}).items()
+    ]
+    if len(held["languages"]) > 1 and (why := held.get("unlike_ids")):
+        told.append(
+            f"not parallel, since {why}: no parity, no alignment of it (give the same "
+            "ids in the same order or, where there are none, parallel=True)"
+        )
+    if "copies" not in held:  # of a former version
+        return [*told, "only documents equal to one of its texts were looked for"]
+    sources = manifest["sources"].items()
+    found = {k: s["held_out"][name] for k, s in sources if name in s["held_out"]}
+    listed = ", ".join(f"{n:,} of {k}" for k, n in found.items())
+    done = "removed" if held["copies"] == "remove" else "reported, not removed"
+    short = sum(row["short"] for row in held["languages"].values())
+    units = sum(row["units"] for row in held["languages"].values())
+    line = f"{sum(found.values()):,} documents with its texts {done}"
+    told.append(f"{line}: {listed}" if found else "no document has any of its texts")
+    if short:
+        told.append(
+            f"{short:,} of {units:,} texts are too short to be looked for inside of "
+            "documents"
+        )
+    return told
+
+
+def inspect(path: str | Path) -> str:
+    """A table of what a corpus holds, and the beginning of a record of each source."""
+    corpus = open_corpus(path)
+    m = corpus.manifest
+    tokenizer = corpus.tokenizer()
+    head = ("source", "documents", "bytes", "tokens", "bytes/token", "records")
+    table = [(*head, "duplicates", "rejected")]
+    for name, s in m["sources"].items():
+        rejected = ", ".join(f"{n:,} {reason}" for reason, n in s["rejected"].items())
+        numbers = (s["documents"], s["bytes"], s["tokens"])
+        ratio = f"{s['bytes'] / s['tokens']:.2f}"
+        more = (ratio, f"{s['records']:,}", f"{s['duplicates']:,}", rejected or "0")
+        table.append((name, *(f"{n:,}" for n in numbers), *more))
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    text = [
+        f"corpus {corpus.folder}: records of {m['record_tokens']} tokens "
+        f"({m['dtype']}), tokenizer of {m['tokenizer']['vocab_size']} pieces, "
+        f"recipe {m['recipe'][:12]}"
+    ]
+    for row in table:
+        cells = [row[0].ljust(widths[0])]
+        cells += [c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True)]
+        text.append("  ".join([*cells, row[-1]]))
+    for name, s in m["sources"].items():
+        for damage in s.get("damaged", ()):
+            text.append(f"DAMAGED: {name} {told_damage(damage)}")
+    for name, languages in corpus.heldout_sets().items():
+        rows = m["heldout"][name]["languages"]
+        kind = "parallel" if m["heldout"][name]["parallel"] else "not parallel"
+        units = sorted({rows[k]["units"] for k in languages})
+        count = f"{units[0]}" if len(units) == 1 else f"{units[0]} to {units[-1]}"
+        text.append(f"held out {name} ({kind}): {count} units in {' '.join(languages)}")
+        text += [f"  {line}" for line in told_copies(m, name)]
+    for name in corpus.sources:
+        begin = tokenizer.decode(corpus.records(name)[0].tolist())
+        text.append(f"{name}: {' / '.join(begin.split(chr(10))[:3])[:100]}")
+    return "\n".join(text)

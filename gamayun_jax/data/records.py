@@ -1,0 +1,185 @@
+"""Records of a corpus: random access to many shards, some of them away or damaged."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from gamayun_jax.config import UserError
+from gamayun_jax.data.files import first_line, open_files_limit, unreadable
+
+COPY_AGAIN = "copy or build the corpus again"
+READ_ERRORS = (RuntimeError, ValueError, OSError, IndexError)  # of ArrayRecord
+
+
+class BadRecordError(UserError):
+    """A record that cannot be used; names the shard, the record and the reason."""
+
+    def __init__(self, shard: str, record: int, reason: str):
+        super().__init__(
+            f"shard {shard}, record {record}: {reason}: {COPY_AGAIN}, or set "
+            "data.faults=set_aside to go on without such records"
+        )
+        self.shard, self.record, self.reason = shard, record, reason
+
+
+class OpenShards:
+    """The ArrayRecord files that this process keeps open: those used last, however
+    many a corpus has. Thread-safe."""
+
+    def __init__(self, limit: int = 0):
+        """`limit`: of open files; default: half of what the system allows."""
+        self._limit = limit
+        self._lock = threading.Lock()
+        # path -> [reader, whether it was used again since it was last looked at]
+        self._open: dict[str, list[Any]] = {}
+
+    def read(self, path: str, record: int) -> bytes:
+        """A record's bytes; raises what ArrayRecord does."""
+        # No lock and no change of order for a file that is open.
+        entry = self._open.get(path)
+        if entry is None:
+            entry = self._add(path)
+        else:
+            entry[1] = True
+        return entry[0].read([record])[0]
+
+    def _add(self, path: str) -> list[Any]:
+        reader = ArrayRecordReader(
+            path, options="readahead_buffer_size:0", file_reader_buffer_size=32_768
+        )
+        entry = [reader, False]
+        with self._lock:
+            self._limit = self._limit or open_files_limit() // 2
+            # The oldest goes, unless it was used: then it is the newest again. One
+            # that is being read is closed by the last thread that lets go of it.
+            while len(self._open) >= self._limit:
+                oldest = next(iter(self._open))
+                former = self._open.pop(oldest)
+                if former[1]:
+                    former[1] = False
+                    self._open[oldest] = former
+            self._open[path] = entry
+        return entry
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """Open these files anew when they are read again."""
+        with self._lock:
+            for path in paths:
+                self._open.pop(path, None)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+
+OPEN = OpenShards()
+
+
+class Records(Sequence):
+    """A source's records, int32[record_tokens + 1] each. Picklable, thread-safe.
+
+    ArrayRecord has a hash of each chunk, so changed bytes are an error here, as are
+    token ids that are none. A file that cannot be read at all is tried again for
+    `retry_seconds`, since file systems come back.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[tuple[str, int]],
+        dtype: str,
+        vocab_size: int,
+        length: int,
+        retry_seconds: float = 0.0,
+        damaged: Mapping[str, str] | None = None,
+    ):
+        """A source's records.
+
+        Args:
+          shards: (file, its number of records) of each.
+          length: tokens of each record.
+          damaged: file -> reason never to read it.
+        """
+        self._files = [file for file, _ in shards]
+        OPEN.forget(self._files)  # they may have changed
+        self._ends = list(itertools.accumulate(n for _, n in shards))
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._vocab_size, self._length = vocab_size, length
+        self._retry_seconds = retry_seconds
+        self._damaged = dict(damaged or {})
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} is outside 0..{len(self) - 1}")
+        tokens = np.frombuffer(self._read(int(i)), self._dtype)
+        if len(tokens) != self._length or tokens.max() >= self._vocab_size:
+            reason = f"{len(tokens)} tokens, {self._length} expected"
+            if len(tokens) == self._length:
+                reason = f"token id {tokens.max()} is beyond the {self._vocab_size}"
+            raise BadRecordError(*self.locate(i), reason)
+        return tokens.astype(np.int32)
+
+    def _read(self, i: int) -> bytes:
+        shard, record = self.locate(i)
+        begin, pause = time.monotonic(), 0.1
+        could_be_read = False
+        while shard not in self._damaged:
+            try:
+                return OPEN.read(shard, record)
+            except READ_ERRORS as e:
+                reason = first_line(e)
+            OPEN.forget([shard])
+            try:
+                with open(shard, "rb") as f:
+                    f.read(1)
+                if could_be_read:
+                    raise BadRecordError(shard, record, reason)
+                could_be_read = True  # once more: it may have come back just now
+            except OSError as e:  # the file system's fault: it may come back
+                waited = time.monotonic() - begin
+                if waited >= self._retry_seconds:
+                    self._damaged[shard] = f"{e.strerror}, for {waited:.0f} s"
+                    break
+                time.sleep(pause)
+                pause = min(2 * pause, 10.0)
+        raise BadRecordError(shard, record, self._damaged[shard])
+
+    def locate(self, i: int) -> tuple[str, int]:
+        """(file, number of the record in it) of record number `i`."""
+        k = bisect.bisect_right(self._ends, i)
+        return self._files[k], i - (self._ends[k - 1] if k else 0)
+
+
+def check_shard(path: Path, records: int) -> None:
+    """Raise UserError unless a shard can be read and has so many records."""
+    try:
+        with open(path, "rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(f"shard {path} is missing: {COPY_AGAIN}") from e
+    except OSError as e:
+        raise unreadable(path, e) from e
+    try:
+        reader = ArrayRecordReader(str(path), "")
+        try:
+            number = reader.num_records()
+        finally:
+            reader.close()
+    except READ_ERRORS as e:
+        raise UserError(
+            f"shard {path} is damaged ({first_line(e)}): {COPY_AGAIN}"
+        ) from e
+    if number != records:
+        raise UserError(
+            f"shard {path} has {number} records, {records} expected: {COPY_AGAIN}"
+        )
