@@ -13,7 +13,6 @@ stopped after it had saved, 4 another process of the run is lost, 130 interrupte
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import inspect
 import itertools
@@ -32,7 +31,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from gamayun_jax import __version__
 from gamayun_jax.commands import COMMON, Repeated, data, models, train
-from gamayun_jax.config import UserError, check_local
+from gamayun_jax.fields import UserError, check_local, nearest
 from gamayun_jax.training import xla
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
@@ -86,8 +85,8 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A question about the nearest of the known words; empty if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f": did you mean {near[0]}?" if near else ""
+    near = nearest(word, known)
+    return f": did you mean {near}?" if near else ""
 
 
 def check_command(words: Sequence[str]) -> None:

@@ -5,77 +5,41 @@ run only files you trust. Variants are `dataclasses.replace`; the command line
 changes single fields with `--set a.b=value`, typed by the field it names. The
 resolved configuration is plain JSON (`to_json`, `from_json`).
 
-A field's annotation is its check: one walk (`decode`) holds the values of every source
-against type, choices and bound. What several fields must fulfil together, the dataclass
-that owns them checks in its `__post_init__`. Parts are checked when a Config is made.
+A field's annotation is its check (fields.py), made when a Config is made. What several
+fields must fulfil together, the dataclass that owns them checks in `__post_init__`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
-import importlib.util
-import json
+import itertools
 import math
-import numbers
-import re
-import sys
-import traceback
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
+
+from gamayun_jax.fields import (
+    Axis,
+    Count,
+    Decay,
+    Finite,
+    LocalPath,
+    Part,
+    Positive,
+    Seed,
+    Share,
+    UserError,
+    Whole,
+    call_in_file,
+    read_json,
+    set_fields,
+    settle,
+)
+from gamayun_jax.fields import check_local as check_local
+from gamayun_jax.fields import to_dict as to_dict
+from gamayun_jax.fields import to_json as to_json
 
 DEMO_CORPUS = Path(__file__).parent / "demo_corpus"
-
-
-class UserError(ValueError):
-    """Bad input: one line saying what is wrong, where, and what to do about it.
-
-    The command line prints it without a traceback and exits with status 2.
-    """
-
-    def __init__(self, message: str):
-        # Parts of a message come from files and from other errors: keep it one line.
-        super().__init__(" ".join(message.splitlines()))
-
-
-LOCAL = (
-    "a path on this machine: addresses such as gs:// and s3:// are not read, mount the "
-    "bucket"
-)
-
-
-def is_local(path: str | Path) -> bool:
-    """Whether a path is none of the kind scheme://host, which pathlib would take for
-    a folder named "scheme:"."""
-    if isinstance(path, Path):  # has lost one of the slashes
-        return not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path))
-    return "://" not in path
-
-
-def check_local(path: str | Path, where: str) -> None:
-    """Raise UserError, which begins with `where`, for a path that is not local."""
-    if not is_local(path):
-        raise UserError(f"{where}{path} must be {LOCAL}")
-
-
-# Types of fields: what a value must be, as an error says it, and the test of it.
-Count = Annotated[int, ("greater than 0", lambda x: x > 0)]
-Whole = Annotated[int, ("at least 0", lambda x: x >= 0)]
-Seed = Annotated[int, ("in [0, 2**31)", lambda x: 0 <= x < 2**31)]
-Axis = Annotated[
-    int, ("at least 1, or -1 for what is left", lambda x: x > 0 or x == -1)
-]
-Positive = Annotated[float, ("greater than 0", lambda x: x > 0)]  # math.inf too
-Finite = Annotated[float, ("a finite number above 0", lambda x: 0 < x < math.inf)]
-Share = Annotated[float, ("a finite number of at least 0", lambda x: 0 <= x < math.inf)]
-Part = Annotated[float, ("in [0, 1]", lambda x: 0 <= x <= 1)]
-LocalPath = Annotated[str, (LOCAL, is_local)]
-Decay = Annotated[float, ("in [0, 1)", lambda x: 0 <= x < 1)]
 
 
 @dataclass(frozen=True)
@@ -133,15 +97,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How the model is executed. Nothing here changes what the model is."""
+    """How the model is executed. Nothing here changes the model itself."""
 
     # "auto": bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # In which gradients of parameters are summed over devices and over the chunks of
-    # the loss. They leave the sum in float32 in either case.
+    # Dtype in which gradients are summed over devices and over chunks of the loss. The
+    # sum is float32 in either case.
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    # What the backward pass makes again: none | minimal | attention | full, from
-    # nothing to all of a layer; offload: as minimal, kept in the host's memory.
+    # Rematerialisation: what the backward pass computes again, from nothing (none) to
+    # all of a layer (full). offload: as minimal, the saved values in the host's memory.
     remat: Literal["none", "minimal", "attention", "full", "offload"] = "none"
     # auto | xla | splash (TPU) | cudnn (GPU); auto takes the platform's kernel.
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
@@ -164,7 +128,7 @@ class SourceConfig:
     name: str
     files: tuple[LocalPath, ...]
     text_field: str = "text"
-    tokens: Whole = 0  # about; `gamayun curriculum` plans with it before a corpus is
+    tokens: Whole = 0  # about; for `gamayun curriculum` before there is a corpus
 
     @property
     def language(self) -> str:
@@ -175,8 +139,8 @@ class SourceConfig:
 class HeldoutConfig:
     """A held-out set: language -> file. If `parallel`, line i means the same in all.
 
-    None: it is, if the units of all files have ids, the same in the same order. True
-    also where they have none.
+    None: parallel if the units of all files have the same ids in the same order. Give
+    True for files without ids.
     """
 
     name: str
@@ -208,8 +172,8 @@ class CorpusConfig:
     # Documents that hold a held-out text (heldout.Contamination): remove, or report.
     # A document that equals one is always removed.
     held_out_copies: Literal["remove", "report"] = "remove"
-    # Files that end early or are damaged within: stop, or keep_readable (what was not
-    # read is told by the build, `corpus inspect` and the manifest).
+    # Files that end early or are damaged within: stop, or keep_readable (the build,
+    # `corpus inspect` and the manifest list the losses).
     on_damaged_file: Literal["stop", "keep_readable"] = "stop"
 
 
@@ -223,10 +187,10 @@ class DataConfig:
     block_examples: Count = 1024  # curriculum block: counts are exact at its ends
     max_epochs: Positive = 4.0  # cap per source over all stages (math.inf: none)
     max_epochs_of: Mapping[str, Positive] = field(default_factory=dict)
-    # Records that cannot be read or are not what they should be: stop, or set_aside
-    # (padding takes their place; they are listed in the run folder).
+    # Records that cannot be read or fail their checks: stop, or set_aside (padding
+    # takes their place; they are listed in the run folder).
     faults: Literal["stop", "set_aside"] = "stop"
-    retry_seconds: Share = 120.0  # before a file that cannot be read is a fault
+    retry_seconds: Share = 120.0  # of trying to read a file before it is a fault
     verify: bool = False  # read the whole corpus at the start, to compare its hashes
     prefetch: Count = 8  # batches made ahead
     threads: Count = 4
@@ -265,6 +229,21 @@ class TokenWeightConfig:
     scheme: Literal["none", "static", "bytes", "target_share"] = "none"
     weights: Mapping[str, Share] = field(default_factory=dict)
 
+    def check_languages(self, languages: Sequence[str], where: str) -> None:
+        """Raise UserError unless the weights are of these languages, and of all of
+        them where the scheme needs it."""
+        if unknown := sorted(set(self.weights) - set(languages)):
+            raise UserError(
+                f"{where}.weights names {unknown[0]!r}, which is not in languages "
+                f"({', '.join(languages)})"
+            )
+        missing = sorted(set(languages) - set(self.weights))
+        if missing and self.scheme in ("static", "target_share"):
+            raise UserError(
+                f"{where}.weights lacks {missing[0]!r}: scheme {self.scheme!r} needs a "
+                "number for every language"
+            )
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -288,8 +267,7 @@ class TransitionConfig:
     """What happens to the former stage's state when a stage begins."""
 
     moments: Literal["keep", "reset"] = "keep"  # Adam's running moments
-    # Data position per source.
-    cursors: Literal["continue", "restart"] = "continue"
+    cursors: Literal["continue", "restart"] = "continue"  # data position per source
 
 
 @dataclass(frozen=True)
@@ -318,7 +296,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per axis; one axis may be -1 (what is left)."""
+    """Devices per axis; one axis may be -1 (all devices that are left)."""
 
     data: Axis = 1
     fsdp: Axis = -1
@@ -330,9 +308,9 @@ class CheckpointConfig:
     """When checkpoints are written and which of them stay."""
 
     every_steps: Count = 1000
-    keep: Count = 3  # the newest; stage ends are kept forever
-    keep_every_steps: Whole = 0  # besides, one every so many steps forever (0: none)
-    keep_every_tokens: Whole = 0  # and the first after each so many tokens (0: none)
+    keep: Count = 3  # how many of the newest; stage ends are kept forever
+    keep_every_steps: Whole = 0  # keep one forever every so many steps (0: none)
+    keep_every_tokens: Whole = 0  # and the first one every so many tokens (0: none)
 
     def __post_init__(self):
         settle(self, "checkpoint")
@@ -346,28 +324,27 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DivergenceConfig:
-    """What is done when training diverges; skip=False stops at the first such step."""
+    """When a step is skipped, and when the run goes back to a checkpoint."""
 
-    skip: bool = True  # no update where loss or gradient is not finite
-    nonfinite: Whole = 3  # so many of those in a row: go back (0: never)
-    # A loss so many robust standard deviations above the median of the last `window`
-    # steps of the stage: go back (0: never).
+    skip: bool = True  # steps whose loss or gradient is not finite (False: stop there)
+    nonfinite: Whole = 3  # go back after so many such steps in a row (0: never)
+    # Go back at a loss so many robust standard deviations above the median of the last
+    # `window` steps of the stage (0: never).
     spike: Share = 0.0
     window: Count = 128
-    rollbacks: Whole = 3  # at most, then the run stops
+    rollbacks: Whole = 3  # most times to go back; then the run stops
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation during training, before the first step, at the stages' ends, and:"""
+    """Evaluations: before the first step, at each stage's end, every so many steps."""
 
-    every_steps: Whole = 0  # on the held-out sets, every so many steps (0: no more)
+    every_steps: Whole = 0  # between evaluations on the held-out sets (0: no more)
     batch_size: Count = 32
     max_units: Whole = 0  # per language and set; 0: all
-    tasks: tuple[
-        LocalPath, ...
-    ] = ()  # embedded tasks by name, or YAML files (tasks.py)
-    tasks_every_steps: Whole = 0  # on the tasks, every so many steps (0: no more)
+    # Embedded tasks by name, or YAML files (evaluate/tasks.py).
+    tasks: tuple[LocalPath, ...] = ()
+    tasks_every_steps: Whole = 0  # between evaluations on the tasks (0: no more)
     task_items: Whole = 0  # most items per language and task; 0: all
 
 
@@ -405,24 +382,11 @@ class Config:
         if len(set(self.languages)) < len(self.languages) or not self.languages:
             raise UserError(f"languages={self.languages}: list each language once")
         names = [s.name for s in self.stages]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"stages: two are called {name!r}: give each its own")
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise UserError(f"stages: two are called {twice[0]!r}: give each its own")
         for stage in self.stages:
-            at = f"stages.{stage.name}.token_weights"
-            scheme, weights = stage.token_weights.scheme, stage.token_weights.weights
-            unknown = sorted(set(weights) - set(self.languages))
-            if unknown:
-                raise UserError(
-                    f"{at}.weights names {unknown[0]!r}, which is not in languages "
-                    f"({', '.join(self.languages)})"
-                )
-            missing = sorted(set(self.languages) - set(weights))
-            if scheme in ("static", "target_share") and missing:
-                raise UserError(
-                    f"{at}.weights lacks {missing[0]!r}: scheme {scheme!r} needs a "
-                    "number for every language"
-                )
+            where = f"stages.{stage.name}.token_weights"
+            stage.token_weights.check_languages(self.languages, where)
         if self.data.batch_size % self.compute.microbatches:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} is not a multiple of "
@@ -448,12 +412,8 @@ class Config:
 
     def stage_at(self, step: int) -> int:
         """Index of the stage that step number `step` (from 0) belongs to."""
-        end = 0
-        for k, steps in enumerate(self.stage_steps()):
-            end += steps
-            if step < end:
-                return k
-        return len(self.stages) - 1
+        ends = itertools.accumulate(self.stage_steps()[:-1])
+        return sum(step >= end for end in ends)
 
     def stage_start(self, stage: int) -> int:
         """First step of stage number `stage`."""
@@ -474,30 +434,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       UserError: no such file, no `get_config`, another return type, bad override, and
         whatever the file raises, with the last of its lines that was run.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"config {path} {what}: give a Python experiment file")
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config {path} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class up there
-    try:
-        spec.loader.exec_module(module)
-        make = getattr(module, "get_config", None)
-        cfg = make() if make is not None else None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as e:  # whatever the file does, sys.exit() included
-        ran = [(f.filename, f.lineno) for f in traceback.extract_tb(e.__traceback__)]
-        reason = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-        if isinstance(e, SyntaxError):
-            ran, reason = [*ran, (e.filename or "", e.lineno)], e.msg
-        lines = [n for file, n in ran if file == spec.origin and n]
-        at = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"config {path}{at}: {reason}") from e
-    if make is None:
+    defined, cfg = call_in_file(Path(path), "get_config")
+    if not defined:
         raise UserError(f"config {path} does not define get_config() -> Config")
     if not isinstance(cfg, Config):
         raise UserError(
@@ -506,221 +444,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return set_fields(cfg, overrides) if overrides else cfg
 
 
-def set_fields(cfg: Config, overrides: Sequence[str]) -> Config:
-    """Apply all "a.b=value", then check. Items are named by number or by their name.
-
-    Raises:
-      UserError: unknown field (with its neighbours), a value of another type or out of
-        bounds, values that do not fit together.
-    """
-    data, places = to_dict(cfg), {}
-    for override in overrides:
-        key, eq, text = override.partition("=")
-        if not eq or not key.strip():
-            raise UserError(f"--set {override!r}: write field=value, e.g. seed=1")
-        places[override] = _put(data, key.strip(), text)
-    try:
-        return decode(data, Config, "")
-    except UserError as e:
-        at_fault = {
-            o: re.search(rf"(?<![\w.]){re.escape(place)}(?=[=:.\[])", str(e))
-            for o, place in places.items()
-        }
-        named = [o for o, found in at_fault.items() if found] or overrides
-        raise UserError(f"{' '.join(f'--set {o}' for o in named)}: {e}") from e
-
-
-def _put(at: Any, path: str, text: str) -> str:
-    """Put what --set gives into plain data; returns the full path of the field."""
-    keys: list[Any] = path.split(".")
-    hint: Any = Config
-    where = ""
-    while keys:
-        inside, key = at, keys.pop(0)
-        hint = _bare(hint)
-        if (hints := hints_of(hint)) and isinstance(at, dict):
-            if key not in hints:
-                raise unknown_field(f"--set {path}", key, hints)
-            hint, where, at = hints[key], f"{where}.{key}", at.get(key, {})
-            if at is None and keys:  # a part that is not there yet, to be filled
-                at = {}
-        elif typing.get_origin(hint) is tuple and isinstance(at, list):
-            names = [_name(x, i) for i, x in enumerate(at)]
-            number = int(key) if key.isdecimal() else len(at)
-            number = names.index(key) if key in names else number
-            if number >= len(at):
-                raise unknown_field(f"--set {path}", key, names)
-            hint, where = typing.get_args(hint)[0], f"{where}.{names[number]}"
-            key, at = number, at[number]
-        elif typing.get_origin(hint) is Mapping and isinstance(at, dict):
-            key, keys = ".".join([key, *keys]), []
-            hint, where = typing.get_args(hint)[1], f"{where}[{key!r}]"
-        else:
-            raise UserError(f"--set {path}: {key!r} is inside a plain value; drop it")
-        inside[key] = at
-    inside[key] = _parse(text, _bare(hint))
-    return where.lstrip(".")
-
-
-def unknown_field(full: str, key: str, known: Any) -> UserError:
-    """The error for a name that does not exist, with the nearest that do."""
-    near = difflib.get_close_matches(key, list(known), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UserError(
-        f"{full}: there is no field {key!r}.{hint} Known here: {', '.join(known)}"
-    )
-
-
-def _parse(text: str, hint: Any) -> Any:
-    if hint is str or typing.get_origin(hint) is Literal:
-        return text
-    try:
-        if hint is float:
-            return float(text)
-        plain = text.replace("_", "") if hint is int else text
-        return json.loads(plain, parse_float=JSONFloat)
-    except (ValueError, RecursionError):
-        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
-
-
-class JSONFloat(float):
-    """A number of JSON text, which has one kind: 1e6 may be given for an int there."""
-
-
-@functools.cache
-def hints_of(kind: Any) -> dict[str, Any]:
-    """Field -> its type, bounds included; empty if it is no part of a config."""
-    is_part = dataclasses.is_dataclass(kind)
-    return typing.get_type_hints(kind, include_extras=True) if is_part else {}
-
-
-def _bare(hint: Any) -> Any:
-    """A type without its bound, and without None."""
-    if typing.get_origin(hint) in (Annotated, types.UnionType, typing.Union):
-        return _bare(typing.get_args(hint)[0])
-    return hint
-
-
-def _name(item: Any, number: int) -> str:
-    """How paths name an item of a tuple: by its name, or by its number."""
-    name = item.get("name") if isinstance(item, dict) else getattr(item, "name", None)
-    return name if isinstance(name, str) and name else str(number)
-
-
-def settle(part: Any, where: str) -> None:
-    """Hold every field of a part of a config that is being made against its type.
-
-    Lists become tuples, and numbers of other kinds (NumPy's) plain ones.
-
-    Raises:
-      UserError: the first field that does not fit, named by its path from `where`.
-    """
-    kind: Any = type(part)
-    for name, hint in hints_of(kind).items():
-        value = decode(getattr(part, name), hint, f"{where}.{name}".lstrip("."))
-        object.__setattr__(part, name, value)
-
-
-def decode(value: Any, hint: Any, where: str) -> Any:
-    """`value`, object or plain JSON data, as type `hint`; UserError names `where`."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-
-    def expected(what: str, tip: str = "") -> UserError:
-        given = repr(value)
-        given = given if len(given) <= 80 else f"{given[:77]}..."
-        return UserError(f"{where}: expected {what}, got {given}{tip}")
-
-    if origin is Annotated:
-        value = decode(value, args[0], where)
-        bound, holds = args[1]
-        if not holds(value):
-            raise UserError(f"{where}={value} must be {bound}")
-        return value
-    if origin is Literal:
-        if not isinstance(value, str) or value not in args:
-            raise UserError(
-                f"{where}={value!r} is unknown: choose one of {', '.join(args)}"
-            )
-        return value
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else decode(value, args[0], where)
-    if hints := hints_of(hint):
-        if isinstance(value, hint):
-            value = {k: getattr(value, k) for k in hints}
-        if not isinstance(value, Mapping):
-            raise expected(hint.__name__)
-        at = f"{where}." if where else ""
-        for key in value:
-            if decode(key, str, where) not in hints:
-                raise unknown_field(at + key, key, hints)
-        for f in dataclasses.fields(hint):
-            if f.name not in value and f.default is f.default_factory:
-                raise UserError(f"{at}{f.name} is missing")
-        return hint(**{k: decode(v, hints[k], at + k) for k, v in value.items()})
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            tip = ': did you forget a comma? Write ["..."] or ("...",)'
-            item = _bare(args[0])
-            forgot = item is str and isinstance(value, str)
-            raise expected(f"a list of {item.__name__}", tip if forgot else "")
-        return tuple(
-            decode(x, args[0], f"{where}.{_name(x, i)}") for i, x in enumerate(value)
-        )
-    if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise expected(f"a dict of str to {_bare(args[1]).__name__}")
-        return {
-            decode(k, str, f"{where}: key"): decode(v, args[1], f"{where}[{k!r}]")
-            for k, v in value.items()
-        }
-    if hint is int and isinstance(value, JSONFloat) and value.is_integer():
-        value = int(value)
-    if hint is float and isinstance(value, str) and value in ("inf", "Infinity"):
-        return math.inf
-    kind: Any = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
-    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
-        whole = hint is int and isinstance(value, float) and value.is_integer()
-        raise expected(hint.__name__, f": write {int(value)}" if whole else "")
-    if hint is str and value != value.encode(errors="replace").decode():
-        raise expected("text that UTF-8 can write")  # a lone surrogate
-    if hint not in (int, float):
-        return value
-    # An int stays one in a float's field: recipes of corpora are hashed as written.
-    value = int(value) if isinstance(value, numbers.Integral) else float(value)
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise expected(f"{hint.__name__} of at most 64 bits")
-    if not value > -math.inf:  # nor NaN
-        raise UserError(f"{where}: {value} is not a number to compute with")
-    return value
-
-
-def to_dict(obj: Any) -> Any:
-    """Dataclasses, tuples and mappings as plain JSON data (inf as a string)."""
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: to_dict(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
-    if isinstance(obj, Mapping):
-        return {k: to_dict(v) for k, v in obj.items()}
-    if isinstance(obj, list | tuple):
-        return [to_dict(v) for v in obj]
-    if isinstance(obj, float) and math.isinf(obj):
-        return "inf"
-    return obj
-
-
-def to_json(cfg: Config) -> str:
-    """The resolved configuration as indented JSON; `from_json` reads it back."""
-    return json.dumps(to_dict(cfg), indent=2, ensure_ascii=False) + "\n"
-
-
 def from_json(text: str, where: str = "config") -> Config:
     """Inverse of `to_json`; UserError names the field that does not fit."""
-    try:
-        data = json.loads(text, parse_float=JSONFloat)
-    except (ValueError, RecursionError) as e:  # too deep, or a number too long
-        raise UserError(f"{where} is not JSON: {e}") from e
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where} is not a JSON object")
-    try:
-        return decode(data, Config, "")
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from e
+    return read_json(text, Config, where)

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from gamayun_jax import cli
-from gamayun_jax.config import UserError, is_local, to_dict
+from gamayun_jax.config import UserError, to_dict
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.evaluate.tasks import load_task
+from gamayun_jax.fields import is_local
 from gamayun_jax.training import join
 from gamayun_jax.training.run_folder import RunFolder, find_checkpoint
 

@@ -14,19 +14,21 @@ DATA = {"demo_corpus", "demo_tasks"}
 JSON_ONLY = {
     "data.files", "evaluate.paired", "evaluate.results", "training.run_folder",
 }  # fmt: skip
+BASE = {"fields", "config"}
 # Room (or module of the top floor) -> rooms and modules that it may import.
 LAWS = {
-    "config": set(),
-    "model": {"config"},
-    "data": {"config"},
-    "training": {"config", "model", "data"},
-    "inference": {"config", "model", "data", "training"},
-    "interop": {"config", "model", "data", "training", "inference"},
-    "evaluate": {"config", "model", "data", "training", "inference", "interop"},
-    "report": {"config", *JSON_ONLY},
-    "plan": {"config", "model", "data", "training"},
+    "fields": set(),
+    "config": {"fields"},
+    "model": BASE,
+    "data": BASE,
+    "training": {*BASE, "model", "data"},
+    "inference": {*BASE, "model", "data", "training"},
+    "interop": {*BASE, "model", "data", "training", "inference"},
+    "evaluate": {*BASE, "model", "data", "training", "inference", "interop"},
+    "report": {*BASE, *JSON_ONLY},
+    "plan": {*BASE, "model", "data", "training"},
     "train": {
-        "config",
+        *BASE,
         "model",
         "data",
         "training",
@@ -35,7 +37,7 @@ LAWS = {
         "evaluate",
     },
     "commands": {
-        "config",
+        *BASE,
         "model",
         "data",
         "training",
@@ -46,12 +48,11 @@ LAWS = {
         "plan",
         "train",
     },
-    "cli": {"config", "training", "commands"},
+    "cli": {*BASE, "training", "commands"},
 }
 # Files and functions that are too long still: take out, add none.
 LINES, FUNCTION_LINES = 450, 80
 LONG = {
-    "config": 726,
     "interop.huggingface": 474,
     "model.transformer": 477,
     "plan.aot": 610,
@@ -191,7 +192,7 @@ def test_what_other_modules_use_is_documented():
 
 def test_light_modules_do_not_import_jax():
     """Neither directly nor through what they import: workers start in no time."""
-    names = ["config", "cli", *JSON_ONLY]
+    names = ["fields", "config", "cli", *JSON_ONLY]
     names += [name_of(p) for p in MODULES if p.parent.name in ("data", "report")]
     names.remove("data.loader")
     code = f"""

@@ -42,10 +42,11 @@ from typing import Any, Literal
 import yaml
 import zstandard
 
-from gamayun_jax.config import DEMO_CORPUS, UserError, check_local, decode
+from gamayun_jax.config import DEMO_CORPUS, UserError
 from gamayun_jax.data.curriculum import near
 from gamayun_jax.data.files import first_line
 from gamayun_jax.data.tokenizer import TextCoder
+from gamayun_jax.fields import check_local, decode
 
 FOLDER = DEMO_CORPUS.with_name("demo_tasks")
 # Kind of task -> its metrics, the first one the default headline. Accuracies: raw takes

@@ -10,14 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
-from gamayun_jax.config import (
-    JSONFloat,
-    ModelConfig,
-    RopeScaling,
-    UserError,
-    decode,
-)
+from gamayun_jax.config import ModelConfig, RopeScaling, UserError
 from gamayun_jax.data.files import first_line
+from gamayun_jax.fields import JSONFloat, decode
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

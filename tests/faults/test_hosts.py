@@ -213,12 +213,13 @@ def test_a_checkpoint_that_one_process_cannot_read(
 
 SLOW_READER = """
 import sys, time
-from gamayun_jax import cli, data
-read = data.LocalBatches.__getitem__
+from gamayun_jax import cli
+from gamayun_jax.data import loader
+read = loader.LocalBatches.__getitem__
 def slowly(self, step):
     time.sleep(1)
     return read(self, step)
-data.LocalBatches.__getitem__ = slowly
+loader.LocalBatches.__getitem__ = slowly
 sys.exit(cli.main())
 """
 

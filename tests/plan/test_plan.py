@@ -12,7 +12,7 @@ import typing
 import jax
 import pytest
 
-from gamayun_jax import cli, config
+from gamayun_jax import cli, config, fields
 from gamayun_jax.config import ComputeConfig, MeshConfig, UserError
 from gamayun_jax.model import presets, sharding
 from gamayun_jax.model.weights import flops_per_token, parameter_count
@@ -127,7 +127,7 @@ def test_more_is_made_again_and_less_is_kept(stage1):
     assert len(set(flops)) == 4
     assert kept == sorted(kept, reverse=True)
     assert kept[-1] == 2 * 26 * 2048
-    assert typing.get_args(config.hints_of(ComputeConfig)["remat"]) == (
+    assert typing.get_args(fields.hints_of(ComputeConfig)["remat"]) == (
         "none", "minimal", "attention", "full", "offload",
     )  # fmt: skip
 
