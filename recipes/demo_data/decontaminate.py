@@ -74,7 +74,7 @@ def normalise(text: str, dense: bool = False) -> str:
     return (re.sub(r"[a-z]+", "a", text) if dense else text).replace(" ", "")
 
 
-class HeldOut:
+class NearDuplicateFinder:
     """Finds held-out texts, and near copies of them, among training paragraphs.
 
     Texts are compared as sets of shingles: runs of 13 letters (dense scripts: 6) of
@@ -176,7 +176,7 @@ def keep_out(
     `held`: language -> texts. English ones are looked for in every language, and a
     paragraph goes whose English counterpart does.
     """
-    finders = {k: HeldOut(texts, k in DENSE) for k, texts in held.items()}
+    finders = {k: NearDuplicateFinder(texts, k in DENSE) for k, texts in held.items()}
     gone: set[tuple[str, str]] = set()  # (page, id) of help
     # English comes first: its verdicts hold for the translations.
     for doc in sorted(documents, key=lambda d: LANGUAGES.index(d.language)):

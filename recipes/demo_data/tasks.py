@@ -40,7 +40,7 @@ from recipes.demo_data import cldr_tasks, debian
 from recipes.demo_data.cldr_tasks import CHOICES, Item, draw, with_choices
 from recipes.demo_data.decontaminate import (
     DENSE,
-    HeldOut,
+    NearDuplicateFinder,
     heldout_units,
     is_heldout_page,
     keep_language,
@@ -70,10 +70,12 @@ def unseen_units(documents: Sequence[Document]) -> dict[str, list[tuple[int, str
     seen: set[str] = set()
     for k in LANGUAGES:
         dense, paragraphs = k in DENSE, trained_paragraphs(k)
-        verdicts = HeldOut(units[k].values(), dense).judge(paragraphs)
+        verdicts = NearDuplicateFinder(units[k].values(), dense).judge(paragraphs)
         close = [p for p, v in zip(paragraphs, verdicts, strict=True) if v]
         for name, text in units[k].items():
-            if name not in seen and any(HeldOut([text], dense).judge(close)):
+            if name not in seen and any(
+                NearDuplicateFinder([text], dense).judge(close)
+            ):
                 seen.add(name)
     found: dict[str, list[tuple[int, str]]] = {}
     for doc in documents:
@@ -215,7 +217,7 @@ def description_match(documents: Sequence[Document], limit: int = 300) -> list[I
     for k in LANGUAGES:
         rng, found = draw(f"description_match {k}"), texts[k]
         names = sorted(found)
-        finder = HeldOut(trained[k], k in DENSE)
+        finder = NearDuplicateFinder(trained[k], k in DENSE)
         verdicts = finder.judge([found[n][1] for n in names])
         names = [n for n, v in zip(names, verdicts, strict=True) if not v]
         # One of each family of packages: they share their descriptions' beginnings.

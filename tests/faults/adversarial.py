@@ -53,7 +53,7 @@ def main(names):
     def model():
         return tokenizer_training.train({"en": plain}, small, folder / "a.model")
 
-    held = decontaminate.HeldOut(plain)
+    held = decontaminate.NearDuplicateFinder(plain)
 
     def help_page(text):
         page = f"<html><body><div id=DisplayArea>{text}</div></body></html>"

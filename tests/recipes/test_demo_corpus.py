@@ -265,7 +265,7 @@ def test_wrapped_lines_join_as_the_language_writes():
 def test_near_duplicates_are_found():
     unit = "Click Insert 3 times, then choose the second entry of the list."
     dense = "请先选择第3个单元格区域，然后单击确定按钮。"
-    verdicts = decontaminate.HeldOut([unit, "Table"]).judge(
+    verdicts = decontaminate.NearDuplicateFinder([unit, "Table"]).judge(
         [
             unit,
             "CLICK  insert 12 times; then choose the second entry of the LIST",
@@ -277,9 +277,12 @@ def test_near_duplicates_are_found():
     )
     assert verdicts == ["exact", "near", "near", "", "near", ""]
     changed = ["请先选择第25个单元格区域,然后单击确定按钮", "打开一个新的文本文档。"]
-    assert decontaminate.HeldOut([dense], dense=True).judge(changed) == ["near", ""]
+    assert decontaminate.NearDuplicateFinder([dense], dense=True).judge(changed) == [
+        "near",
+        "",
+    ]
     # A short heading may quote a long text; half of a long paragraph may not.
-    assert decontaminate.HeldOut([unit]).judge(["The Second Entry"]) == [""]
+    assert decontaminate.NearDuplicateFinder([unit]).judge(["The Second Entry"]) == [""]
 
 
 def test_translations_of_held_out_text_go_with_it():
