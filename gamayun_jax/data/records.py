@@ -39,36 +39,22 @@ class OpenShards:
         """`limit`: of open files; default: half of what the system allows."""
         self._limit = limit
         self._lock = threading.Lock()
-        # path -> [reader, whether it was used again since it was last looked at]
-        self._open: dict[str, list[Any]] = {}
+        self._open: dict[str, ArrayRecordReader] = {}  # the one used last comes last
 
     def read(self, path: str, record: int) -> bytes:
         """A record's bytes; raises what ArrayRecord does."""
-        # No lock and no change of order for a file that is open.
-        entry = self._open.get(path)
-        if entry is None:
-            entry = self._add(path)
-        else:
-            entry[1] = True
-        return entry[0].read([record])[0]
-
-    def _add(self, path: str) -> list[Any]:
-        reader = ArrayRecordReader(
-            path, options="readahead_buffer_size:0", file_reader_buffer_size=32_768
-        )
-        entry = [reader, False]
+        if (reader := self._open.get(path)) is None:
+            reader = ArrayRecordReader(
+                path, options="readahead_buffer_size:0", file_reader_buffer_size=32_768
+            )
         with self._lock:
             self._limit = self._limit or open_files_limit() // 2
-            # The oldest goes, unless it was used: then it is the newest again. One
-            # that is being read is closed by the last thread that lets go of it.
-            while len(self._open) >= self._limit:
-                oldest = next(iter(self._open))
-                former = self._open.pop(oldest)
-                if former[1]:
-                    former[1] = False
-                    self._open[oldest] = former
-            self._open[path] = entry
-        return entry
+            self._open.pop(path, None)
+            self._open[path] = reader
+            # One that is being read is closed by the last thread that lets go of it.
+            while len(self._open) > self._limit:
+                del self._open[next(iter(self._open))]
+        return reader.read([record])[0]
 
     def forget(self, paths: Iterable[str]) -> None:
         """Open these files anew when they are read again."""

@@ -20,7 +20,8 @@ tenth of the help pages, those translated in all languages) and
 
 Help pages share snippets, so a split by page leaves a third of the held-out text in
 training. A training paragraph is dropped if it equals a held-out one or nearly does
-(see NearDuplicateFinder), in its own language or in English, or if its English counterpart does.
+(see NearDuplicateFinder), in its own language or in English, or if its English
+counterpart does.
 """
 
 from __future__ import annotations
