@@ -161,21 +161,21 @@ def plan(
     os.environ["JAX_PLATFORMS"] = "cpu"
     # JAX's own cache cannot read back what was compiled for absent devices.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    from gamayun_jax.plan import aot, roofline
+    from gamayun_jax.plan import aot, choices, roofline
     from gamayun_jax.plan import text as plan_text
 
     cfg = load_config(config, set_)
     assume = roofline.Assumptions(compute=efficiency)
     options: dict[str, Any] = dict(price=price, assume=assume, cache=cache)
     if table:
-        plans = aot.table(cfg, table, log=note, **options)
+        plans = choices.table(cfg, table, log=note, **options)
         print(plan_text.format_table(plans))
     elif topology and search:
-        plans = aot.search(cfg, topology, slices, log=note, **options)
+        plans = choices.search(cfg, topology, slices, log=note, **options)
         print(f"{plan_text.format_table(plans)}\n\n{plan_text.format_plan(plans[0])}")
     elif topology:
         made = aot.plan_topology(cfg, topology, slices, log=note, **options)
-        made["faster"] = aot.faster(cfg, made, assume, cache)
+        made["faster"] = choices.faster(cfg, made, assume, cache)
         plans = [made]
         print(plan_text.format_plan(made))
     if json_:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-import os
 import re
 import threading
 import time
@@ -34,16 +32,12 @@ from gamayun_jax.model.weights import flops_per_token, parameter_count
 from gamayun_jax.plan import hlo, roofline
 from gamayun_jax.plan.roofline import Assumptions
 from gamayun_jax.plan.text import mesh_name
+from gamayun_jax.plan.topology import TOPOLOGIES, chip_name, topology_devices
 from gamayun_jax.training import step
-from gamayun_jax.training.chips import CHIPS, GIB
+from gamayun_jax.training.chips import CHIPS, GIB, Chip
 
-# Chip -> number of dimensions of its slices, and an example.
-TOPOLOGIES = {
-    "v4": (3, "v4:4x4x8"),
-    "v5e": (2, "v5e:16x16"),
-    "v5p": (3, "v5p:4x4x8"),
-    "v6e": (2, "v6e:16x16"),
-}
+TICK_SECONDS = 30.0
+UNITS = {"": 1.0, "B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 class OutOfMemoryError(UserError):
@@ -52,67 +46,6 @@ class OutOfMemoryError(UserError):
     def __init__(self, message: str, used: float, limit: float):
         super().__init__(message)
         self.used, self.limit = used, limit
-
-
-# --- topologies -------------------------------------------------------------------
-
-
-def chip_name(topology: str) -> str:
-    """The chip of a topology's name; UserError where the name is none."""
-    known = ", ".join(example for _, example in TOPOLOGIES.values())
-    m = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
-    if not m or m[1] not in TOPOLOGIES:
-        raise UserError(
-            f"--topology {topology!r} is unknown: write CHIP:AxB or CHIP:AxBxC; the "
-            f"chips are {', '.join(TOPOLOGIES)}, for example {known}"
-        )
-    dimensions, example = TOPOLOGIES[m[1]]
-    if m[2].count("x") + 1 != dimensions or 0 in map(int, m[2].split("x")):
-        raise UserError(
-            f"--topology {topology!r}: slices of {m[1]} have {dimensions} sizes of at "
-            f"least 1, for example {example}"
-        )
-    return m[1]
-
-
-@functools.cache
-def topology_devices(topology: str, slices: int = 1) -> tuple[Any, ...]:
-    """The devices of slices that are only described.
-
-    Raises:
-      UserError: unknown topology, or no libtpu.
-    """
-    chip = chip_name(topology)
-    # libtpu asks the cloud's metadata server for the machine it runs on, and logs.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it locks a file
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as e:
-        raise UserError(
-            "plan needs the TPU compiler, for Linux: in a checkout of the project, "
-            "pip install -e '.[tpu]'"
-        ) from e
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if chip == "v4":  # two cores a chip work as one device
-        options["chip_config_name"] = "megacore"
-    try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **options
-        )
-    except Exception as e:  # whatever libtpu raises for shapes that are not built
-        raise UserError(
-            f"--topology {topology!r} is not one that the TPU compiler knows "
-            f"({str(e).splitlines()[0][:160]}): for example "
-            f"{TOPOLOGIES[chip][1]}"
-        ) from e
-    return tuple(found.devices)
 
 
 def for_tpu(cfg: Config) -> Config:
@@ -150,10 +83,6 @@ def compile_for(cfg: Config, mesh: Mesh) -> tuple[Any, Any]:
             raise out_of_memory(cfg, dict(mesh.shape), str(e)) from e
 
 
-TICK_SECONDS = 30.0
-UNITS = {"": 1.0, "B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
-
-
 def out_of_memory(
     cfg: Config, mesh: Mapping[str, int], message: str
 ) -> OutOfMemoryError:
@@ -164,13 +93,11 @@ def out_of_memory(
     used = float(m[1]) * UNITS[m[2]] if m else math.nan
     limit = float(m[3]) * UNITS[m[4]] if m else math.nan
     knobs = []
-    if roofline.rows(cfg, mesh) > 1:
+    if roofline.rows_per_device(cfg, mesh) > 1:
         knobs.append(f"compute.microbatches={2 * cfg.compute.microbatches}")
     if cfg.compute.remat != "full":
-        better = (
-            "full" if cfg.compute.remat in ("attention", "offload") else "attention"
-        )
-        knobs.append(f"compute.remat={better}")
+        last = cfg.compute.remat in ("attention", "offload")
+        knobs.append(f"compute.remat={'full' if last else 'attention'}")
     if not cfg.compute.loss_chunk:
         knobs.append("compute.loss_chunk=512")
     if mesh["data"] > 1:
@@ -190,28 +117,24 @@ def memory(abstract: Any, compiled: Any) -> dict[str, float]:
     """Bytes of one device: what the state takes, the rest, and the peak."""
 
     def local(tree: Any) -> float:
-        return float(
-            sum(
-                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-                for x in jax.tree.leaves(tree)
-            )
-        )
+        shapes = ((x.sharding.shard_shape(x.shape), x) for x in jax.tree.leaves(tree))
+        return float(sum(math.prod(shape) * x.dtype.itemsize for shape, x in shapes))
 
-    found = compiled.memory_analysis()
+    by_kind = compiled.memory_analysis()
     total = (
-        found.argument_size_in_bytes
-        + found.temp_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
+        by_kind.argument_size_in_bytes
+        + by_kind.temp_size_in_bytes
+        + by_kind.output_size_in_bytes
+        - by_kind.alias_size_in_bytes
     )
     return {
         "parameters": local(abstract.params),
         "optimiser": local(abstract.opt_state),
-        "temporary": float(found.temp_size_in_bytes),
-        "program": float(found.generated_code_size_in_bytes),
-        "host": float(found.host_temp_size_in_bytes),
+        "temporary": float(by_kind.temp_size_in_bytes),
+        "program": float(by_kind.generated_code_size_in_bytes),
+        "host": float(by_kind.host_temp_size_in_bytes),
         "total": float(total),
-        "peak": float(found.peak_memory_in_bytes),
+        "peak": float(by_kind.peak_memory_in_bytes),
     }
 
 
@@ -221,19 +144,19 @@ def read_program(text: str, mesh: Mapping[str, int]) -> dict[str, Any]:
     The text is the compiler's own and differs between its versions: what cannot be
     read is None and named in `unknown`, so that what is known is not lost with it.
     """
-    found: dict[str, Any] = {"collectives": None, "cycles": None, "unknown": []}
+    known: dict[str, Any] = {"collectives": None, "cycles": None, "unknown": []}
     try:
-        found["unknown"] = [
+        known["unknown"] = [
             f"how often the loop {name} runs: its traffic and cycles count once"
             for name in hlo.unknown_loops(text)
         ]
-        found["cycles"] = hlo.estimated_cycles(text)
-        found["collectives"] = hlo.summarise(hlo.collectives(text, mesh))
+        known["cycles"] = hlo.estimated_cycles(text)
+        known["collectives"] = hlo.summarise(hlo.collectives(text, mesh))
     except Exception as e:  # whatever a text that nobody foresaw gives rise to
         names = {"cycles": "the compiler's estimates", "collectives": "the traffic"}
-        lost = " and ".join(names[k] for k in names if found[k] is None)
-        found["unknown"].append(f"{lost} ({type(e).__name__}: {e})")
-    return found
+        lost = " and ".join(names[k] for k in names if known[k] is None)
+        known["unknown"].append(f"{lost} ({type(e).__name__}: {e})")
+    return known
 
 
 @contextlib.contextmanager
@@ -286,61 +209,73 @@ def plan_topology(
     if slices < 1:
         raise UserError(f"--slices {slices}: at least 1")
     cfg = for_tpu(cfg)
-    chip = chip_name(topology)
+    chip, dimensions = CHIPS[chip_name(topology)], TOPOLOGIES[chip_name(topology)][0]
     devices = topology_devices(topology, slices)
     mesh = sharding.make_mesh(cfg.mesh, devices)
     shape = {k: int(v) for k, v in mesh.shape.items()}
     # Said in full, so that -1 and its size are one compilation.
     cfg = dataclasses.replace(cfg, mesh=MeshConfig(**shape))
     sharding.check_divisible(cfg, mesh)
-    measured = _compiled(cfg, mesh, topology, slices, cache, log)
+    measured = compile_and_measure(cfg, mesh, topology, slices, cache, log)
     least = roofline.least_moved_bytes(cfg, shape)
-    moved, counted = least, None
-    if measured["collectives"] is not None:
-        moved = dict.fromkeys(shape, 0.0)
-        for row in measured["collectives"]:
-            # Over several axes at once: the slowest one counts, which is the first.
-            moved[row["axes"][0]] += row["bytes"]
-        counted = sum(moved.values())
-        if measured["unknown"]:  # too little is counted: nothing gets faster by that
-            moved = {k: max(n, least[k]) for k, n in moved.items()}
-    seconds = roofline.step_seconds(
-        cfg, shape, CHIPS[chip], moved, TOPOLOGIES[chip][0], slices, assume
-    )
+    counted = moved_bytes(measured["collectives"])
+    moved = least if counted is None else counted
+    if measured["unknown"]:  # too little is counted: nothing gets faster by that
+        moved = {k: max(n, least[k]) for k, n in moved.items()}
+    seconds = roofline.step_seconds(cfg, shape, chip, moved, dimensions, slices, assume)
     # The compiler's estimates of its operations, without kernels and without waiting
     # for collectives: less than this it cannot be either.
     if measured["cycles"] is not None:
-        seconds["compiler"] = measured["cycles"] / CHIPS[chip].clock
+        seconds["compiler"] = measured["cycles"] / chip.clock
     seconds["step"] = max(seconds.values())
-    chips = len(devices)
-    tokens = sum(s.tokens for s in cfg.stages)
-    flops = flops_per_token(cfg.model, cfg.data.seq_len)
-    rate = cfg.tokens_per_step / seconds["step"]
-    hours = tokens / rate / 3600
     return {
         "config": cfg.name,
         "topology": topology,
         "slices": slices,
-        "chips": chips,
+        "chips": len(devices),
         "mesh": shape,
-        "rows_per_device": roofline.rows(cfg, shape),
+        "rows_per_device": roofline.rows_per_device(cfg, shape),
         "microbatches": cfg.compute.microbatches,
         "remat": cfg.compute.remat,
         "parameters": parameter_count(cfg.model),
         "memory": measured["memory"],
-        "hbm_bytes": CHIPS[chip].hbm_bytes,
-        "flops_per_token": flops,
+        "hbm_bytes": chip.hbm_bytes,
         "recomputed_flops_per_token": roofline.recomputed_flops_per_token(cfg),
         "reduce_dtype": cfg.compute.reduce_dtype,
         "unknown": measured["unknown"],
         "collectives": measured["collectives"],
-        "moved_bytes": counted,
+        "moved_bytes": None if counted is None else sum(counted.values()),
         "least_moved_bytes": least,
         "seconds": seconds,
         "assumptions": dataclasses.asdict(assume),
+        **budget(cfg, seconds["step"], len(devices), chip, price),
+    }
+
+
+def moved_bytes(collectives: Sequence[Mapping[str, Any]] | None) -> Any:
+    """Mesh axis -> bytes that a device sends along it; None if they are not known."""
+    if collectives is None:
+        return None
+    moved = dict.fromkeys(("data", "fsdp", "tensor"), 0.0)
+    for row in collectives:
+        # Over several axes at once: the slowest one counts, which is the first.
+        moved[row["axes"][0]] += row["bytes"]
+    return moved
+
+
+def budget(
+    cfg: Config, step_seconds: float, chips: int, chip: Chip, price: float
+) -> dict[str, Any]:
+    """What the whole run takes at so many seconds a step."""
+    tokens = sum(s.tokens for s in cfg.stages)
+    flops = flops_per_token(cfg.model, cfg.data.seq_len)
+    rate = cfg.tokens_per_step / step_seconds
+    hours = tokens / rate / 3600
+    return {
+        "flops_per_token": flops,
         "tokens_per_s": rate,
         "tokens_per_s_per_chip": rate / chips,
-        "mfu": rate * flops / chips / CHIPS[chip].flops,
+        "mfu": rate * flops / chips / chip.flops,
         "tokens": tokens,
         "days": hours / 24,
         "chip_hours": hours * chips,
@@ -355,6 +290,7 @@ def cache_file(cfg: Config, topology: str, slices: int, cache: Path) -> Path:
         (package / f"{name}.py").read_bytes()
         for name in (
             *("model/attention", "model/loss", "model/sharding", "model/transformer"),
+            "model/weights",
             *("plan/hlo", "training/optimizer", "training/step"),
         )
     )
@@ -363,7 +299,7 @@ def cache_file(cfg: Config, topology: str, slices: int, cache: Path) -> Path:
     return cache / f"{key}.json"
 
 
-def _compiled(
+def compile_and_measure(
     cfg: Config,
     mesh: Mesh,
     topology: str,
@@ -374,18 +310,15 @@ def _compiled(
     """What a compilation shows: memory, and `read_program`; cached if it can be."""
     path = cache_file(cfg, topology, slices, cache) if cache else None
     if path and path.exists():
-        found = json.loads(path.read_text())
-        if "refused" in found:
-            raise OutOfMemoryError(*found["refused"])
-        return found
+        result = json.loads(path.read_text())
+        if "refused" in result:
+            raise OutOfMemoryError(*result["refused"])
+        return result
     try:
-        shape = {k: int(v) for k, v in mesh.shape.items()}
-        with progress(log, f"{topology}, {label(cfg, shape)}"):
+        with progress(log, f"{topology}, {label(cfg)}"):
             abstract, compiled = compile_for(cfg, mesh)
-        result = {
-            "memory": memory(abstract, compiled),
-            **read_program(compiled.as_text(), shape),
-        }
+        program = read_program(compiled.as_text(), dict(mesh.shape))
+        result = {"memory": memory(abstract, compiled), **program}
     except OutOfMemoryError as e:
         if path:
             write_text(path, json.dumps({"refused": [str(e), e.used, e.limit]}))
@@ -395,216 +328,9 @@ def _compiled(
     return result
 
 
-def label(cfg: Config, mesh: Mapping[str, int]) -> str:
+def label(cfg: Config) -> str:
     """ "data 16 x fsdp 16, remat minimal, microbatches 1": what `search` chooses."""
     return (
-        f"{mesh_name(mesh)}, remat {cfg.compute.remat}, "
+        f"{mesh_name(dataclasses.asdict(cfg.mesh))}, remat {cfg.compute.remat}, "
         f"microbatches {cfg.compute.microbatches}"
     )
-
-
-# --- search -----------------------------------------------------------------------
-
-
-def candidates(
-    cfg: Config, chips: int, slices: int, hbm: float, meshes: bool = True
-) -> list[Config]:
-    """Configs of the same batch that may fit: microbatches, remat policy, and meshes.
-
-    Without `meshes`, only the config's own mesh. A slice of a weight of fewer than 16
-    rows is less than a tile of bfloat16, and then whole gradients are all-reduced.
-    """
-    found = []
-    own = cfg.mesh
-    powers = [2**n for n in range(chips.bit_length()) if chips % 2**n == 0]
-    for tensor in (1, 2, 4):
-        for fsdp in powers:
-            data, rest = divmod(chips, fsdp * tensor)
-            if rest or data < slices or data % slices:
-                continue
-            shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
-            asked = (own.data, own.fsdp, own.tensor)
-            if meshes:
-                if fsdp > 1 and cfg.model.d_model // fsdp < 16:
-                    continue
-            elif any(
-                n not in (-1, shape[k]) for k, n in zip(shape, asked, strict=True)
-            ):
-                continue
-            for microbatches in (1, 2, 4, 8):
-                if cfg.data.batch_size % (data * fsdp * microbatches):
-                    continue
-                for remat in ("minimal", "attention", "full"):
-                    compute = dataclasses.replace(
-                        cfg.compute, microbatches=microbatches, remat=remat
-                    )
-                    mesh = dataclasses.replace(
-                        cfg.mesh, data=data, fsdp=fsdp, tensor=tensor
-                    )
-                    new = dataclasses.replace(cfg, compute=compute, mesh=mesh)
-                    if roofline.memory_estimate(new, shape) < hbm:
-                        found.append(new)
-    return found
-
-
-def least_seconds(
-    cfg: Config, topology: str, slices: int, assume: Assumptions
-) -> tuple[float, float]:
-    """Seconds of a step by the roofline with the least traffic, and of all resources.
-
-    By the second, of equal times, the one with less of everything else comes first.
-    """
-    name, shape = chip_name(topology), dataclasses.asdict(cfg.mesh)
-    times = roofline.step_seconds(
-        cfg,
-        shape,
-        CHIPS[name],
-        roofline.least_moved_bytes(cfg, shape),
-        TOPOLOGIES[name][0],
-        slices,
-        assume,
-    )
-    return times["step"], sum(times.values())
-
-
-def faster(
-    cfg: Config,
-    made: Mapping[str, Any],
-    assume: Assumptions = Assumptions(),
-    cache: Path | None = None,
-) -> dict[str, Any] | None:
-    """A faster remat policy or number of microbatches for the config of a plan.
-
-    Nothing is compiled: what was compiled before is in the cache, and of other settings
-    the roofline is known alone, which is not asked where the plan takes longer than
-    its own.
-
-    Returns:
-      `set` (as on the command line), `seconds`, and whether it was `compiled`; None
-      where nothing is known to be faster.
-    """
-    mesh = MeshConfig(**made["mesh"])
-    cfg = dataclasses.replace(for_tpu(cfg), mesh=mesh)
-    topology, slices = made["topology"], made["slices"]
-    step, own = made["seconds"]["step"], least_seconds(cfg, topology, slices, assume)[0]
-    found = []
-    for c in candidates(cfg, made["chips"], slices, made["hbm_bytes"], meshes=False):
-        seconds = least_seconds(c, topology, slices, assume)[0]
-        compiled = bool(cache and cache_file(c, topology, slices, cache).exists())
-        if compiled:
-            try:
-                p = plan_topology(c, topology, slices, assume=assume, cache=cache)
-            except OutOfMemoryError:
-                continue
-            seconds = p["seconds"]["step"]
-        elif step > 1.01 * own:
-            continue
-        if seconds < 0.99 * step:
-            how = (c.compute.microbatches, c.compute.remat)
-            found.append((not compiled, seconds, *how))
-    if not found:
-        return None
-    estimated, seconds, microbatches, remat = min(found)  # first what is known
-    changed = {"remat": remat, "microbatches": microbatches}
-    text = " ".join(
-        f"compute.{k}={v}" for k, v in changed.items() if getattr(cfg.compute, k) != v
-    )
-    return {"set": text, "seconds": seconds, "compiled": not estimated}
-
-
-def search(
-    cfg: Config,
-    topology: str,
-    slices: int = 1,
-    price: float = 0.0,
-    assume: Assumptions = Assumptions(),
-    cache: Path | None = None,
-    compiled: int = 6,
-    meshes: bool = True,
-    log: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Rank meshes, microbatches and remat policies by time; compile the best ones.
-
-    All are ranked by the roofline with the least traffic. The config's own choice is
-    compiled first, then the others in that order until `compiled` of them fit and no
-    estimate is below the best plan's time: a plan may take longer than its estimate,
-    not less. At most twice as many and two are compiled; how many could be faster yet
-    and were not is the first plan's `not_compiled`.
-
-    Raises:
-      UserError: nothing fits.
-    """
-    cfg = for_tpu(cfg)
-    chip = CHIPS[chip_name(topology)]
-    chips = len(topology_devices(topology, slices))
-
-    def estimate(c: Config) -> tuple[float, float]:
-        return least_seconds(c, topology, slices, assume)
-
-    found = candidates(cfg, chips, slices, chip.hbm_bytes, meshes)
-    asked = dataclasses.asdict(cfg.mesh)
-    ranked = sorted(found, key=estimate)
-    ranked.sort(  # a stable sort
-        key=lambda c: (
-            not (
-                c.compute == cfg.compute
-                and all(
-                    asked[k] in (-1, n) for k, n in dataclasses.asdict(c.mesh).items()
-                )
-            )
-        )
-    )
-    plans: list[dict[str, Any]] = []
-    refused = ""
-    left = [(estimate(c)[0], c) for c in ranked]
-    while left and len(ranked) - len(left) < 2 * compiled + 2:
-        best = min((p["seconds"]["step"] for p in plans), default=math.inf)
-        if len(plans) >= compiled and min(seconds for seconds, _ in left) >= best:
-            break
-        _, c = left.pop(0)
-        try:
-            plans.append(plan_topology(c, topology, slices, price, assume, cache, log))
-            text = f"{plans[-1]['seconds']['step']:.3f} s a step"
-        except UserError as e:
-            refused = text = str(e)
-        if log:
-            log(f"{topology}, {label(c, dataclasses.asdict(c.mesh))}: {text}")
-    if not plans:
-        raise UserError(
-            f"nothing of {len(ranked)} candidates fits {slices} x {topology}"
-            + (f": {refused}" if refused else f" with batch_size={cfg.data.batch_size}")
-        )
-    plans.sort(key=lambda p: p["seconds"]["step"])
-    best = plans[0]["seconds"]["step"]
-    plans[0]["not_compiled"] = sum(seconds < best for seconds, _ in left)
-    return plans
-
-
-def table(
-    cfg: Config,
-    names: Sequence[str],
-    log: Callable[[str], None] | None = None,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """The best plan of the config's own mesh for each of "[SLICES*]TOPOLOGY".
-
-    The fastest of what `search` compiles, so never slower than the config's own.
-    """
-    wanted = []
-    for name in names:
-        m = re.fullmatch(r"(?:([1-9]\d*)\*)?(.*)", name)
-        assert m  # it matches anything
-        chip_name(m[2])
-        wanted.append((m[2], int(m[1] or 1)))
-    plans: list[dict[str, Any]] = []
-    for topology, slices in wanted:
-        try:
-            plans += search(
-                cfg, topology, slices, log=log, compiled=1, meshes=False, **options
-            )[:1]
-        except UserError as e:
-            if log:
-                log(str(e))
-    if not plans:
-        raise UserError(f"nothing fits any of {', '.join(names)}")
-    return plans

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +43,6 @@ class Collective:
     group: int  # devices that take part together
     count: int  # executions in one run of the program
     result_bytes: int  # of one execution, on one device (a reduce-scatter's operand)
-    where: str  # operation of the model that it belongs to
     dtype: str = ""
 
     @property
@@ -200,7 +201,7 @@ class Program:
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """All collectives of a program's optimised HLO text, compiled for a mesh.
 
-    Those of one kind, group, size and place in the model are added up.
+    Those of one kind, group and size are added up.
     """
     program = Program(text)
     devices = math.prod(mesh_shape.values())
@@ -225,12 +226,8 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
         axes = group_axes(groups, mesh_shape)
         if group == 1 or not axes:
             continue
-        place = re.search(r'op_name="([^"]*)"', line)
         dtype = re.search(r"\b(\w+)\[", m[1])
-        found = Collective(
-            kind, axes, group, times, size, place[1] if place else "",
-            dtype[1] if dtype else "",
-        )  # fmt: skip
+        found = Collective(kind, axes, group, times, size, dtype[1] if dtype else "")
         channel = re.search(r"channel_id=(\d+)", line)
         # The steps of one asynchronous collective share its channel.
         fused = re.match(r"(fused_computation|async_collective_fusion)", computation)
@@ -238,11 +235,10 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
         former = channels.get(key)
         if former is None or former.count * former.result_bytes < times * size:
             channels[key] = found
-    total: dict[Collective, int] = {}
+    totals: Counter[Collective] = Counter()
     for c in channels.values():
-        key_of = dataclasses.replace(c, count=1)
-        total[key_of] = total.get(key_of, 0) + c.count
-    return [dataclasses.replace(c, count=n) for c, n in total.items()]
+        totals[dataclasses.replace(c, count=1)] += c.count
+    return [dataclasses.replace(c, count=n) for c, n in totals.items()]
 
 
 def estimated_cycles(text: str) -> int:
@@ -268,14 +264,14 @@ def unknown_loops(text: str) -> list[str]:
     return sorted(program.unknown)
 
 
-def summarise(found: Sequence[Collective]) -> list[dict[str, object]]:
+def summarise(collectives: Sequence[Collective]) -> list[dict[str, Any]]:
     """Rows by kind, axes and dtype: executions and bytes, largest first."""
-    rows: dict[tuple[str, tuple[str, ...], str], dict[str, object]] = {}
-    for c in found:
+    rows: dict[Any, dict[str, Any]] = {}
+    for c in collectives:
         row = rows.setdefault(
             (c.kind, c.axes, c.dtype),
             dict(kind=c.kind, axes=list(c.axes), dtype=c.dtype, count=0, bytes=0.0),
         )
-        row["count"] = int(str(row["count"])) + c.count
-        row["bytes"] = float(str(row["bytes"])) + c.moved_bytes
-    return sorted(rows.values(), key=lambda r: -float(str(r["bytes"])))
+        row["count"] += c.count
+        row["bytes"] += c.moved_bytes
+    return sorted(rows.values(), key=lambda row: -row["bytes"])

@@ -76,7 +76,7 @@ def kept_bytes_per_token(cfg: Config) -> float:
     return COMPUTE_BYTES * model.num_layers * (model.d_model + kept)
 
 
-def rows(cfg: Config, mesh: Mapping[str, int]) -> int:
+def rows_per_device(cfg: Config, mesh: Mapping[str, int]) -> int:
     """Examples of one microbatch on one device."""
     ways = mesh["data"] * mesh["fsdp"] * cfg.compute.microbatches
     return max(1, cfg.data.batch_size // ways)
@@ -91,7 +91,7 @@ def state_bytes(cfg: Config, mesh: Mapping[str, int]) -> float:
 def memory_estimate(cfg: Config, mesh: Mapping[str, int]) -> float:
     """Rough peak of one device in bytes, to choose what is worth compiling."""
     model = cfg.model
-    B, T, t = rows(cfg, mesh), cfg.data.seq_len, mesh["tensor"]
+    B, T, t = rows_per_device(cfg, mesh), cfg.data.seq_len, mesh["tensor"]
     vocab = model.vocab_size / t
     table = vocab * model.d_model * (COMPUTE_BYTES + 4)  # gathered, and its gradient
     chunk = cfg.compute.loss_chunk or T
@@ -121,7 +121,9 @@ def least_moved_bytes(cfg: Config, mesh: Mapping[str, int]) -> dict[str, float]:
     fsdp = m * (gathered + reduced * (layers + table)) * (f - 1) / f
     data = m * 2 * reduced * (layers + table) / f * (d - 1) / d
     passes = 2 + (cfg.compute.remat != "none")
-    activations = rows(cfg, mesh) * cfg.data.seq_len * model.d_model * COMPUTE_BYTES
+    activations = (
+        rows_per_device(cfg, mesh) * cfg.data.seq_len * model.d_model * COMPUTE_BYTES
+    )
     sums = 2 * passes * model.num_layers + 2
     return {
         "data": data,
@@ -139,7 +141,7 @@ def hbm_bytes(cfg: Config, mesh: Mapping[str, int]) -> float:
     """
     model, m = cfg.model, cfg.compute.microbatches
     count = layer_parameters(model) + matrices(model)["embedding"]
-    tokens = rows(cfg, mesh) * cfg.data.seq_len * m
+    tokens = rows_per_device(cfg, mesh) * cfg.data.seq_len * m
     optimiser = (2 * STATE_BYTES + 4) * count / (mesh["fsdp"] * mesh["tensor"])
     weights = m * 3 * 2 * COMPUTE_BYTES * count / mesh["tensor"]
     logits = tokens * model.vocab_size / mesh["tensor"] * (4 + 4 + 2 + 2 + 2)

@@ -16,8 +16,9 @@ from gamayun_jax import cli, config, fields
 from gamayun_jax.config import ComputeConfig, MeshConfig, UserError
 from gamayun_jax.model import presets, sharding
 from gamayun_jax.model.weights import flops_per_token, parameter_count
-from gamayun_jax.plan import aot, roofline
+from gamayun_jax.plan import aot, choices, roofline
 from gamayun_jax.plan import text as plan_text
+from gamayun_jax.plan.topology import TOPOLOGIES, chip_name
 from gamayun_jax.training.chips import CHIPS, GIB
 
 # JAX's own cache cannot read back what was compiled for absent devices.
@@ -48,15 +49,15 @@ def stage1():
 )
 def test_unknown_topologies(topology, message):
     with pytest.raises(UserError, match=re.escape(message)) as e:
-        aot.chip_name(topology)
+        chip_name(topology)
     assert "\n" not in str(e.value)
 
 
 def test_known_topologies():
-    assert [aot.chip_name(example) for _, example in aot.TOPOLOGIES.values()] == [
+    assert [chip_name(example) for _, example in TOPOLOGIES.values()] == [
         "v4", "v5e", "v5p", "v6e"
     ]  # fmt: skip
-    assert set(aot.TOPOLOGIES) <= set(CHIPS)
+    assert set(TOPOLOGIES) <= set(CHIPS)
 
 
 def test_the_command_without_or_with_a_wrong_topology(capsys, monkeypatch):
@@ -133,7 +134,7 @@ def test_more_is_made_again_and_less_is_kept(stage1):
 
 
 def test_candidates_divide_and_cross_slices_by_data(stage1):
-    found = aot.candidates(aot.for_tpu(stage1), 512, 2, CHIPS["v5e"].hbm_bytes)
+    found = choices.candidates(aot.for_tpu(stage1), 512, 2, CHIPS["v5e"].hbm_bytes)
     assert found
     for cfg in found:
         mesh = cfg.mesh
@@ -143,7 +144,7 @@ def test_candidates_divide_and_cross_slices_by_data(stage1):
         assert cfg.data.batch_size % (mesh.data * mesh.fsdp) == 0
         assert (cfg.compute.dtype, cfg.compute.attention) == ("bfloat16", "splash")
     # Less memory, fewer candidates.
-    assert len(aot.candidates(stage1, 512, 2, 4 * GIB)) < len(found)
+    assert len(choices.candidates(stage1, 512, 2, 4 * GIB)) < len(found)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_a_table_is_never_slower_than_the_config_s_own_choice(stage1, times):
     compute = dataclasses.replace(stage1.compute, remat="full", microbatches=1)
     cfg = dataclasses.replace(stage1, compute=compute)
     tried = times({("full", 1): 1.142, ("minimal", 2): 1.229, ("minimal", 4): 1.3})
-    (best,) = aot.table(cfg, ["v6e:8x8"])
+    (best,) = choices.table(cfg, ["v6e:8x8"])
     assert tried[0] == ("full", 1)
     assert len(tried) == len(set(tried)) == 4
     assert best["choice"] == ("full", 1)
@@ -271,7 +272,7 @@ def test_nothing_more_is_compiled_once_nothing_can_be_faster(stage1, times):
     compute = dataclasses.replace(stage1.compute, remat="full", microbatches=1)
     cfg = dataclasses.replace(stage1, compute=compute)
     tried = times({("full", 1): 0.01})
-    (best,) = aot.table(cfg, ["v6e:8x8"])
+    (best,) = choices.table(cfg, ["v6e:8x8"])
     assert tried == [("full", 1)]
     assert best["not_compiled"] == 0
 
@@ -283,7 +284,7 @@ def test_a_plan_names_a_faster_choice_and_how_it_knows(stage1, times, tmp_path):
         "topology": "v5e:16x16", "slices": 1, "chips": 256, "hbm_bytes": 16 * GIB,
         "mesh": dataclasses.asdict(cfg.mesh), "seconds": {"step": 0.886},
     }  # fmt: skip
-    better = aot.faster(cfg, made, cache=tmp_path)
+    better = choices.faster(cfg, made, cache=tmp_path)
     assert better["set"] == "compute.remat=minimal"
     assert not better["compiled"]
     assert better["seconds"] == pytest.approx(0.758, abs=5e-4)
@@ -292,14 +293,14 @@ def test_a_plan_names_a_faster_choice_and_how_it_knows(stage1, times, tmp_path):
     known = aot.for_tpu(dataclasses.replace(cfg, compute=minimal))
     aot.cache_file(known, "v5e:16x16", 1, tmp_path).write_text("{}")
     times({("minimal", 1): 0.76})
-    better = aot.faster(cfg, made, cache=tmp_path)
+    better = choices.faster(cfg, made, cache=tmp_path)
     assert better == {"set": "compute.remat=minimal", "seconds": 0.76, "compiled": True}
     times({})
-    better = aot.faster(cfg, made, cache=tmp_path)
+    better = choices.faster(cfg, made, cache=tmp_path)
     assert better["set"] == "compute.remat=minimal compute.microbatches=2"
     # Where the compiler's own estimates bind, the roofline says nothing of others.
     made["seconds"]["step"] = 1.142
-    assert aot.faster(cfg, made) is None
+    assert choices.faster(cfg, made) is None
 
 
 # --- compiled for real ------------------------------------------------------------
