@@ -161,8 +161,8 @@ def add_parameters(parser: Parser, command: Callable[..., Any], docs: str) -> No
         if parameter.kind is parameter.KEYWORD_ONLY:
             names = [f"--{flag}"]
             options |= dict(dest=name, required=default is parameter.empty)
-            shown = default not in (None, False, (), parameter.empty)
-            if shown and "default" not in text:
+            unset = any(default is x for x in (None, False, (), parameter.empty))
+            if not unset and "default" not in text:
                 text += f" (default: {default})"
         else:
             names, metavar = [name], metavar or flag.upper()

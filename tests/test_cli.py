@@ -169,12 +169,41 @@ def test_help_says_what_each_command_reads_and_writes(name, capsys):
     assert f"gamayun {name} " in inspect.getdoc(cli.COMMANDS[name])  # an example
 
 
+def test_help_says_types_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--max-tokens N most tokens to add (default: 128)" in told
+    assert (
+        "--temperature FLOAT 0 always takes the most likely token (default: 0.0)"
+        in told
+    )
+    assert "--seed INT seed of the draws (default: 0)" in told
+    assert "--prompt TEXT text to continue; may be repeated --" in told
+
+
 def test_examples_of_help_are_read():
     for name, command in cli.COMMANDS.items():
         lines = re.findall(r"^  (gamayun .*)", inspect.getdoc(command), re.MULTILINE)
         assert lines, name
         for line in lines:
             assert cli.parse(shlex.split(line)[1:]).func is command
+
+
+WRITTEN = [
+    Path("README.md"),
+    *Path("docs").glob("*.md"),
+    *Path("experiments").glob("*"),
+]
+
+
+@pytest.mark.parametrize("path", [p for p in WRITTEN if p.is_file()], ids=str)
+def test_commands_of_the_documents_are_read(path):
+    text = path.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^ *(gamayun .*)", text, re.MULTILINE):
+        words = shlex.split(re.split(r" {2,}[#(]", line)[0].replace("...", ""))
+        if "[" not in line:  # a form of the command, not an example
+            assert cli.parse(words[1:]).func, line
 
 
 def test_help_of_all_commands(capsys):
