@@ -20,7 +20,7 @@ from gamayun_jax.evaluate.run_tasks import training_evaluators
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
 from gamayun_jax.training.checkpoint import Checkpoints, kept_forever
-from gamayun_jax.training.continuity import check_corpus, check_same
+from gamayun_jax.training.compatibility import check_corpus, check_same
 from gamayun_jax.training.divergence import (
     Diverged,
     discard_abandoned,

@@ -157,7 +157,7 @@ def preview_curriculum(
     from gamayun_jax.data.corpus import open_corpus
     from gamayun_jax.data.plan import make_data_plan, mixture_notes, unbuilt_plan
     from gamayun_jax.report import figures, read_run
-    from gamayun_jax.training import continuity, lineage, resume
+    from gamayun_jax.training import compatibility, lineage, resume
 
     cfg = load_config(config, set_)
     folder = Path(cfg.data.corpus)
@@ -169,12 +169,12 @@ def preview_curriculum(
             store.close()
             first = origin["tokens"]
         plan = make_data_plan(cfg, corpus, origin)
-        continuity.check_corpus(cfg, corpus)
+        compatibility.check_corpus(cfg, corpus)
         resume.check_stages(cfg, corpus, plan, first)
         table = plan.table()
     else:
         corpus, plan, table = unbuilt_plan(cfg)
-        continuity.check_schedules(cfg)
+        compatibility.check_schedules(cfg)
         note(f"there is no corpus in {folder} yet: planned with {assumed_sizes(cfg)}")
     print(read_run.curriculum_table(table, cfg.data.seq_len))
     for text in mixture_notes(cfg, corpus, plan):

@@ -18,7 +18,7 @@ from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.plan import DataPlan
 from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.training.checkpoint import Checkpoints
-from gamayun_jax.training.continuity import check_tokenizer
+from gamayun_jax.training.compatibility import check_tokenizer
 from gamayun_jax.training.corpus_changes import corpus_changes
 from gamayun_jax.training.run_folder import find_checkpoint
 from gamayun_jax.training.run_meta import RunMeta

@@ -22,7 +22,7 @@ from gamayun_jax.data.token_weights import build_token_weights
 from gamayun_jax.training import cluster
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.cluster import barrier
-from gamayun_jax.training.continuity import (
+from gamayun_jax.training.compatibility import (
     check_checkpoints,
     check_origin,
     check_past,

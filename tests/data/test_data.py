@@ -20,7 +20,7 @@ from gamayun_jax.data.continuity import fingerprint
 from gamayun_jax.data.loader import host_rows, local_batches, make_batch
 from gamayun_jax.data.plan import Skipped, make_data_plan, mixture_notes
 from gamayun_jax.model import sharding
-from gamayun_jax.training.continuity import check_past
+from gamayun_jax.training.compatibility import check_past
 from gamayun_jax.training.corpus_changes import check_contents, corpus_changes
 from gamayun_jax.training.run_meta import RunMeta
 

@@ -31,7 +31,7 @@ from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.files import file_sha256
 from gamayun_jax.data.plan import make_data_plan
 from gamayun_jax.training import checkpoint, cluster, signals
-from gamayun_jax.training.continuity import check_corpus
+from gamayun_jax.training.compatibility import check_corpus
 from gamayun_jax.training.lineage import load_origin, share_points
 from gamayun_jax.training.run_folder import BadRecordLog, RunFolder
 from gamayun_jax.training.step import abstract_state
