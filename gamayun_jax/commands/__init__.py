@@ -20,13 +20,14 @@ Picture = Annotated[
     Path, (f"named {', '.join(FORMATS)}", lambda p: p.suffix.lower() in FORMATS)
 ]
 Repeated = Annotated[Sequence[str], "append"]  # an option that may be given many times
-# "Args:" of several commands, for those that do not say it themselves.
+# Help of parameters that several commands share; a docstring may say something else.
 COMMON = """\
   config: Python experiment file (executed).
   corpus: corpus folder with held-out sets (default: the run's own).
   languages (LANGUAGE): only these languages (default: all).
   limit (N): most items per language and task (default: all).
   model: run folder, checkpoint or Hugging Face folder.
+  out: folder to write.
   set_ (A.B=VALUE): change one field of the config; may be repeated.
   work: folder for the downloads (default: OUT/downloads).
 """

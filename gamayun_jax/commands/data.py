@@ -60,9 +60,6 @@ def download_debian(
 
     Example:
       gamayun corpus debian --out build/debian --languages ru tr
-
-    Args:
-      out: folder to write.
     """
     recipe("debian").build_full(out, work or out / "downloads", languages)
 
@@ -77,7 +74,6 @@ def build_tasks(*, out: Path, work: Path | None = None, embedded: bool = False) 
       gamayun tasks build --out build/tasks
 
     Args:
-      out: folder to write.
       embedded: make the tasks that come with this package: without package
         descriptions, which are licensed under the GPL and others.
     """

@@ -42,7 +42,6 @@ def evaluate(
       batch_size (N): rows per step, of held-out sets (default: as in training).
       window (TOKENS): most that the model sees of a text (default: its own window; for
         held-out sets of a run, data.seq_len, as in training).
-      out: folder to write.
     """
     from gamayun_jax.evaluate import results, stored_model
     from gamayun_jax.report import eval_page, read_run, task_page
@@ -115,7 +114,6 @@ def align(
       gamayun align runs/demo --eval out --out align
 
     Args:
-      out: folder to write.
       eval_: folder that `gamayun eval --out` wrote: consistency of its answers.
     """
     from gamayun_jax.evaluate import alignment
@@ -146,7 +144,6 @@ def compare(
     Args:
       models (MODEL): run folder, checkpoint, Hugging Face folder or result folder; the
         others are compared with the first.
-      out: folder to write.
       tasks (TASK): embedded tasks by name, or YAML files (default: all embedded ones).
     """
     from gamayun_jax.evaluate import results, stored_model
@@ -281,7 +278,6 @@ def quantize(
 
     Args:
       model: run folder or checkpoint.
-      out: folder to write.
       bits: bits per weight.
       no_eval: only write the folder.
     """
@@ -351,7 +347,6 @@ def export_hf(
 
     Args:
       model: run folder or checkpoint.
-      out: folder to write.
       dtype: type of the weights.
       tokenizer: tokenizer to write (default: the run's own).
     """
