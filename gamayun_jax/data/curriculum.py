@@ -320,13 +320,6 @@ class Curriculum:
             position[mine] = before[which] + number[inside]
         return source, position
 
-    def __len__(self) -> int:
-        return self.total
-
-    def __getitem__(self, example: int) -> tuple[int, int]:
-        source, position = self.lookup(np.array([example]))
-        return int(source[0]), int(position[0])
-
     def counts_at(self, example: int) -> np.ndarray:
         """int64 [S]: examples of each source among the global examples [0, example)."""
         if not 0 <= example <= self.total:

@@ -93,29 +93,27 @@ def as_document(
     item: Input, number: int, text: Any, id: Any = None
 ) -> Document | BadDocument:
     """Entry number `number` of a file, from the value of its text field."""
-    if isinstance(text, bytes):
-        if len(text) > MAX_DOCUMENT:
-            return BadDocument(item.name, number, "too long", f"{len(text)} bytes")
-        try:
-            text = text.decode()
-        except UnicodeDecodeError as e:
-            return BadDocument(item.name, number, "not UTF-8", str(e), excerpt(text))
-    elif isinstance(text, str):
-        if len(text) > MAX_DOCUMENT:
-            why = f"{len(text)} characters"
-            return BadDocument(item.name, number, "too long", why)
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            return BadDocument(
-                item.name, number, "lone surrogates", str(e), ascii(text[:EXCERPT])
-            )
-    elif text is None:
-        return BadDocument(item.name, number, "no text", f"{item.text_field!r} is null")
-    else:
+
+    def bad(reason: str, detail: str, excerpt: str = "") -> BadDocument:
+        return BadDocument(item.name, number, reason, detail, excerpt)
+
+    if text is None:
+        return bad("no text", f"{item.text_field!r} is null")
+    if not isinstance(text, bytes | str):
         # reprlib: whatever it is, short, and however deeply it is nested.
-        kind, shown = type(text).__name__, reprlib.repr(text)
-        return BadDocument(item.name, number, "text is not a string", kind, shown)
+        return bad("text is not a string", type(text).__name__, reprlib.repr(text))
+    if len(text) > MAX_DOCUMENT:
+        unit = "bytes" if isinstance(text, bytes) else "characters"
+        return bad("too long", f"{len(text)} {unit}")
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        else:
+            text.encode()
+    except UnicodeDecodeError as e:
+        return bad("not UTF-8", str(e), excerpt(text))
+    except UnicodeEncodeError as e:
+        return bad("lone surrogates", str(e), ascii(text[:EXCERPT]))
     if isinstance(id, bytes):
         id = id.decode(errors="replace")
     elif not isinstance(id, str | None):

@@ -36,14 +36,9 @@ def expand(source: SourceConfig) -> list[Input]:
         if os.path.exists(pattern):  # a name may hold glob characters
             paths = [pattern]
         if not paths:
-            raise UserError(
-                f"{at}: no file matches {pattern!r}: correct "
-                + (
-                    at
-                    if at == source.name
-                    else f"corpus.sources[{source.name!r}].files"
-                )
-            )
+            here = at == source.name  # the name of a field in the config
+            where = at if here else f"corpus.sources[{source.name!r}].files"
+            raise UserError(f"{at}: no file matches {pattern!r}: correct {where}")
         for path in paths:
             match = re.search(r"\.(jsonl|json|ndjson|txt|parquet)(\.gz|\.zst)?$", path)
             if not match or (match[1] == "parquet" and match[2]):
@@ -59,21 +54,11 @@ def expand(source: SourceConfig) -> list[Input]:
             found[path] = match[1] if match[1] in ("txt", "parquet") else "jsonl"
     if not found and not inputs:
         raise UserError(f"{at} has no files: give at least one")
-    if found:
-        shared = os.path.commonpath(
-            [os.path.dirname(os.path.abspath(p)) for p in found]
-        )
-        inputs += [
-            Input(
-                source.name,
-                source.text_field,
-                os.path.relpath(os.path.abspath(path), shared),
-                kind,
-                path,
-                (path,),
-            )
-            for path, kind in found.items()
-        ]
+    whole = {path: os.path.abspath(path) for path in found}
+    shared = os.path.commonpath([*map(os.path.dirname, whole.values())] or ["."])
+    for path, kind in found.items():
+        name = os.path.relpath(whole[path], shared)
+        inputs.append(Input(source.name, source.text_field, name, kind, path, (path,)))
     return inputs
 
 

@@ -29,38 +29,27 @@ from gamayun_jax.data.files import first_line
 
 def expand_tfds(source: SourceConfig, pattern: str) -> Input:
     """The input that "tfds:FOLDER:SPLIT" stands for."""
+    at = label(source.name)
     match = re.fullmatch(r"tfds:(.+):(\w+(?:\[[^\[\]]*\])?)", pattern)
     if not match:
         raise UserError(
-            f"{label(source.name)}: {pattern!r} is not tfds:FOLDER:SPLIT "
-            "(FOLDER is the one with dataset_info.json)"
+            f"{at}: {pattern!r} is not tfds:FOLDER:SPLIT (FOLDER is the one with "
+            "dataset_info.json)"
         )
     folder, split = match.groups()
     try:
         info = open_tfds(folder).info
         shards = [str(p) for p in info.splits[split].filepaths]
-        if info.file_format.value != "array_record":
-            raise UserError(
-                f"{label(source.name)}: {folder} is a data set in "
-                f"{info.file_format.value} format: convert it to array_record "
-                "(tfds convert_format)"
-            )
     except (ValueError, KeyError, OSError) as e:
-        if isinstance(e, UserError):
-            raise
+        raise UserError(f"{at}: {pattern} cannot be opened: {first_line(e)}") from e
+    if info.file_format.value != "array_record":
         raise UserError(
-            f"{label(source.name)}: {pattern} cannot be opened: {first_line(e)}"
-        ) from e
+            f"{at}: {folder} is a data set in {info.file_format.value} format: convert "
+            "it to array_record (tfds convert_format)"
+        )
     described = [str(Path(folder, n)) for n in ("dataset_info.json", "features.json")]
-    return Input(
-        source.name,
-        source.text_field,
-        f"{Path(folder).name}:{split}",
-        "tfds",
-        folder,
-        (*described, *shards),
-        split,
-    )
+    name, files = f"{Path(folder).name}:{split}", (*described, *shards)
+    return Input(source.name, source.text_field, name, "tfds", folder, files, split)
 
 
 def open_tfds(folder: str) -> Any:

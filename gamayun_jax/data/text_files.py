@@ -53,24 +53,21 @@ def parse_line(item: Input, number: int, line: bytes) -> Document | BadDocument:
     def bad(reason: str, detail: str = "") -> BadDocument:
         return BadDocument(item.name, number, reason, detail, excerpt(line))
 
+    if item.kind == "txt":
+        return as_document(item, number, line)
     try:
-        text = line.decode()
+        data = json.loads(line.decode())
     except UnicodeDecodeError as e:
         return bad("not UTF-8", str(e))
-    if item.kind == "txt":
-        return Document(text, item.name, number)
-    try:
-        data = json.loads(text)
     except (ValueError, RecursionError) as e:
         return bad("not JSON", str(e))
     if not isinstance(data, dict):
         return bad("not a JSON object")
     try:
-        return as_document(
-            item, number, value_of(data, item.text_field), data.get("id")
-        )
+        text = value_of(data, item.text_field)
     except KeyError:
         return bad("no text", no_field(item.text_field, data))
+    return as_document(item, number, text, data.get("id"))
 
 
 def blocks(f: BinaryIO, path: str) -> Iterator[bytes]:
