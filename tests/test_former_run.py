@@ -15,7 +15,7 @@ import pytest
 from gamayun_jax import config as c
 from gamayun_jax import train
 from gamayun_jax.evaluate import stored_model
-from gamayun_jax.report import read_run, report
+from gamayun_jax.report import report, scores
 from gamayun_jax.training import checkpoint
 
 
@@ -75,7 +75,7 @@ def test_a_former_run_goes_on_and_ends_as_it_would_have(former):
 def test_a_former_run_is_reported_and_evaluated(former):
     page = report.write_report([Path("run")], Path("page"))
     assert "former" in page.read_text("utf-8")
-    assert "udhr" in read_run.run_table(Path("run"))
+    assert "udhr" in scores.run_text(Path("run"))
     result = stored_model.evaluate_heldout(Path("run/checkpoints/10"))[0]
     recorded = json.loads(Path("run/eval/10.json").read_text("utf-8"))
     for language, row in recorded["sets"]["udhr"]["languages"].items():

@@ -152,7 +152,7 @@ def preview_curriculum(
     """
     from gamayun_jax.data.corpus import open_corpus
     from gamayun_jax.data.plan import make_data_plan, mixture_notes, unbuilt_plan
-    from gamayun_jax.report import figures, read_run
+    from gamayun_jax.report import curves, provenance
     from gamayun_jax.training import compatibility, lineage, resume
 
     cfg = load_config(config, set_)
@@ -172,13 +172,13 @@ def preview_curriculum(
         corpus, plan, table = unbuilt_plan(cfg)
         compatibility.check_schedules(cfg)
         note(f"there is no corpus in {folder} yet: planned with {assumed_sizes(cfg)}")
-    print(read_run.curriculum_table(table, cfg.data.seq_len))
+    print(provenance.curriculum_text(table, cfg.data.seq_len))
     for text in mixture_notes(cfg, corpus, plan):
         note(text)
     if out:
         points = lineage.share_points(cfg, plan, first)
         stages = lineage.stage_spans(cfg, first)
-        figure = figures.curriculum_figure(points, cfg.languages, stages)
+        figure = curves.curriculum_figure(points, cfg.languages, stages)
         figure.savefig(out, dpi=150)
         print(f"picture: {out}")
 

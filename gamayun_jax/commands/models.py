@@ -44,7 +44,7 @@ def evaluate(
         held-out sets of a run, data.seq_len, as in training).
     """
     from gamayun_jax.evaluate import results, stored_model
-    from gamayun_jax.report import eval_page, read_run, task_page
+    from gamayun_jax.report import eval_page, scores, task_scores
 
     chosen = load_tasks(tasks or [], languages, limit)
     with task_bars() as watch:
@@ -59,12 +59,12 @@ def evaluate(
             watch=watch,
         )
     if "sets" in result:
-        print(read_run.language_table([result]))
+        print(scores.language_text([result]))
     if chosen:
-        print(task_page.task_table(result["tasks"]))
+        print(task_scores.task_text(result["tasks"]))
     if out:
         results.write_results(out, result, items)
-        page = eval_page.write_page(result, out)
+        page = eval_page.write_eval_page(result, out)
         folder = "items/ and " if items else ""
         print(f"{out}/eval.json, {folder}{page.name} are written")
 
@@ -117,12 +117,12 @@ def align(
       eval_: folder that `gamayun eval --out` wrote: consistency of its answers.
     """
     from gamayun_jax.evaluate import alignment
-    from gamayun_jax.report import alignment_page
+    from gamayun_jax.report import alignment as alignment_report
 
     result = alignment.align(model, out, corpus, languages, eval_)
     if out:
-        alignment_page.write_figures(result, out)
-    print(alignment_page.table(result))
+        alignment_report.write_figures(result, out)
+    print(alignment_report.alignment_text(result))
 
 
 def compare(
@@ -286,7 +286,7 @@ def quantize(
     from gamayun_jax.evaluate import results, stored_model
     from gamayun_jax.inference import quantize
     from gamayun_jax.interop import huggingface, load_model
-    from gamayun_jax.report import read_run
+    from gamayun_jax.report import scores
 
     if out.exists():
         raise UserError(f"{out} exists already: choose another folder")
@@ -310,7 +310,7 @@ def quantize(
             results.write_items(out / "items" / label, name, items)
     quantize.write_record(out, meta, bits, (old, new), evals)
     if evals:
-        print(read_run.language_table(evals, cfg.languages))
+        print(scores.language_text(evals, cfg.languages))
 
 
 def import_hf(folder: Path, out: Path) -> None:

@@ -34,7 +34,7 @@ def demo(
     """
     from gamayun_jax import train
     from gamayun_jax.data import build
-    from gamayun_jax.report import read_run, report
+    from gamayun_jax.report import report, scores
 
     cfg = load_config(in_repository("experiments/tiny.py"), set_)
     if long != 1.0:
@@ -47,7 +47,7 @@ def demo(
         return status
     print("3/3 report", flush=True)
     page = report.write_report([workdir], workdir / "report")
-    print(read_run.run_table(workdir))
+    print(scores.run_text(workdir))
     print(f"\nreport: {page}")
     return 0
 
@@ -196,13 +196,13 @@ def report(runs: list[Path], *, out: Path | None = None) -> None:
       runs (RUN): run folders, and quantised ones.
       out: folder to write (default: RUN/report).
     """
-    from gamayun_jax.report import read_run, report, stage_changes
+    from gamayun_jax.report import changes, read_run, report
 
     page = report.write_report(runs, out or runs[0] / "report")
     for folder in runs:
         if read_run.read_quantised(folder) is not None:
             continue
         run = read_run.read_run(folder)
-        if table := stage_changes.stage_table(run):
+        if table := changes.stage_text(run):
             print(f"{run.name}\n{table}\n" if len(runs) > 1 else f"{table}\n")
     print(page)

@@ -12,6 +12,7 @@ from gamayun_jax.config import UserError
 from gamayun_jax.data.corpus import Corpus, open_corpus
 from gamayun_jax.data.files import file_sha256
 from gamayun_jax.data.records import COPY_AGAIN
+from gamayun_jax.tables import Table
 
 
 def verify(corpus: Corpus) -> None:
@@ -96,24 +97,21 @@ def inspect(path: str | Path) -> str:
     corpus = open_corpus(path)
     m = corpus.manifest
     tokenizer = corpus.tokenizer()
-    head = ("source", "documents", "bytes", "tokens", "bytes/token", "records")
-    table = [(*head, "duplicates", "rejected")]
+    rows = []
     for name, s in m["sources"].items():
         rejected = ", ".join(f"{n:,} {reason}" for reason, n in s["rejected"].items())
-        numbers = (s["documents"], s["bytes"], s["tokens"])
-        ratio = f"{s['bytes'] / s['tokens']:.2f}"
-        more = (ratio, f"{s['records']:,}", f"{s['duplicates']:,}", rejected or "0")
-        table.append((name, *(f"{n:,}" for n in numbers), *more))
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        sizes = [f"{s[k]:,}" for k in ("documents", "bytes", "tokens")]
+        sizes.append(f"{s['bytes'] / s['tokens']:.2f}")
+        sizes += [f"{s[k]:,}" for k in ("records", "duplicates")]
+        rows.append([name, *sizes, rejected or "0"])
+    heads = ("source", "documents", "bytes", "tokens", "bytes/token", "records")
+    table = Table((*heads, "duplicates", "rejected"), rows, left=(0, 7))
     text = [
         f"corpus {corpus.folder}: records of {m['record_tokens']} tokens "
         f"({m['dtype']}), tokenizer of {m['tokenizer']['vocab_size']} pieces, "
-        f"recipe {m['recipe'][:12]}"
+        f"recipe {m['recipe'][:12]}",
+        table.text(width=1000),
     ]
-    for row in table:
-        cells = [row[0].ljust(widths[0])]
-        cells += [c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True)]
-        text.append("  ".join([*cells, row[-1]]))
     for name, s in m["sources"].items():
         for damage in s.get("damaged", ()):
             text.append(f"DAMAGED: {name} {told_damage(damage)}")

@@ -14,6 +14,7 @@ import sentencepiece
 
 from gamayun_jax.config import TokenizerConfig, UserError
 from gamayun_jax.data.tokenizer import FIXED_PIECES, Tokenizer
+from gamayun_jax.tables import Table
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 RESERVED = 4 + 256 + len(FIXED_PIECES) + 1  # ids that no text has to earn (1: space)
@@ -216,11 +217,10 @@ def report(
 
 def format_report(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows of `report` as a table."""
-    lines = ["language      bytes    tokens  bytes/token  chars/token  tokens/word"]
+    heads = ("language", "bytes", "tokens", "bytes/token", "chars/token", "tokens/word")
+    ratios = ("bytes_per_token", "characters_per_token", "tokens_per_word")
+    body = []
     for row in rows:
-        lines.append(
-            f"{row['language']:8} {row['bytes']:10,} {row['tokens']:9,} "
-            f"{row['bytes_per_token']:12.2f} {row['characters_per_token']:12.2f} "
-            f"{row['tokens_per_word']:12.2f}"
-        )
-    return "\n".join(lines)
+        sizes = (f"{row[k]:,}" for k in ("bytes", "tokens"))
+        body.append([row["language"], *sizes, *(f"{row[k]:.2f}" for k in ratios)])
+    return Table(heads, body).text()

@@ -40,13 +40,13 @@ RULE = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class Estimate:
     """What a language, or the mean of languages, differs by."""
 
-    difference: float
-    low: float | None  # of the 95 % interval; None: no error is known
-    high: float | None
-    p: float  # two-sided
+    value: float
+    low: float | None = None  # of the 95 % interval; None: no error is known
+    high: float | None = None
+    p: float = 1.0  # two-sided
     items: int | None = None
 
 
@@ -93,15 +93,15 @@ def sign_test(parts: np.ndarray) -> float | None:
     return float((np.abs(sums) >= least).mean())
 
 
-def cell_of(
+def estimate(
     parts: np.ndarray, variance: float, degrees: float, items: int | None = None
-) -> Cell:
+) -> Estimate:
     """The rule (see the module) on independent parts of a difference."""
     difference = float(parts.sum())
     size = np.abs(parts)
     parts = np.where(size > 1e-9 * size.max(), parts, 0.0)  # what rounding left
     if not (degrees > 0 and parts.any() and variance >= 0):
-        return Cell(difference, None, None, 1.0, items)
+        return Estimate(difference, items=items)
     error = math.sqrt(variance)
     half = float(special.stdtrit(degrees, 1 - LEVEL / 2)) * error
     low, high = difference - half, difference + half
@@ -114,13 +114,13 @@ def cell_of(
         low, high = min(low, 0.0), max(high, 0.0)
     elif low <= 0 <= high:
         p = max(p, by_error)
-    return Cell(difference, low, high, p, items)
+    return Estimate(difference, low, high, p, items)
 
 
-def cells(
+def estimates(
     languages: Mapping[str, Mapping[str, tuple[float, float]]], parallel: bool
-) -> dict[str, Cell]:
-    """Language -> cell, and MACRO, the mean over languages.
+) -> dict[str, Estimate]:
+    """Language -> what it differs by, and MACRO, the mean over languages.
 
     Args:
       languages: language -> id -> (difference, weight); languages without items are
@@ -128,7 +128,7 @@ def cells(
       parallel: items of one id are the same in all languages, so that their errors go
         together.
     """
-    found: dict[str, Cell] = {}
+    found: dict[str, Estimate] = {}
     sums: dict[Any, np.ndarray] = {}  # independent items of the mean
     extras, variances, degrees = [], [], []
     known = {k: v for k, v in languages.items() if sum(w for _, w in v.values()) > 0}
@@ -136,7 +136,7 @@ def cells(
         values, sizes = np.array(list(items.values()), np.float64).T
         parts, errors, extra = residuals(values, sizes)
         variance = float((errors**2).sum()) + extra
-        found[language] = cell_of(parts, variance, len(items) - 1, len(items))
+        found[language] = estimate(parts, variance, len(items) - 1, len(items))
         extras.append(extra)
         variances.append(variance)
         degrees.append(len(items) - 1)
@@ -155,20 +155,35 @@ def cells(
             each = zip(variances, degrees, strict=True)
             below = sum((v / n**2) ** 2 / max(d, 1) for v, d in each)
             free = variance**2 / below if below > 0 else float(sum(degrees))
-        found[MACRO] = cell_of(parts, float(variance), free)
+        found[MACRO] = estimate(parts, float(variance), free)
     return found
 
 
-def unpaired(difference: float, *errors: float | None) -> Cell:
+def unpaired(difference: float, *errors: float | None) -> Estimate:
     """Of two values whose items are not at hand: their standard errors are added as if
     the items differed, which is cautious. An error of 0 is one of too few items."""
     known = [e for e in errors if e is not None]
     error = math.hypot(*known)
     if len(known) < len(errors) or not error:
-        return Cell(difference, None, None, 1.0)
+        return Estimate(difference)
     half = float(special.ndtri(1 - LEVEL / 2)) * error
     p = 2 * float(special.ndtr(-abs(difference) / error))
-    return Cell(difference, difference - half, difference + half, p)
+    return Estimate(difference, difference - half, difference + half, p)
+
+
+def above_baseline(
+    share: float, error: float | None, baseline: float, items: float
+) -> Estimate:
+    """A share of right answers against one that is known without error.
+
+    Its error is at least that of the baseline's own share, and half an item is taken
+    off (Yates, 1934): two of two right are not certain.
+    """
+    if error is None:
+        return Estimate(share - baseline)
+    error = max(error, math.sqrt(max(baseline * (1 - baseline), 0.0) / items))
+    gain = max(abs(share - baseline) - 0.5 / items, 0.0)
+    return unpaired(math.copysign(gain, share - baseline), error)
 
 
 def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
@@ -182,14 +197,14 @@ def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
     return found
 
 
-def verdicts(found: Sequence[Cell], better: Sequence[int]) -> list[str]:
-    """better | worse | same of each cell of a whole comparison.
+def verdicts(found: Sequence[Estimate], better: Sequence[int]) -> list[str]:
+    """better | worse | same of each cell of a whole comparison (Holm).
 
     Args:
       better: 1 where more is better, -1 where less is.
     """
     marked = holm([c.p for c in found])
     return [
-        "same" if not real else "better" if sign * c.difference > 0 else "worse"
+        "same" if not real else "better" if sign * c.value > 0 else "worse"
         for c, sign, real in zip(found, better, marked, strict=True)
     ]

@@ -1,10 +1,11 @@
-"""Plans (plan.py) as text: one for a person, several as a table in Markdown."""
+"""Plans (aot.py) as text: one for a person, several as a table in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gamayun_jax.tables import Table
 from gamayun_jax.training.chips import GIB
 
 
@@ -13,14 +14,14 @@ def mesh_name(mesh: Mapping[str, int]) -> str:
     return " x ".join(f"{k} {n}" for k, n in mesh.items() if n != 1) or "1 device"
 
 
+def gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / GIB:.2f}"
+
+
 def format_plan(p: Mapping[str, Any]) -> str:
     """A plan for a person."""
     m, s, a = p["memory"], p["seconds"], p["assumptions"]
-    bound = max((k for k in s if k != "step"), key=lambda k: s[k])
-
-    def gib(x: float) -> str:
-        return f"{x / GIB:.2f}"
-
     lines = [
         f"{p['config']}, {p['parameters'] / 1e9:.3f}B parameters, on "
         f"{p['slices']} x {p['topology']} = {p['chips']} chips",
@@ -53,7 +54,7 @@ def format_plan(p: Mapping[str, Any]) -> str:
         )
     lines += [f"unknown    {text}" for text in p["unknown"]]
     lines += [
-        f"step       {s['step']:.3f} s, bound by {bound}: "
+        f"step       {s['step']:.3f} s, bound by {bottleneck(p)}: "
         + ", ".join(f"{k} {s[k]:.3f}" for k in s if k != "step"),
         "           assumed: of the data sheet's peaks "
         + ", ".join(f"{k} {v:.0%}" for k, v in a.items())
@@ -79,43 +80,46 @@ def format_plan(p: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def bottleneck(plan: Mapping[str, Any]) -> str:
+    """What a step's time is bound by."""
+    seconds = {k: v for k, v in plan["seconds"].items() if k != "step"}
+    return max(seconds, key=lambda k: seconds[k])
+
+
 def format_table(plans: Sequence[Mapping[str, Any]]) -> str:
-    """Plans as a table in Markdown, one a row."""
-    head = (
+    """Plans as a table in Markdown, one a row, and what is not known of them."""
+    heads = (
         "topology", "chips", "mesh", "rows x micro", "remat", "peak GiB", "of",
         "moved GB", "of least", "step s", "bound by", "tokens/s/chip", "MFU", "days",
         "chip-hours",
     )  # fmt: skip
-    rows = [head, tuple("---" for _ in head)]
+    rows, notes = [], []
     for p in plans:
-        s, least = p["seconds"], sum(p["least_moved_bytes"].values())
-        moved = p["moved_bytes"]
+        least, moved = sum(p["least_moved_bytes"].values()), p["moved_bytes"]
+        where = f"{p['slices']} x {p['topology']}"
         rows.append(
             (
-                f"{p['slices']} x {p['topology']}",
+                where,
                 str(p["chips"]),
                 mesh_name(p["mesh"]),
                 f"{p['rows_per_device']} x {p['microbatches']}",
                 p["remat"],
-                f"{p['memory']['peak'] / GIB:.2f}",
+                gib(p["memory"]["peak"]),
                 f"{p['hbm_bytes'] / GIB:.0f}",
                 "unknown" if moved is None else f"{moved / 1e9:.2f}",
                 f"{moved / least:.2f}" if moved is not None and least else "",
-                f"{s['step']:.3f}",
-                max((k for k in s if k != "step"), key=lambda k: s[k]),
+                f"{p['seconds']['step']:.3f}",
+                bottleneck(p),
                 f"{p['tokens_per_s_per_chip'] / 1e3:.1f}k",
                 f"{p['mfu']:.0%}",
                 f"{p['days']:.1f}",
                 f"{p['chip_hours'] / 1e3:,.0f}k",
             )
         )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    for p in plans:
-        where = f"{p['slices']} x {p['topology']}"
         if p.get("not_compiled"):
-            lines.append(
+            notes.append(
                 f"\n{where}: {p['not_compiled']} more choices might be faster and were "
                 "not compiled"
             )
-        lines += [f"\n{where}, unknown: {text}" for text in p["unknown"]]
-    return "\n".join(lines)
+        notes += [f"\n{where}, unknown: {text}" for text in p["unknown"]]
+    return "\n".join([Table(heads, rows).markdown(), *notes])

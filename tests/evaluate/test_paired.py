@@ -18,7 +18,7 @@ def items(values, weights=None):
 
 
 def cell(values, weights=None):
-    return paired.cells({"en": items(values, weights)}, False)["en"]
+    return paired.estimates({"en": items(values, weights)}, False)["en"]
 
 
 def changed(up, down, n):
@@ -68,7 +68,7 @@ def test_bits_per_byte_differ_by_sums_not_by_means():
     sizes = rng.integers(10, 1000, 200)
     d = sizes * rng.normal(0.05, 0.1, 200)
     found = cell(d, sizes)
-    assert found.difference == pytest.approx(d.sum() / sizes.sum())
+    assert found.value == pytest.approx(d.sum() / sizes.sum())
     picks = rng.integers(0, 200, (4000, 200))
     draws = d[picks].sum(1) / sizes[picks].sum(1)
     low, high = np.quantile(draws, [0.025, 0.975])
@@ -84,12 +84,12 @@ def test_bits_per_byte_differ_by_sums_not_by_means():
 def test_the_interval_and_the_p_value_agree(values, sizes, parallel):
     sizes = [sizes[i % len(sizes)] for i in range(len(values))]
     languages = {"en": items(values), "ru": items(values[::-1], sizes)}
-    for found in paired.cells(languages, parallel).values():
+    for found in paired.estimates(languages, parallel).values():
         assert 0 <= found.p <= 1
         if found.low is None:
             assert found.p == 1
             continue
-        assert found.low <= found.difference <= found.high
+        assert found.low <= found.value <= found.high
         assert (found.low > 0 or found.high < 0) == (found.p <= paired.LEVEL)
 
 
@@ -111,7 +111,7 @@ def test_more_items_for_it_never_weaken_it(up, down, same):
         assert more.p <= fewer.p + 1e-12
     mirrored = cell(changed(down, up, up + down + same + 1))
     assert mirrored.p == pytest.approx(fewer.p)
-    assert mirrored.difference == pytest.approx(-fewer.difference)
+    assert mirrored.value == pytest.approx(-fewer.value)
 
 
 NULLS = {
@@ -144,12 +144,14 @@ def test_the_mean_over_languages(parallel):
     for _ in range(trials):
         shared = rng.normal(0, 1, n) if parallel else 0
         rows = {k: items(shared + rng.normal(0, 0.5, n)) for k in ("en", "ru", "tr")}
-        found = paired.cells(rows, parallel)
+        found = paired.estimates(rows, parallel)
         alarms += found[paired.MACRO].p <= 0.05
-        mean = np.mean([found[k].difference for k in rows])
-        assert found[paired.MACRO].difference == pytest.approx(mean)
+        mean = np.mean([found[k].value for k in rows])
+        assert found[paired.MACRO].value == pytest.approx(mean)
     assert 0.02 < alarms / trials < 0.08
-    same = paired.cells(dict.fromkeys(("en", "ru"), items(rng.normal(0, 1, n))), True)
+    same = paired.estimates(
+        dict.fromkeys(("en", "ru"), items(rng.normal(0, 1, n))), True
+    )
     assert same[paired.MACRO].low == pytest.approx(same["en"].low)
 
 
@@ -179,11 +181,11 @@ def test_nothing_to_tell_an_error_from_has_no_interval():
     for values in ([1.0], [0.0] * 5):
         found = cell(values)
         assert (found.low, found.high, found.p) == (None, None, 1.0)
-    one_each = paired.cells({"en": items([1.0]), "ru": items([0.5])}, False)
+    one_each = paired.estimates({"en": items([1.0]), "ru": items([0.5])}, False)
     assert one_each[paired.MACRO].low is None
-    one_id = paired.cells({"en": items([1.0]), "ru": items([0.5])}, True)
+    one_id = paired.estimates({"en": items([1.0]), "ru": items([0.5])}, True)
     assert one_id[paired.MACRO].low is None
     assert paired.unpaired(0.5, 0.0, 0.0).low is None
     assert paired.unpaired(0.5, 0.1, None).low is None
     assert cell([1.0] * 8).high > cell([1.0] * 8).low  # all right is no certainty
-    assert paired.cells({"en": {}}, True) == {}
+    assert paired.estimates({"en": {}}, True) == {}

@@ -15,7 +15,7 @@ from gamayun_jax.evaluate import run_tasks, task_metrics, tasks
 from gamayun_jax.evaluate.loglikelihood import Request, Scorer
 from gamayun_jax.evaluate.tasks import encode_pair, load_task, prompt_of
 from gamayun_jax.inference.generator import Generator
-from gamayun_jax.report import task_page
+from gamayun_jax.report import figures, task_scores
 
 FLOAT32 = ComputeConfig(dtype="float32")
 MODEL = ModelConfig(
@@ -219,7 +219,7 @@ def test_what_cannot_be_used_is_set_aside_and_counted(tmp_path):
     result, rows = run_tasks.run_task(task, Bytes(), scorer)
     assert len(rows) == 3
     assert result["set_aside"]["duplicate id"] == {"count": 1, "first": ["en:0"]}
-    table = task_page.task_table({"t": result})
+    table = task_scores.task_text({"t": result})
     assert "set aside, duplicate id: 1 (en:0)" in table
 
 
@@ -229,7 +229,7 @@ def test_a_language_without_items_is_a_gap(tmp_path):
     assert result["gaps"] == ["tr"]
     assert list(result["languages"]) == ["en"]
     assert result["macro"]["norm"] == result["languages"]["en"]["norm"]
-    assert "no items: tr" in task_page.task_table({"t": result})
+    assert "no items: tr" in task_scores.task_text({"t": result})
 
 
 def test_too_long_is_cut_or_set_aside(tmp_path):
@@ -386,15 +386,14 @@ def test_items_that_are_all_alike_show_no_error():
     found = run_tasks.summary(
         dataclasses.replace(task, items={k: [] for k in ("en", "ru")}), rows, {}
     )
-    text = task_page.task_table({"t": found})
-    html = task_page.tasks_section({"t": found}, ["en", "ru"], "T")
+    text = task_scores.task_text({"t": found})
+    html = task_scores.tasks_section({"t": found}, ["en", "ru"], "T")
     assert "100.0 %" in text
     assert "16.7 % ±16.7" in text
     assert "±0.0" not in text + html
-    figure = task_page.task_figure({"t": found}, ["en", "ru"])
-    ax = figure.axes[0]
-    spans = [x.get_xdata() for x in ax.lines if len(x.get_xdata()) == 2]
-    assert [min(x) for x in spans if max(x) > min(x)] == [0.0]
+    panel = task_scores.task_panel("t", found)
+    assert [d.low for dots in panel.dots.values() for d in dots] == [None, 0.0]
+    ax = figures.dots_figure([panel], ["en", "ru"], ["en", "ru"]).axes[0]
     assert ax.xaxis.get_major_formatter()(0.25, 0) == "25 %"
 
 
@@ -421,7 +420,7 @@ def test_better_than_the_baseline_is_no_matter_of_few_items():
     def marked(items, value, error):
         row = {"norm": value, "norm_se": error, "baseline": 0.3, "items": items}
         task = {"kind": "multiple_choice", "metric": "norm", "languages": {"en": row}}
-        return bool(task_page.beyond_baseline({"t": task}))
+        return bool(task_scores.beyond_baseline({"t": task}))
 
     assert not marked(1, 1.0, None)
     assert not marked(1, 1.0, 0.0)  # as records of before say it

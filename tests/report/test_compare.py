@@ -50,9 +50,10 @@ def result(label, rows, kind="multiple_choice", **more):
 def test_items_are_paired_by_language_and_id():
     a = choice_rows([1, 1, 0, 0])
     b = list(reversed(choice_rows([1, 1, 0, 0])))[1:]
-    found = compare.compare_rows("t", task(), a, b)
-    assert all(v.difference == 0 and v.p == 1 for v in found.values())
-    assert found["tr"].items == 3
+    found = compare.compare([result("a", a), result("b", b)]).changes[0]["t"]
+    assert all(c.estimate.value == 0 and c.estimate.p == 1 for c in found.values())
+    assert all(c.paired for c in found.values())
+    assert found["tr"].estimate.items == 3
 
 
 def test_means_of_other_languages_do_not_compare(tmp_path):
@@ -61,7 +62,8 @@ def test_means_of_other_languages_do_not_compare(tmp_path):
     few[1]["t"][:] = [r for r in few[1]["t"] if r["language"] != "tr"]
     few[0]["window"] = 77
     found = compare.compare([few, result("all", choice_rows([0, 0, 0, 0]))])
-    assert found["tasks"]["t"]["differences"][1].keys() == {"en", "ru"}
+    told = compare.to_json(found)["tasks"]["t"]
+    assert told["differences"][1].keys() == {"en", "ru"}
     assert "macro" in compare.comparison_text(found)
     page = compare.write_comparison(found, tmp_path).read_text()
     assert page.count(">77<") == page.count(">default<") == 1  # windows
@@ -78,7 +80,8 @@ def test_tables_and_page(tmp_path):
         ]
     )
     text = compare.comparison_text(found)
-    assert text.count(")*") == 4  # two is better in three languages and on the whole
+    # Two is better in three languages and on the whole.
+    assert text.count(" +\n") + text.count(" +  ") == 4
     page = compare.write_comparison(found, tmp_path).read_text()
     assert "<b>one" not in page
     assert page.count('class="better"') == 4

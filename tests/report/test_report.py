@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gamayun_jax.config import UserError
-from gamayun_jax.report import figures, read_run, report
+from gamayun_jax.report import curves, formats, provenance, read_run, report, scores
 
 LANGUAGES = ("en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr")
 SOURCES = (*(f"{k}/help" for k in LANGUAGES), "en/hq")
@@ -272,7 +272,7 @@ def test_names_are_data(tmp_path):
     assert page.tags.count("script") == 1
     assert "img" not in page.tags
     assert "<script>alert" in "".join(page.text)
-    read_run.run_table(folder)
+    scores.run_text(folder)
 
 
 def test_torn_and_unknown_lines(tmp_path):
@@ -309,14 +309,14 @@ def test_damaged_fields_leave_gaps(run, tmp_path, seed):
     """Whatever is dropped or of another type, there is a page and a table."""
     folder = write_run(tmp_path / "r", damaged(seed))
     page_of(tmp_path / "out", *([folder], [run, folder])[seed % 2])
-    read_run.run_table(folder)
+    scores.run_text(folder)
 
 
 def test_missing_files_leave_labelled_gaps(tmp_path):
     folder = write_run(tmp_path / "r", {"config.json": {}})
     text = " ".join(page_of(tmp_path / "out", folder).text)
     assert text.count("Not recorded in this run") == 5
-    assert read_run.run_table(folder) == "no evaluation in this run"
+    assert scores.run_text(folder) == "no evaluation in this run"
 
 
 def test_no_run(tmp_path):
@@ -341,7 +341,7 @@ def test_long_run_stays_small(tmp_path):
 def test_language_table():
     files = records()
     evals = [files[f"eval/{k}.json"] for k in (0, 800, 1000)]
-    table = read_run.language_table(evals, LANGUAGES[::-1])
+    table = scores.language_text(evals, LANGUAGES[::-1])
     lines = table.splitlines()
     assert 80 <= max(map(len, lines)) <= 100
     assert [line.split()[0] for line in lines[2:16]] == [
@@ -351,40 +351,40 @@ def test_language_table():
     assert "end of align" in lines[1]
     assert "below xz -9e: 12 of 12 languages" in lines
     assert "held-out set 'udhr'" in table
-    many = read_run.language_table(evals * 3).splitlines()
+    many = scores.language_text(evals * 3).splitlines()
     assert max(map(len, many)) <= 104
-    assert read_run.language_table([]) == ""
+    assert scores.language_text([]) == ""
 
 
 def test_curriculum_figure_and_table(tmp_path):
     points = records()["lineage.json"]["curriculum"]["shares"]
-    figure = figures.curriculum_figure(points)
+    figure = curves.curriculum_figure(points)
     figure.savefig(tmp_path / "c.png", dpi=50)
     assert (tmp_path / "c.png").stat().st_size > 5000
     labels = {t.get_text() for t in figure.axes[0].texts}
     assert set(SOURCES) <= labels
     stages = records()["lineage.json"]["stages"]
-    figure = figures.curriculum_figure(points, LANGUAGES, stages)
+    figure = curves.curriculum_figure(points, LANGUAGES, stages)
     assert {"align", "enrich"} <= {t.get_text() for t in figure.axes[0].texts}
     rows = [
         {"phase": p, "source": s, "share": 0.5, "examples": 8, "epochs": 1.5,
          "epochs_total": 2.5}
         for p in ("align", "enrich") for s in ("en/hq", "ru/web")
     ]  # fmt: skip
-    table = read_run.curriculum_table(rows, 256).splitlines()
+    table = provenance.curriculum_text(rows, 256).splitlines()
     assert len(table) == 6
     rows.append({**rows[2], "source": "en/web", "share": 0.2})
-    total = read_run.curriculum_table(rows, 256).splitlines()[-1]
+    total = provenance.curriculum_text(rows, 256).splitlines()[-1]
     assert total.split() == ["enrich", "en,", "all", "70.00%", "4.1k"]
     assert table[1].split() == ["align", "en/hq", "50.00%", "2.05k", "1.50", "2.50"]
 
 
 def test_numbers():
     found = [
-        read_run.short(x) for x in (0, 391, 999.6, 2_100_000, 999_999, 1.5e12, None)
+        formats.short(x) for x in (0, 391, 999.6, 2_100_000, 999_999, 1.5e12, None)
     ]
     assert found == ["0", "391", "1k", "2.1M", "1M", "1.5T", "–"]
-    assert read_run.plain("a\x00b\ud800" + "x" * 99, 10) == "a b xxxxx…"
+    assert formats.plain("a\x00b\ud800" + "x" * 99, 10) == "a b xxxxx…"
 
 
 def test_loss_points_do_not_blend_stages(tmp_path):
@@ -394,7 +394,7 @@ def test_loss_points_do_not_blend_stages(tmp_path):
         for k in range(1000)
     ]  # fmt: skip
     folder = write_run(tmp_path / "r", {"metrics.jsonl": lines})
-    raw, smooth = figures.loss_points(read_run.read_run(folder), "en")
+    raw, smooth = curves.loss_points(read_run.read_run(folder), "en")
     assert len(raw) <= 250
     assert {y for _, y in raw + smooth} == {5.0, 3.0}
 

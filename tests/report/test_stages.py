@@ -1,4 +1,4 @@
-"""stages.py: changes over a stage, against known truths."""
+"""changes.py: changes over a stage, against known truths."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from gamayun_jax import cli
 from gamayun_jax.evaluate import paired, standard_errors
-from gamayun_jax.report import read_run, report, stage_changes
+from gamayun_jax.report import changes, formats, html, read_run, report
 
 LANGUAGES = ("en", "ru", "tr")
 
@@ -64,7 +64,7 @@ def folder(tmp_path):
 
 
 def test_gain_and_forgetting(folder, capfd):
-    first, second = stage_changes.boundaries(read_run.read_run(folder))
+    first, second = changes.boundaries(read_run.read_run(folder))
     assert (first.stage, second.before, second.after[:6]) == (
         "align", "end of align", "end of"
     )  # fmt: skip
@@ -75,50 +75,55 @@ def test_gain_and_forgetting(folder, capfd):
         assert verdicts == ["same", "worse", "better"]
         ru = found[test, "ru"]
         assert ru.paired
-        assert ru.cell.low < ru.cell.difference < ru.cell.high
-        assert sign * ru.cell.difference > 0
-    assert found["udhr", "ru"].cell.difference == pytest.approx(0.6, abs=0.01)
+        assert ru.estimate.low < ru.estimate.value < ru.estimate.high
+        assert sign * ru.estimate.value > 0
+    assert found["udhr", "ru"].estimate.value == pytest.approx(0.6, abs=0.01)
     macro = found["udhr", "macro"]
-    mean = np.mean([found["udhr", k].cell.difference for k in LANGUAGES])
-    assert macro.cell.difference == pytest.approx(mean)
+    mean = np.mean([found["udhr", k].estimate.value for k in LANGUAGES])
+    assert macro.estimate.value == pytest.approx(mean)
     assert cli.main(["report", str(folder), "--out", str(folder / "out")]) == 0
     text = capfd.readouterr().out
     assert "change in stage align (from start to end of align)" in text
     line = next(x for x in text.split("from end of align")[1].split("\n") if "tr" in x)
-    assert float(line.split()[1].replace("−", "-")) == pytest.approx(-0.6, abs=0.02)
-    assert line.split()[2] == "+"
+    _, before, _, after, change, mark = line.replace("−", "-").split()[:6]
+    assert float(change) == pytest.approx(-0.6, abs=0.02)
+    assert float(after) - float(before) == pytest.approx(float(change), abs=0.002)
+    assert mark == "+"
     page = (folder / "out/index.html").read_text()
     assert "What stage “&lt;b&gt;” changed" in page
     assert "<b>”" not in page
     assert "unpaired" not in page
 
 
+def width(change):
+    return change.estimate.high - change.estimate.low
+
+
 def test_without_items_the_errors_are_combined(folder):
-    whole = stage_changes.boundaries(read_run.read_run(folder))[1].changes
+    whole = changes.boundaries(read_run.read_run(folder))[1].changes
     (folder / "eval/13.items/heldout-udhr.jsonl").write_text('{"id": 1}\nbroken')
     (folder / "eval/13.items/quiz.jsonl").unlink()
-    found = stage_changes.boundaries(read_run.read_run(folder))[1].changes
+    found = changes.boundaries(read_run.read_run(folder))[1].changes
     old = {(c.name, c.language): c for c in whole}
     assert found
     assert not any(c.paired for c in found)
     for c in found:
         if c.language == "macro":  # recorded without an error: no interval, no mark
-            assert (c.cell.low, c.verdict) == (None, "same")
+            assert (c.estimate.low, c.verdict) == (None, "same")
             continue
         before = old[c.name, c.language]
-        assert c.cell.difference == pytest.approx(before.cell.difference, abs=1e-9)
-        assert c.cell.high - c.cell.low > 0.8 * (before.cell.high - before.cell.low)
+        assert c.estimate.value == pytest.approx(before.estimate.value, abs=1e-9)
+        assert width(c) > 0.8 * width(before)
     wide = next(c for c in found if (c.name, c.language) == ("udhr", "ru"))
-    tight = old["udhr", "ru"]
-    assert wide.cell.high - wide.cell.low > 5 * (tight.cell.high - tight.cell.low)
+    assert width(wide) > 5 * width(old["udhr", "ru"])
     assert "unpaired" in report.write_report([folder], folder / "out").read_text()
 
 
 def test_a_damaged_item_is_named_and_costs_no_other(folder, capfd):
-    whole = stage_changes.boundaries(read_run.read_run(folder))[1]
+    whole = changes.boundaries(read_run.read_run(folder))[1]
     path = folder / "eval/13.items/quiz.jsonl"
     path.write_text(path.read_text() + '{"id": 7}\n"torn')
-    found = stage_changes.boundaries(read_run.read_run(folder))[1]
+    found = changes.boundaries(read_run.read_run(folder))[1]
     assert found.changes == whole.changes
     named = [f"eval/13.items/quiz.jsonl, line {n}" for n in (901, 902)]
     assert (whole.damaged, found.damaged) == ([], named)
@@ -132,10 +137,10 @@ def test_one_page_says_one_thing(folder):
     """The table of a stage, the table of the held-out set and the text agree."""
     page = report.write_report([folder], folder / "out").read_text()
     run = read_run.read_run(folder)
-    for boundary in stage_changes.boundaries(run):
+    for boundary in changes.boundaries(run):
         for c in boundary.changes:
             if c.test == "heldout-udhr":
-                cell = stage_changes.change_td(c)
+                cell = html.block("td", c.cell())
                 assert page.count(cell) == 2, (boundary.stage, c.language)
 
 
@@ -146,21 +151,19 @@ def test_a_task_called_as_a_held_out_set_is_another_test(folder):
         rows = record["sets"]["udhr"]
         record["tasks"]["udhr"] = {"metric": "bits_per_byte", **rows}
         path.write_text(json.dumps(record))
-    tests = stage_changes.by_test(
-        stage_changes.boundaries(read_run.read_run(folder))[1].changes
-    )
+    tests = changes.by_test(changes.boundaries(read_run.read_run(folder))[1].changes)
     assert [name for name, _ in tests] == ["udhr", "quiz", "udhr (task)"]
 
 
 def test_one_evaluation_has_no_boundary(folder):
     for step in (7, 13):
         (folder / f"eval/{step}.json").unlink()
-    assert stage_changes.stage_table(read_run.read_run(folder)) == ""
+    assert changes.stage_text(read_run.read_run(folder)) == ""
 
 
 def test_an_interval_shows_on_which_side_of_0_it_is():
     def text(*ends):
-        return stage_changes.interval_text(paired.Cell(*ends))
+        return formats.interval_text(paired.Estimate(*ends))
 
     assert text(0.01, 0.0002, 0.02, 0.04) == "+0.0002 … +0.0200"
     assert text(0.0, -0.1, 0.1, 1.0) == "−0.100 … +0.100"

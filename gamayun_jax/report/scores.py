@@ -1,0 +1,169 @@
+"""Bits per byte on held-out sets, by language: the table of the terminal and of pages,
+and its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gamayun_jax.evaluate.paired import MACRO, Estimate
+from gamayun_jax.report.changes import BITS, Change, changes_between
+from gamayun_jax.report.figures import Dot, Panel, dots_figure
+from gamayun_jax.report.formats import fixed, plain
+from gamayun_jax.report.html import LIGHT
+from gamayun_jax.report.read_run import (
+    BASELINES,
+    Evaluation,
+    Run,
+    beaten,
+    get,
+    label_of,
+    languages_of,
+    num,
+    read_run,
+    score,
+    sets_of,
+)
+from gamayun_jax.tables import Cell, Table
+
+
+@dataclass(frozen=True)
+class Column:
+    """An evaluation in a table, and what it differs by from another."""
+
+    head: str
+    evaluation: Any
+    versus: str = ""  # heading of the differences
+    changes: Mapping[str, Change] | None = None  # by language; None: no such column
+
+
+def set_changes(name: str, old: Evaluation, new: Evaluation) -> dict[str, Change]:
+    """Language -> change of a held-out set (see `changes_between`); of the mean over
+    all units, "micro", only the number, for it is no further test."""
+    test = f"heldout-{name}"
+    changes = {c.language: c for c in changes_between(old, new) if c.test == test}
+    a, b = (num(score(e, name, "micro"), BITS) for e in (old, new))
+    if a is not None and b is not None:
+        changes["micro"] = Change(test, BITS, "micro", a, b, Estimate(b - a), "", False)
+    return changes
+
+
+def score_table(
+    columns: Sequence[Column],
+    name: str,
+    languages: Sequence[str],
+    baselines: Sequence[str] = (),
+) -> Table:
+    """Bits per byte by language, with the means over languages and over units.
+
+    Args:
+      languages: all of the page, in the order of their colours.
+      baselines: names of BASELINES: add the last evaluation's, accuracy and parity.
+    """
+    tested = languages_of((c.evaluation for c in columns), name)
+    shown = [k for k in languages if k in tested]
+    heads = ["language"]
+    for c in columns:
+        heads += [c.head] if c.changes is None else [c.head, c.versus]
+    if baselines:
+        heads += [*(BASELINES[k] for k in baselines), "accuracy", "parity"]
+
+    def row_of(i: int, language: str) -> list[Cell]:
+        is_mean = i >= len(shown)
+        colour = None if is_mean else languages.index(language) % len(LIGHT)
+        row = [Cell(plain(language, 20), value=i, colour=colour)]
+        last: dict[str, Any] = {}
+        for c in columns:
+            last = score(c.evaluation, name, language)
+            error = num(last, "bits_per_byte_se")
+            note = "" if error is None else f"±{error:.3f}"
+            row.append(Cell(fixed(num(last, BITS)), note, value=num(last, BITS)))
+            if c.changes is not None:
+                change = c.changes.get(language)
+                row.append(change.cell() if change else Cell())
+        value = num(last, BITS)
+        for key in baselines:
+            base = num(last, "baselines", key)
+            won = base is not None and value is not None and value < base
+            text = "" if is_mean else fixed(base)
+            row.append(Cell(text, value=base, verdict="better" if won else ""))
+        if baselines:
+            right, parity = num(last, "accuracy"), num(last, "parity")
+            row.append(Cell(fixed(right, ".1%"), value=right))
+            row.append(Cell("" if is_mean else fixed(parity), value=parity))
+        return row
+
+    rows = [row_of(i, k) for i, k in enumerate([*shown, MACRO, "micro"])]
+    return Table(heads, rows[: len(shown)], rows[len(shown) :])
+
+
+def language_text(
+    evals: Sequence[Mapping[str, Any]], languages: Sequence[str] = ()
+) -> str:
+    """Plain-text bits per byte by language: a column per evaluation, and baselines.
+
+    Of more than four evaluations, the first and the last three are shown.
+    """
+    shown = list(evals) if len(evals) <= 4 else [evals[0], *evals[-3:]]
+    parts: list[str] = []
+    for name in sets_of(shown):
+        order = list(dict.fromkeys([*languages, *languages_of(shown, name)]))
+        columns = [Column(label_of(e, 14), e) for e in shown]
+        table = score_table(columns, name, order, ("unigram", "xz"))
+        parts += [
+            f"bits per byte on held-out set {plain(name)!r} (± standard error)",
+            table.text(width=110),
+            *(beaten(shown[-1], name, key) for key in ("unigram", "xz")),
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def run_text(folder: Path) -> str:
+    """The per-language table of a run: before, and after each stage."""
+    run = read_run(folder)
+    return language_text(run.stage_evals, run.languages) or "no evaluation in this run"
+
+
+def score_figure(
+    run: Run,
+    name: str,
+    languages: Sequence[str],
+    changes: Mapping[str, Change],
+) -> Any:
+    """By language: bits per byte before and after the stages, with baselines; what the
+    last stage changed; bits for the same content relative to English's."""
+    evals = run.tests(name)
+    tested = languages_of(evals, name)
+    shown = [*(k for k in languages if k in tested), MACRO]
+    bits, parity = {}, {}
+    for language in shown:
+        results = [score(e, name, language) for e in evals]
+        bits[language] = course([num(r, BITS) for r in results])
+        parity[language] = course([num(r, "parity") for r in results])[-2:]
+        for key, look in (("unigram", "cross"), ("xz", "tick")):
+            base = num(results[-1], "baselines", key)
+            bits[language] += [] if base is None else [Dot(base, look)]
+    stage = plain(get(evals[-1], "stage") or "the last", 16)
+    panels = [
+        Panel("bits per byte", bits, line=None, ticks=8),
+        Panel(f"change in {stage}", {k: [c.dot()] for k, c in changes.items()}),
+        Panel("bits per unit, English = 1", parity, line=1.0),
+    ]
+    return dots_figure(panels, shown, languages, widths=(2.2, 1.0, 1.0))
+
+
+def course(values: Sequence[float | None]) -> list[Dot]:
+    """Dots of one language's values: open before training, faint after a stage, large
+    at the end; a line from the first to the last."""
+    known = [v for v in values if v is not None]
+    dots = []
+    for i, value in enumerate(values):
+        last = i == len(values) - 1
+        look = "large" if last else "faint" if i else "open"
+        way = (known[0], known[-1]) if i == 0 and not last and known else (None, None)
+        if value is not None:
+            dots.append(Dot(value, look, *way))
+    return dots

@@ -1,0 +1,191 @@
+"""Results on tasks: a table for the terminal, tables and figures for pages."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gamayun_jax.evaluate.paired import MACRO, above_baseline, unpaired, verdicts
+from gamayun_jax.report.curves import panels_figure
+from gamayun_jax.report.figures import Dot, Panel, dots_figure, to_svg
+from gamayun_jax.report.formats import error_text, metric_text, plain
+from gamayun_jax.report.html import block, section
+from gamayun_jax.report.read_run import Points, Run, entries, num
+from gamayun_jax.tables import Cell, Table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+Tasks = Mapping[str, Mapping[str, Any]]
+MARKS = (
+    "The headline metric ± standard error (none where all items are alike), and below "
+    "it the baseline that needs no model; green: better than that, significant at 5 % "
+    "over all languages and tasks (Holm). In the figure: 95 %; dashed: chance; "
+    "crosses: the baseline."
+)
+
+
+def task_text(tasks: Tasks) -> str:
+    """Plain text: a task's headline metric by language, with chance and baseline."""
+    parts = []
+    order = dict.fromkeys(k for task in tasks.values() for k in task["languages"])
+    for name, task in tasks.items():
+        metric, languages = task["metric"], task["languages"]
+        known = [(k, languages[k]) for k in order if k in languages]
+        rows = []
+        for language, row in [*known, (MACRO, task[MACRO])]:
+            if metric not in row:
+                continue
+            cells = [metric_text(task, row.get(k)) for k in ("chance", "baseline")]
+            error = error_text(task, row).removesuffix(" %")
+            value = Cell(metric_text(task, row[metric]), error)
+            parity = "" if row.get("parity") is None else f"{row['parity']:.2f}"
+            cells += [
+                str(row.get("items", "")),
+                parity,
+                str(row.get("truncated") or ""),
+            ]
+            rows.append([language, value, *cells])
+        heads = ["language", metric, "chance", task["baseline"], "items", "parity"]
+        table = Table([*heads, "prompts cut"], rows).without_empty_columns()
+        parts += [f"{name}: {task['description']}", table.text()]
+        if task["gaps"]:
+            parts.append(f"no items: {' '.join(task['gaps'])}")
+        for reason, items in task["set_aside"].items():
+            shown = ", ".join(items["first"])
+            parts.append(f"set aside, {reason}: {items['count']} ({shown})")
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def task_panel(name: str, task: Mapping[str, Any]) -> Panel:
+    """A dot per language with its 95 % interval, and the baseline."""
+    metric, of_language = task["metric"], task["languages"]
+    chances = [row["chance"] for row in of_language.values() if "chance" in row]
+    most = math.inf if task["kind"] == "perplexity" else 1.0
+    dots: dict[str, list[Dot]] = {}
+    for language, row in of_language.items():
+        if metric not in row:
+            continue
+        e = unpaired(row[metric], row.get(f"{metric}_se"))
+        low = None if e.low is None else max(e.low, 0.0)
+        high = None if e.high is None else min(e.high, most)
+        dots[language] = [Dot(row[metric], "solid", low, high)]
+        if row.get("baseline") is not None:
+            dots[language].append(Dot(row["baseline"], "cross"))
+    return Panel(
+        f"{plain(name, 18)}, {metric.replace('_', ' ')}",
+        dots,
+        line=sum(chances) / len(chances) if chances else None,
+        dashed=True,
+        percent=task["kind"] != "perplexity",
+    )
+
+
+def beyond_baseline(tasks: Tasks) -> set[tuple[str, str]]:
+    """(task, language) of all results that are better than their baseline."""
+    keys, gains = [], []
+    for name, task in tasks.items():
+        metric = task["metric"]
+        for language, row in task["languages"].items():
+            value, base = num(row, metric), num(row, "baseline")
+            error = num(row, f"{metric}_se")
+            if value is None or base is None:
+                continue
+            keys.append((name, language))
+            if task["kind"] == "perplexity":
+                gains.append(unpaired(base - value, error))
+            else:
+                items = max(num(row, "items") or 1, 1)
+                gains.append(above_baseline(value, error, base, items))
+    marks = zip(keys, verdicts(gains, [1] * len(gains)), strict=True)
+    return {key for key, verdict in marks if verdict == "better"}
+
+
+def tasks_table(tasks: Tasks, languages: Sequence[str]) -> Table:
+    """Languages by tasks: the headline metric ± standard error, over the baseline."""
+    better = beyond_baseline(tasks)
+
+    def row_of(i: int, language: str) -> list[Cell]:
+        row = [Cell(plain(language, 20), value=i)]
+        for name, task in tasks.items():
+            of_mean = task.get(MACRO, {}) if language == MACRO else {}
+            result = task["languages"].get(language, of_mean)
+            value, base = result.get(task["metric"]), result.get("baseline")
+            verdict = "better" if (name, language) in better else ""
+            row.append(
+                Cell(
+                    metric_text(task, value) or "–",
+                    error_text(task, result),
+                    metric_text(task, base),
+                    value,
+                    verdict,
+                )
+            )
+        return row
+
+    rows = [row_of(i, k) for i, k in enumerate([*languages, MACRO])]
+    return Table(["language", *tasks], rows[:-1], rows[-1:])
+
+
+def languages_in(tasks: Tasks) -> list[str]:
+    """Languages of any of the tasks, in the order in which they appear."""
+    known = (k for t in tasks.values() for k in [*t["languages"], *t.get("gaps", ())])
+    return list(dict.fromkeys(known))
+
+
+def tasks_section(tasks: Tasks, languages: Sequence[str], title: str) -> Markup:
+    """A table and a figure of all tasks, and what was set aside."""
+    notes = []
+    for name, task in tasks.items():
+        note = [f"{plain(name)}: {plain(task.get('description', '–'), 200)}"]
+        if task.get("shots"):
+            note.append(f"{plain(task['shots'])} shots")
+        if task.get("gaps"):
+            note.append(f"no items: {plain(' '.join(task['gaps']))}")
+        for reason, items in entries(task, "set_aside").items():
+            note.append(f"set aside, {plain(reason)}: {items['count']}")
+        notes.append("; ".join(note))
+    panels = [task_panel(name, task) for name, task in tasks.items()]
+    svg = to_svg(dots_figure(panels, languages, languages), title)
+    table = block("table", tasks_table(tasks, languages))
+    return section(title, MARKS, table, svg, block("notes", notes))
+
+
+def task_points(run: Run, language: str, name: str) -> Points:
+    """(tokens, headline metric) of a task at a run's evaluations."""
+    points = []
+    for e in run.evals:
+        task = entries(e, "tasks").get(name)
+        where = (MACRO,) if language == MACRO else ("languages", language)
+        if isinstance(task, dict):
+            x, y = num(e, "tokens"), num(task, *where, str(task.get("metric")))
+            if x is not None and y is not None:
+                points.append((x, y))
+    return points
+
+
+def task_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[Markup]:
+    """Curves of the tasks that ran during training, and each run's last results."""
+    names = dict.fromkeys(n for r in runs for e in r.evals for n in entries(e, "tasks"))
+    for name in names:
+        points_of = functools.partial(task_points, name=name)
+        shown = [k for k in languages if any(points_of(r, k) for r in runs)]
+        if any(len(points_of(r, MACRO)) > 1 for r in runs):
+            figure = panels_figure(runs, [MACRO, *shown], languages, points_of, "")
+            title = f"Task “{name}” over training"
+            text = "Every panel has its own scale."
+            yield section(title, text, to_svg(figure, title))
+    for run in runs:
+        for e in [e for e in run.evals if entries(e, "tasks")][-1:]:
+            who = f"{run.name}: " if len(runs) > 1 else ""
+            whole = {
+                name: task
+                for name, task in entries(e, "tasks").items()
+                if {"kind", "metric", "languages"} <= set(entries(task))
+            }
+            title = f"{who}Tasks at the last evaluation"
+            if whole:
+                yield tasks_section(whole, languages_in(whole), title)
