@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_corpora
 from flax import linen as nn
 
 from gamayun_jax import config as c
@@ -168,6 +169,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> c.Config:
 @pytest.fixture(scope="session")
 def corpus(config: c.Config) -> corpus_module.Corpus:
     return corpus_module.open_corpus(Path(config.data.corpus))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[c.Config, Any]:
+    """A config of random words in three languages, and its corpus."""
+    folder = tmp_path_factory.mktemp("corpus")
+    cfg = small_corpora.three_sources(folder)
+    return cfg, small_corpora.build(cfg, folder / "out")
 
 
 @pytest.fixture
