@@ -14,6 +14,7 @@ N units of all sets and languages.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from gamayun_jax.config import Config, UserError
 from gamayun_jax.data.corpus import Corpus
@@ -44,7 +45,6 @@ from gamayun_jax.evaluate.standard_errors import (
     ratio_residuals,
     root,
 )
-from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, unembedding
 
 Items = dict[str, list[dict[str, Any]]]  # file's name -> its items
@@ -110,32 +110,17 @@ class HeldoutEvaluator:
         self.parallel = {k: corpus.manifest["heldout"][k]["parallel"] for k in sets}
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batches = packed_batches(cfg, parts, window, ways)
-        self._count = count = sum(
+        self._count = sum(
             len(texts.ids) for by_k in self.texts.values() for texts in by_k.values()
         )
-
-        def step(params, sums, batch):
-            x_BTD, _ = model.apply(
-                {"params": params},
-                batch["inputs"],
-                batch["positions"],
-                batch["segment_ids"],
-            )
-            nll_BT, hit_BT = token_scores(
-                x_BTD, unembedding(params), batch["targets"], cfg.compute.loss_chunk
-            )
-            both = jnp.stack([nll_BT, hit_BT], axis=-1) * batch["loss_mask"][..., None]
-            flat = both.reshape(-1, 2)
-            return sums + jax.ops.segment_sum(flat, batch["unit"].reshape(-1), count)
-
-        self._step = jax.jit(
-            step, donate_argnums=1, out_shardings=sharding.replicated(mesh)
-        )
+        self._add_scores = functools.partial(add_scores, model, cfg.compute.loss_chunk)
 
     def unit_sums(self, params: Any) -> np.ndarray:
         """float64 [N, 2]: nats and right tokens of each unit."""
         shape = (self._count, 2)
-        sums = sum_over_batches(self._step, params, self._batches, shape, self._mesh)
+        sums = sum_over_batches(
+            self._add_scores, params, self._batches, shape, self._mesh
+        )
         return sums.astype(np.float64)
 
     def run(self, params: Any) -> tuple[dict[str, Any], Items]:
@@ -153,6 +138,22 @@ class HeldoutEvaluator:
             for name, texts in self.texts.items()
         }
         return results, items
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def add_scores(model, loss_chunk, params, sums_N2, batch):
+    """Adds the nats and right tokens of a batch to the sums of its units.
+
+    All evaluators of a process share the program.
+    """
+    x_BTD, _ = model.apply(
+        {"params": params}, batch["inputs"], batch["positions"], batch["segment_ids"]
+    )
+    scores = token_scores(x_BTD, unembedding(params), batch["targets"], loss_chunk)
+    flat = (jnp.stack(scores, axis=-1) * batch["loss_mask"][..., None]).reshape(-1, 2)
+    units = batch["unit"].reshape(-1)
+    sums_N2 += jax.ops.segment_sum(flat, units, len(sums_N2))
+    return jax.lax.with_sharding_constraint(sums_N2, PartitionSpec())
 
 
 # --- texts ------------------------------------------------------------------------

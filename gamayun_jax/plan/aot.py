@@ -286,14 +286,10 @@ def budget(
 def cache_file(cfg: Config, topology: str, slices: int, cache: Path) -> Path:
     """Where the result of a compilation is kept: by all that it depends on."""
     package = Path(__file__).parents[1]
-    sources = b"".join(
-        (package / f"{name}.py").read_bytes()
-        for name in (
-            *("model/attention", "model/loss", "model/sharding", "model/transformer"),
-            "model/weights",
-            *("plan/hlo", "training/optimizer", "training/step"),
-        )
-    )
+    others = ("plan/hlo", "training/optimizer", "training/step")
+    files = sorted((package / "model").glob("*.py"))
+    files += [package / f"{name}.py" for name in others]
+    sources = b"".join(file.read_bytes() for file in files)
     parts = (to_json(cfg), topology, str(slices), jax.__version__)
     key = hashlib.sha256("\n".join(parts).encode() + sources).hexdigest()[:24]
     return cache / f"{key}.json"

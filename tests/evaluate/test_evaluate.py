@@ -159,11 +159,12 @@ def test_one_program_and_one_transfer(config, corpus, parameters, monkeypatch):
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         evaluator = HeldoutEvaluator(config, corpus, mesh, model)
         placed = jax.device_put(parameters, sharding.replicated(mesh))
+        heldout.add_scores.clear_cache()
         evaluator.run(placed)
     assert len(evaluator._batches) > 1
     assert [x.shape for x in fetched] == [(30, 2)]
     assert fetched[0].sharding.is_fully_replicated
-    assert evaluator._step._cache_size() == 1
+    assert heldout.add_scores._cache_size() == 1
 
 
 def test_results_add_up(config, corpus, result):
