@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,12 @@ def json_lines(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         except (ValueError, RecursionError):
             found = None
         yield line, found if isinstance(found, dict) else None
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSON Lines file, whole or not at all; ValueError for NaN and infinities."""
+    lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
+    write_text(path, "".join(lines))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

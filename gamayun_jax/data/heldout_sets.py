@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from gamayun_jax.config import CorpusConfig, HeldoutConfig, SourceConfig, UserEr
 from gamayun_jax.data.cleaning import clean
 from gamayun_jax.data.contamination import Contamination
 from gamayun_jax.data.documents import BadDocument
-from gamayun_jax.data.files import atomic, file_sha256
+from gamayun_jax.data.files import file_sha256, write_json_lines
 from gamayun_jax.data.inputs import expand, read_documents
 
 Units = list[tuple[str, str]]  # (id, text) of each unit
@@ -131,12 +130,8 @@ def write_heldout(sets: Sequence[HeldoutSet], folder: Path) -> None:
     """<set>.<language>.jsonl of every set, as the corpus has them."""
     for held in sets:
         for language, units in held.units.items():
-            with atomic(folder / f"{held.name}.{language}.jsonl") as temporary:
-                rows = [
-                    json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n"
-                    for i, t in units
-                ]
-                temporary.write_text("".join(rows), "utf-8")
+            rows = ({"id": i, "text": text} for i, text in units)
+            write_json_lines(folder / f"{held.name}.{language}.jsonl", rows)
 
 
 def describe(

@@ -7,7 +7,7 @@ are all alike is at chance). Beside it stands the accuracy after each language's
 was taken off: languages may hold the same map, each in its own corner of the space.
 
 Consistency is of answers: how often two languages pick the same choice of an item.
-Information parity, the bits of the same content relative to English, is evaluate.py's.
+Information parity, the bits of the same content relative to English, is heldout.py's.
 
 Shape suffixes: B rows, T length, D model, S states (embedding and layers), U units.
 """
@@ -49,7 +49,7 @@ class PooledStates:
 
     Args:
       cfg: of the model; `data.seq_len` is the length of rows, and what is longer is cut
-        into windows as in evaluate.py.
+        into windows as in heldout.py.
       units: the most texts of a call; one program serves them all.
     """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gamayun_jax.config import UserError
-from gamayun_jax.data.files import read_json_lines, write_json, write_text
+from gamayun_jax.data.files import read_json_lines, write_json, write_json_lines
 
 FORMAT = 1
 
@@ -33,9 +33,7 @@ def plain_name(path: Path) -> str:
 
 def write_items(folder: Path, name: str, items: Sequence[Mapping[str, Any]]) -> None:
     """Write the scored items of a task or held-out set to FOLDER/<name>.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(i, ensure_ascii=False, allow_nan=False) + "\n" for i in items]
-    write_text(folder / f"{name}.jsonl", "".join(lines))
+    write_json_lines(folder / f"{name}.jsonl", items)
 
 
 def read_items(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What a training step must compute, move and take, from the config alone.
 
-Lower bounds from shapes: nothing is compiled here. `plan.py` sets the compiled program
+Lower bounds from shapes: nothing is compiled here. `aot.py` sets the compiled program
 beside them. All figures are of one device and one optimiser step.
 """
 

@@ -29,6 +29,7 @@ from gamayun_jax.data.files import (
     json_lines,
     read_json,
     write_json,
+    write_json_lines,
     write_text,
 )
 from gamayun_jax.data.tokenizer import TextCoder
@@ -209,9 +210,7 @@ class RunFolder:
         """One JSON object a line; before the evaluation itself, which completes it."""
         if self.writer:
             folder = self.path / "eval" / f"{step}.items"
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-            write_text(folder / f"{name}.jsonl", "".join(lines))
+            write_json_lines(folder / f"{name}.jsonl", rows)
 
     def start_metrics(self, step: int, tokens: int, tensorboard: bool) -> list[int]:
         """Drop what was recorded after `step`, which will be made again; open for more.

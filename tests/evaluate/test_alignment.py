@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from gamayun_jax.report.alignment_page import best_layer
 
 from gamayun_jax.cli import main
 from gamayun_jax.config import ComputeConfig, MeshConfig, UserError
@@ -19,6 +18,7 @@ from gamayun_jax.evaluate import alignment, results
 from gamayun_jax.interop import hf_config, hf_weights
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
+from gamayun_jax.report.alignment import best_layer
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.run_meta import RunMeta
 
