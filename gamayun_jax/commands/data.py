@@ -152,7 +152,7 @@ def preview_curriculum(
     """
     from gamayun_jax.data.corpus import open_corpus
     from gamayun_jax.data.plan import make_data_plan, mixture_notes, unbuilt_plan
-    from gamayun_jax.report import curves, provenance
+    from gamayun_jax.report import figures, provenance
     from gamayun_jax.training import compatibility, lineage, resume
 
     cfg = load_config(config, set_)
@@ -178,7 +178,7 @@ def preview_curriculum(
     if out:
         points = lineage.share_points(cfg, plan, first)
         stages = lineage.stage_spans(cfg, first)
-        figure = curves.curriculum_figure(points, cfg.languages, stages)
+        figure = figures.curriculum_figure(points, cfg.languages, stages)
         figure.savefig(out, dpi=150)
         print(f"picture: {out}")
 

@@ -22,7 +22,7 @@ from gamayun_jax.evaluate.paired import (
     unpaired,
     verdicts,
 )
-from gamayun_jax.report.figures import Dot, Panel, dots_figure, to_svg
+from gamayun_jax.report.charts import Dot, Panel, dots_chart
 from gamayun_jax.report.formats import fixed, interval_text, plain
 from gamayun_jax.report.html import block, section
 from gamayun_jax.report.read_run import Evaluation, Run, entries, get, label_of, num
@@ -298,6 +298,6 @@ def stage_sections(run: Run, languages: Sequence[str], who: str) -> Iterable[Mar
             "change. Green: a gain, red: forgetting, grey: within noise.",
             *(block("gap", text) for text in damage_texts(boundary)),
             block("table", change_table(boundary, languages)),
-            to_svg(dots_figure(panels, shown, languages), title),
+            dots_chart(title, panels, shown, languages),
             block("notes", tallies(boundary.changes)),
         )

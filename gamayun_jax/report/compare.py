@@ -21,7 +21,7 @@ from gamayun_jax.report.changes import (
     changes_between,
     item_differences,
 )
-from gamayun_jax.report.figures import Panel, dots_figure, to_svg
+from gamayun_jax.report.charts import Panel, dots_chart, percent
 from gamayun_jax.report.formats import error_text, metric_text, plain
 from gamayun_jax.report.html import GLOSSARY, block, section, write_page
 from gamayun_jax.report.read_run import Evaluation
@@ -203,14 +203,14 @@ def task_section(c: Comparison, name: str) -> Markup:
         Panel(
             f"{label} − {labels[0]}",
             {k: [change.dot()] for k, change in of_model[name].items()},
-            percent=task["kind"] != "perplexity",
+            form=None if task["kind"] == "perplexity" else percent,
         )
         for label, of_model in zip(labels[1:], c.changes, strict=True)
     ]
     low = "; lower is better" if task["metric"] == BITS else ""
     text = f"{plain(task['description'], 300)}: {task['metric']}{low}."
-    figure = dots_figure(panels, languages, [k for k in languages if k != MACRO])
-    svg = to_svg(figure, f"Differences on {name}")
+    known = [k for k in languages if k != MACRO]
+    svg = dots_chart(f"Differences on {name}", panels, languages, known)
     return section(name, text, block("table", task_table(c, name)), svg)
 
 

@@ -1,7 +1,6 @@
-"""The parts of all figures: inline SVG by matplotlib, in the colours of the page.
+"""Figures by matplotlib: what is also saved as a picture; charts.py draws the rest.
 
-Margins are given, in inches, instead of found by matplotlib's layout engine, and alike
-dots are one collection: a page is written several times faster.
+Margins are given, in inches: matplotlib's layout engine draws everything twice.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gamayun_jax.report.formats import fixed, plain
+from gamayun_jax.report.formats import plain, short
 from gamayun_jax.report.html import LIGHT, block
+from gamayun_jax.report.read_run import Span, entries, num, spans
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -163,121 +162,55 @@ def label_ends(ax: Any, ends: Sequence[tuple[str, float, str]], height: float) -
         ax.text(1.022, place, plain(name, 14), **text, **at)
 
 
-def name_rows(ax: Any, names: Sequence[str], labels: bool = True) -> None:
-    """Rows along y, the first at the top, with their names if `labels`."""
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    if labels:
-        ax.set_yticks(range(len(names)), [plain(k, 14) for k in names])
-        ax.tick_params(axis="y", length=0)
-    else:
-        ax.yaxis.set_visible(False)
-
-
-def horizontal(ax: Any, ticks: int, percent: bool = False) -> None:
-    """Lines of the grid across, for values that lie along x, shares in percent."""
-    ax.grid(axis="y", visible=False)
-    ax.grid(axis="x", visible=True)
-    ax.locator_params(axis="x", nbins=ticks)
-    if percent:
-        ax.xaxis.set_major_formatter(lambda x, _: fixed(100 * x, "g") + " %")
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A value of one language.
-
-    Args:
-      look: a name of LOOKS.
-      low, high: ends of a line through it: an interval, or the way from another value.
-    """
-
-    x: float
-    look: str = "solid"
-    low: float | None = None
-    high: float | None = None
-
-
-# Marker, its size in square points, opacity.
-LOOKS = {
-    "solid": ("o", 25, 1.0),
-    "large": ("o", 42, 1.0),
-    "faint": ("o", 25, 0.35),
-    "open": ("o", 25, 0.5),
-    "cross": ("x", 20, 0.75),
-    "tick": ("|", 110, 0.75),
-}
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Dots of languages along one axis.
-
-    Args:
-      dots: language -> its dots.
-      line: an upright line there: no change, or chance if `dashed`.
-      ticks: most numbers along x.
-    """
-
-    title: str
-    dots: Mapping[str, Sequence[Dot]] = field(default_factory=dict)
-    line: float | None = 0.0
-    dashed: bool = False
-    percent: bool = False
-    ticks: int = 4
-
-
-def draw_dots(ax: Any, panel: Panel, names: Sequence[str], colour: Any) -> None:
-    """The dots of a panel, a collection for all of the same look."""
-    for look, (marker, size, alpha) in LOOKS.items():
-        found = [
-            (i, dot, INK if look in ("cross", "tick") else colour(name))
-            for i, name in enumerate(names)
-            for dot in panel.dots.get(name, ())
-            if dot.look == look
-        ]
-        if not found:
-            continue
-        rows, dots, colours = zip(*found, strict=True)
-        for i, dot, c in found:
-            if dot.low is not None:
-                ax.hlines(i, dot.low, dot.high, color=c, alpha=min(alpha, 1.0))
-        paint = {"facecolors": PAPER, "edgecolors": colours} if look == "open" else {}
-        style = paint or {"color": colours}
-        x = [dot.x for dot in dots]
-        ax.scatter(x, rows, size, marker=marker, alpha=alpha, zorder=3, **style)
+def token_axis(ax: Any, stages: Sequence[Span]) -> None:
+    """Tokens along x; stage boundaries dashed, stage names above."""
+    ax.xaxis.set_major_formatter(lambda x, _: short(x))
+    ax.locator_params(axis="x", nbins=6)
+    low, high = ax.get_xlim()
+    for i, (name, begin, end) in enumerate(stages):
+        if i and low < begin < high:
+            ax.axvline(begin, color=INK, alpha=0.55, lw=0.8, linestyle=(0, (4, 3)))
+        middle = (max(begin, low) + min(end, high)) / 2
+        if low < middle < high:
+            where = ax.get_xaxis_transform()
+            ax.text(middle, 1.015, name, transform=where, ha="center", alpha=0.75)
 
 
 @styled
-def dots_figure(
-    panels: Sequence[Panel],
-    names: Sequence[str],
-    languages: Iterable[str],
-    widths: Sequence[float] | None = None,
+def curriculum_figure(
+    points: Sequence[Mapping[str, Any]],
+    languages: Sequence[str] = (),
+    stages: Sequence[Mapping[str, Any]] = (),
 ) -> Any:
-    """Panels side by side, at most four, each with a row for every name.
+    """Shares of sources over tokens, stacked; domains of a language are shades of it.
 
     Args:
-      names: languages, and means, from top to bottom.
-      languages: all of the page, in the order of their colours.
-      widths: of the panels, if they are not alike.
+      points: {"tokens", "shares": {source: share}}, joined by straight lines.
+      languages: their order; the colours follow it.
+      stages: {"name", "start_tokens", "end_tokens"}.
     """
-    across = min(len(panels), 4)
-    down = -(-len(panels) // across)
-    height = (0.22 * len(names) + 0.85) * down
-    figure, grid = axes(
-        WIDTH, height, down, across,
-        margins=(label_width(names), 0.15, 0.3, 0.3), gaps=(0.25, 0.6),
-        gridspec_kw={"width_ratios": widths or [1] * across},
-    )  # fmt: skip
-    colours = colours_of(languages)
-    for ax in grid[len(panels) :]:
-        ax.set_visible(False)
-    for i, (ax, panel) in enumerate(zip(grid, panels, strict=False)):
-        if panel.line is not None:
-            style = {"linestyle": "--"} if panel.dashed else {}
-            ax.axvline(panel.line, color=INK, alpha=0.6, linewidth=0.8, **style)
-        draw_dots(ax, panel, names, lambda name: colours.get(name, INK))
-        name_rows(ax, names, labels=i % across == 0)
-        ax.set_title(panel.title)
-        horizontal(ax, panel.ticks, panel.percent)
+    points = [p for p in points if num(p, "tokens") is not None]
+    sources = list(dict.fromkeys(s for p in points for s in entries(p, "shares")))
+    order = list(dict.fromkeys([*languages, *(s.split("/")[0] for s in sources)]))
+    sources.sort(key=lambda s: order.index(s.split("/")[0]))
+    height = max(4.0, 0.18 * len(sources) + 1.2)
+    margins = (0.7, label_width(sources) + 0.15, 0.3, 0.45)
+    figure, (ax,) = axes(WIDTH, height, margins=margins)
+    x = [num(p, "tokens") or 0.0 for p in points]
+    total, ends, former, alpha = [0.0] * len(x), [], "", 1.0
+    for s in sources:
+        language, below = s.split("/")[0], total
+        alpha = 0.95 if language != former else alpha * 0.62
+        shares = [num(p, "shares", s) or 0.0 for p in points]
+        total = [a + b for a, b in zip(below, shares, strict=True)]
+        colour, former = colours_of(order)[language], language
+        paint = {"color": colour, "alpha": alpha, "edgecolor": PAPER, "lw": 0.6}
+        ax.fill_between(x, below, total, **paint)
+        if shares[-1] > 0:
+            ends.append((s, (below[-1] + total[-1]) / 2, colour))
+    ax.set(ylim=(0, max([1e-9, *total])), xlabel="tokens", ylabel="share of tokens")
+    ax.margins(x=0)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    token_axis(ax, spans(stages))
+    label_ends(ax, ends, height - 0.75)
     return figure

@@ -67,14 +67,14 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=lambda x: x if isinstance(x, Markup) else plain(x, 400),
     )
-    made.filters["plain"] = plain
+    made.filters |= {"plain": plain, "whole": Markup}
     return made
 
 
 def block(name: str, *args: Any) -> Markup:
-    """HTML by a macro of blocks.html.jinja."""
-    macros = environment().get_template("blocks.html.jinja").module
-    return getattr(macros, name)(*args)
+    """HTML by a macro of blocks.html.jinja, or of charts.html.jinja."""
+    file = "charts.html.jinja" if name.endswith("_chart") else "blocks.html.jinja"
+    return getattr(environment().get_template(file).module, name)(*args)
 
 
 def section(title: str, text: str, *content: Markup) -> Markup:

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gamayun_jax.report.curves import curriculum_figure, sources_figure
-from gamayun_jax.report.figures import to_svg
+from gamayun_jax.report.curves import sources_chart
+from gamayun_jax.report.figures import curriculum_figure, to_svg
 from gamayun_jax.report.formats import plain, short
 from gamayun_jax.report.html import block, section
 from gamayun_jax.report.read_run import Run, entries, get, num, rows, spans
@@ -89,7 +89,7 @@ def origin_sections(run: Run, who: str, languages: Sequence[str]) -> Iterable[Ma
     yield section(f"{who}Curriculum", text, content)
     content = gap("curriculum.table in lineage.json")
     if rows(run.lineage, "curriculum", "table"):
-        content = to_svg(sources_figure(run, languages), "Tokens and epochs by source")
+        content = sources_chart("Tokens and epochs by source", run, languages)
     text = "As planned, the stages in order from dark to light; upright tick: served."
     yield section(f"{who}Tokens and epochs of each source", text, content)
     content = block("chain", chain_of(run)) if run.lineage else gap("lineage.json")

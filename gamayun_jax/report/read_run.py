@@ -16,7 +16,6 @@ from gamayun_jax.training.run_folder import evaluations
 
 BASELINES = {"uniform": "uniform", "unigram": "unigram", "xz": "xz -9e"}
 Span = tuple[str, float, float]  # name, first and last token of a stage
-Points = list[tuple[float, float]]
 
 
 def get(data: Any, *keys: str) -> Any:

@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING, Any
 from gamayun_jax.config import UserError
 from gamayun_jax.evaluate.paired import MACRO
 from gamayun_jax.report.changes import BITS, stage_sections
+from gamayun_jax.report.charts import DASHES, Panel, Points, dots_chart
 from gamayun_jax.report.curves import (
-    course_figure,
-    loss_figure,
+    course_chart,
+    loss_chart,
     loss_points,
-    panels_figure,
+    panels_chart,
 )
-from gamayun_jax.report.figures import Panel, dots_figure, to_svg
 from gamayun_jax.report.formats import fixed, plain, short
 from gamayun_jax.report.html import GLOSSARY, block, section, write_page
 from gamayun_jax.report.provenance import gap, origin_sections
 from gamayun_jax.report.read_run import (
     BASELINES,
     Evaluation,
-    Points,
     Run,
     beaten,
     get,
@@ -42,14 +41,13 @@ from gamayun_jax.report.read_run import (
     seconds_of,
     sets_of,
 )
-from gamayun_jax.report.scores import Column, score_figure, score_table, set_changes
+from gamayun_jax.report.scores import Column, score_chart, score_table, set_changes
 from gamayun_jax.report.task_scores import task_sections
 from gamayun_jax.tables import Cell, Table
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-SVG_DASHES = ("", "7 3", "2 3", "7 3 2 3")  # of runs, as curves.DASHES
 SCORE_LEGEND = (
     "○ before", "● faint: after a stage", "● at the end", "| xz -9e",
     "× token unigram", "— 95 %",
@@ -91,7 +89,7 @@ def facts(run: Run) -> dict[str, str]:
 
 def line_styles(runs: Sequence[Run]) -> list[Markup]:
     """The legend of the runs' line styles; none for a single run."""
-    names = [(r.name, d) for r, d in zip(runs, itertools.cycle(SVG_DASHES))]
+    names = [(r.name, d) for r, d in zip(runs, itertools.cycle(DASHES))]
     return [block("line_styles", names)] if len(runs) > 1 else []
 
 
@@ -130,10 +128,9 @@ def over_training_section(
     tested = languages_of((e for r in runs for e in r.evals), name)
     keys = [MACRO, *(k for k in languages if k in tested)]
     points_of = functools.partial(bpb_points, name=name)
-    figure = panels_figure(runs, keys, languages, points_of, "bits per byte")
-    text = "Every panel has its own scale; the steep start is cut off."
-    svg = to_svg(figure, f"Bits per byte on {name} over tokens")
     title = f"Bits per byte over training, “{name}”"
+    text = "Every panel has its own scale; the steep start is cut off."
+    svg = panels_chart(title, runs, keys, languages, points_of, "bits per byte")
     return section(title, text, *line_styles(runs), svg)
 
 
@@ -145,13 +142,14 @@ def set_section(run: Run, name: str, languages: Sequence[str], who: str) -> Mark
         changes = set_changes(name, old, new)
         columns.append(Column(label_of(new), new, "change", changes))
     won = "; ".join(beaten(evals[-1], name, k) for k in ("unigram", "xz"))
-    figure = score_figure(run, name, languages, columns[-1].changes or {})
     return section(
         f"{who}Held-out set “{name}” by language",
         "Bits per byte ± standard error; lower is better. A baseline above the model's "
         f"number is green; {won}. Click a heading to sort.",
         block("table", score_table(columns, name, languages, tuple(BASELINES))),
-        to_svg(figure, f"Results on {name}"),
+        score_chart(
+            f"Results on {name}", run, name, languages, columns[-1].changes or {}
+        ),
         block("legend", SCORE_LEGEND),
     )
 
@@ -208,7 +206,7 @@ def quantised_sections(
             )
             tested = languages_of([first], name)
             shown = [*(k for k in languages if k in tested), MACRO]
-            svg = to_svg(dots_figure(panels, shown, languages), f"Quantised, on {name}")
+            svg = dots_chart(f"Quantised, on {name}", panels, shown, languages)
             table = block("table", score_table(columns, name, languages))
             title = f"Quantised weights of {plain(run, 30)}, “{name}”"
             yield section(title, text, table, svg)
@@ -245,12 +243,12 @@ def training_sections(
         def smooth(run: Run, language: str) -> Points:
             return loss_points(run, language)[1]
 
-        figure = panels_figure(runs, languages, languages, smooth, "nats per token")
+        svg = panels_chart(title, runs, languages, languages, smooth, "nats per token")
     else:
-        figure = loss_figure(runs[0], languages)
-    yield section(title, text, *line_styles(runs), to_svg(figure, title))
+        svg = loss_chart(title, runs[0], languages)
+    yield section(title, text, *line_styles(runs), svg)
     text = "Compiling, evaluating and saving do not count in the throughput."
-    small = [to_svg(course_figure(runs, *c), c[0]) for c in COURSE]
+    small = [course_chart(runs, *course) for course in COURSE]
     yield section("Course", text, *line_styles(runs), block("grid", small))
     if any(r.goodput for r in runs):
         text = "Wall time since the run began."

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.evaluate.paired import MACRO, Estimate
 from gamayun_jax.report.changes import BITS, Change, changes_between
-from gamayun_jax.report.figures import Dot, Panel, dots_figure
+from gamayun_jax.report.charts import Dot, Panel, dots_chart
 from gamayun_jax.report.formats import fixed, plain
 from gamayun_jax.report.html import LIGHT
 from gamayun_jax.report.read_run import (
@@ -27,6 +27,9 @@ from gamayun_jax.report.read_run import (
     sets_of,
 )
 from gamayun_jax.tables import Cell, Table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,13 @@ def run_text(folder: Path) -> str:
     return language_text(run.stage_evals, run.languages) or "no evaluation in this run"
 
 
-def score_figure(
+def score_chart(
+    title: str,
     run: Run,
     name: str,
     languages: Sequence[str],
     changes: Mapping[str, Change],
-) -> Any:
+) -> Markup:
     """By language: bits per byte before and after the stages, with baselines; what the
     last stage changed; bits for the same content relative to English's."""
     evals = run.tests(name)
@@ -152,7 +156,7 @@ def score_figure(
         Panel(f"change in {stage}", {k: [c.dot()] for k, c in changes.items()}),
         Panel("bits per unit, English = 1", parity, line=1.0),
     ]
-    return dots_figure(panels, shown, languages, widths=(2.2, 1.0, 1.0))
+    return dots_chart(title, panels, shown, languages, widths=(2.2, 1.0, 1.0))
 
 
 def course(values: Sequence[float | None]) -> list[Dot]:

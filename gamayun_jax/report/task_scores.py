@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.evaluate.paired import MACRO, above_baseline, unpaired, verdicts
-from gamayun_jax.report.curves import panels_figure
-from gamayun_jax.report.figures import Dot, Panel, dots_figure, to_svg
+from gamayun_jax.report.charts import Dot, Panel, Points, dots_chart, percent
+from gamayun_jax.report.curves import panels_chart
 from gamayun_jax.report.formats import error_text, metric_text, plain
 from gamayun_jax.report.html import block, section
-from gamayun_jax.report.read_run import Points, Run, entries, num
+from gamayun_jax.report.read_run import Run, entries, num
 from gamayun_jax.tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def task_panel(name: str, task: Mapping[str, Any]) -> Panel:
         dots,
         line=sum(chances) / len(chances) if chances else None,
         dashed=True,
-        percent=task["kind"] != "perplexity",
+        form=None if task["kind"] == "perplexity" else percent,
     )
 
 
@@ -149,7 +149,7 @@ def tasks_section(tasks: Tasks, languages: Sequence[str], title: str) -> Markup:
             note.append(f"set aside, {plain(reason)}: {items['count']}")
         notes.append("; ".join(note))
     panels = [task_panel(name, task) for name, task in tasks.items()]
-    svg = to_svg(dots_figure(panels, languages, languages), title)
+    svg = dots_chart(title, panels, languages, languages)
     table = block("table", tasks_table(tasks, languages))
     return section(title, MARKS, table, svg, block("notes", notes))
 
@@ -174,10 +174,9 @@ def task_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[Mar
         points_of = functools.partial(task_points, name=name)
         shown = [k for k in languages if any(points_of(r, k) for r in runs)]
         if any(len(points_of(r, MACRO)) > 1 for r in runs):
-            figure = panels_figure(runs, [MACRO, *shown], languages, points_of, "")
-            title = f"Task “{name}” over training"
-            text = "Every panel has its own scale."
-            yield section(title, text, to_svg(figure, title))
+            title, keys = f"Task “{name}” over training", [MACRO, *shown]
+            svg = panels_chart(title, runs, keys, languages, points_of, cut=False)
+            yield section(title, "Every panel has its own scale.", svg)
     for run in runs:
         for e in [e for e in run.evals if entries(e, "tasks")][-1:]:
             who = f"{run.name}: " if len(runs) > 1 else ""

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from gamayun_jax.config import UserError
-from gamayun_jax.report import curves, formats, provenance, read_run, report, scores
+from gamayun_jax.report import (
+    curves,
+    figures,
+    formats,
+    provenance,
+    read_run,
+    report,
+    scores,
+)
 
 LANGUAGES = ("en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr")
 SOURCES = (*(f"{k}/help" for k in LANGUAGES), "en/hq")
@@ -358,13 +366,13 @@ def test_language_table():
 
 def test_curriculum_figure_and_table(tmp_path):
     points = records()["lineage.json"]["curriculum"]["shares"]
-    figure = curves.curriculum_figure(points)
+    figure = figures.curriculum_figure(points)
     figure.savefig(tmp_path / "c.png", dpi=50)
     assert (tmp_path / "c.png").stat().st_size > 5000
     labels = {t.get_text() for t in figure.axes[0].texts}
     assert set(SOURCES) <= labels
     stages = records()["lineage.json"]["stages"]
-    figure = curves.curriculum_figure(points, LANGUAGES, stages)
+    figure = figures.curriculum_figure(points, LANGUAGES, stages)
     assert {"align", "enrich"} <= {t.get_text() for t in figure.axes[0].texts}
     rows = [
         {"phase": p, "source": s, "share": 0.5, "examples": 8, "epochs": 1.5,

@@ -1,0 +1,307 @@
+"""Panels of dots and of lines as SVG by a template: milliseconds each.
+
+matplotlib takes 50 times as long for small multiples; it draws what must also be saved
+as a picture (figures.py). Sizes are in points, as there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gamayun_jax.report.formats import fixed, plain
+from gamayun_jax.report.html import LIGHT, block
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+Points = list[tuple[float, float]]
+WIDTH = 684.0  # of a figure as wide as the page
+INK = "var(--fg)"
+FEW = 30  # points of a line that are dots too
+DASHES = ("", "7 3", "2 3", "7 3 2 3")  # of runs
+
+
+def colours_of(languages: Iterable[str]) -> dict[str, str]:
+    """Language -> its colour in both modes of the page, by its place among them."""
+    names = itertools.cycle(f"var(--c{i})" for i in range(len(LIGHT)))
+    return dict(zip(languages, names, strict=False))
+
+
+class Scale:
+    """Values to points along an axis, and the numbers that stand at it.
+
+    Args:
+      low, high: ends of the axis.
+      size: points from one end to the other.
+      count: most intervals between numbers.
+      form: how a number is written; default: with as many digits as all need.
+      upwards: the greatest value is at 0, as along y.
+    """
+
+    def __init__(
+        self,
+        low: float,
+        high: float,
+        size: float,
+        count: int,
+        form: Callable[[float], str] | None = None,
+        upwards: bool = False,
+    ):
+        from matplotlib.ticker import MaxNLocator
+
+        if not high > low:
+            low, high = low - max(0.5, abs(low)), high + max(0.5, abs(high))
+        self.low, self.high, self.size, self._upwards = low, high, size, upwards
+        at = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        shown = [float(x) for x in at if low <= x <= high]
+        digits = 0
+        while digits < 6 and any(abs(x - round(x, digits)) > 1e-9 for x in shown):
+            digits += 1
+        text = form or (lambda x: fixed(x, f".{digits}f"))
+        self.ticks = [(self(x), text(x)) for x in shown]
+
+    def __call__(self, value: float) -> float:
+        part = (value - self.low) / (self.high - self.low)
+        return round(self.size * (1 - part if self._upwards else part), 2)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A value of one language.
+
+    Args:
+      look: solid, large, faint, open, cross, tick or bar (of `low` to `high`).
+      low, high: ends of a line through it: an interval, or the way from another value.
+      text: beside it.
+    """
+
+    x: float
+    look: str = "solid"
+    low: float | None = None
+    high: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Dots of languages along one axis.
+
+    Args:
+      dots: name -> its dots.
+      line: an upright line there: no change, or chance if `dashed`.
+      form: how a number along x is written.
+      ticks: most intervals along x.
+    """
+
+    title: str
+    dots: Mapping[str, Sequence[Dot]] = field(default_factory=dict)
+    line: float | None = 0.0
+    dashed: bool = False
+    form: Callable[[float], str] | None = None
+    ticks: int = 4
+
+
+def percent(x: float) -> str:
+    """0.25 -> "25 %"."""
+    return f"{fixed(100 * x, 'g')} %"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points joined by a line."""
+
+    points: Points
+    colour: str = INK
+    dash: str = ""
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class LinePanel:
+    """Lines over tokens or time.
+
+    Args:
+      lines: the first ones are behind the others.
+      limits: ends of y; default: the lines'.
+      boundaries: upright dashed lines.
+      names: (x, name): above the panel.
+      ends: (y, name, colour): at the right end of lines.
+    """
+
+    title: str
+    lines: Sequence[Line]
+    xform: Callable[[float], str] | None = None
+    yform: Callable[[float], str] | None = None
+    xlabel: str = ""
+    ylabel: str = ""
+    colour: str = INK
+    limits: tuple[float, float] | None = None
+    boundaries: Sequence[float] = ()
+    names: Sequence[tuple[float, str]] = ()
+    ends: Sequence[tuple[float, str, str]] = ()
+
+
+def boxes(
+    count: int,
+    across: int,
+    width: float,
+    height: float,
+    margins: tuple[float, float, float, float],
+    gap: float,
+    widths: Sequence[float] | None = None,
+) -> tuple[list[tuple[float, float, float]], float]:
+    """(left, top, width) of each panel, row by row, and the height of all.
+
+    Args:
+      height: of a panel.
+      margins: left and right of the figure, above and below each panel.
+      gap: between columns.
+      widths: of columns, relative.
+    """
+    left, right, above, below = margins
+    shares = widths or [1.0] * across
+    room = width - left - right - gap * (across - 1)
+    sizes = [room * share / sum(shares) for share in shares]
+    found = []
+    for i in range(count):
+        row, column = divmod(i, across)
+        x = left + sum(sizes[:column]) + gap * column
+        found.append((x, above + row * (above + height + below), sizes[column]))
+    return found, -(-count // across) * (above + height + below)
+
+
+def label_width(names: Iterable[str]) -> float:
+    """Points that names of at most 14 characters take, about."""
+    return 9 + 5.4 * min(14, max(map(len, names), default=0))
+
+
+def dots_chart(
+    title: str,
+    panels: Sequence[Panel],
+    names: Sequence[str],
+    languages: Iterable[str],
+    widths: Sequence[float] | None = None,
+) -> Markup:
+    """Panels side by side, at most four, each with a row for every name.
+
+    Args:
+      names: languages, and means, from top to bottom.
+      languages: all of the page, in the order of their colours.
+      widths: of the panels, if they are not alike.
+    """
+    colours, step = colours_of(languages), 16.0
+    across, height = min(len(panels), 4), step * len(names)
+    margins = (label_width(names), 12.0, 22.0, 22.0)
+    places, whole = boxes(len(panels), across, WIDTH, height, margins, 18.0, widths)
+    shapes = []
+    for i, (panel, (left, top, width)) in enumerate(zip(panels, places, strict=True)):
+        dots = [
+            (step * (n + 0.5), dot, colours.get(name.split("/")[0], INK))
+            for n, name in enumerate(names)
+            for dot in panel.dots.get(name, ())
+        ]
+        values = [v for _, d, _ in dots for v in (d.x, d.low, d.high) if v is not None]
+        values += [] if panel.line is None else [panel.line]
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        room = 0.05 * (high - low)
+        has_bars = any(d.look == "bar" for _, d, _ in dots)
+        begin, end = (low, high + 3 * room) if has_bars else (low - room, high + room)
+        x = Scale(begin, end, width, panel.ticks, panel.form)
+        shapes.append(
+            {
+                "left": round(left, 2), "top": top, "width": round(width, 2),
+                "height": height, "title": panel.title, "x": x.ticks,
+                "line": None if panel.line is None else x(panel.line),
+                "dashed": panel.dashed,
+                "labels": [
+                    (step * (n + 0.5) + 3, plain(name, 14))
+                    for n, name in enumerate(names)
+                    if i % across == 0
+                ],
+                "dots": [
+                    {
+                        "x": x(d.x), "y": y, "look": d.look, "text": d.text,
+                        "colour": INK if d.look in ("cross", "tick") else colour,
+                        "span": d.low is not None and (x(d.low), x(d.high or 0.0)),
+                    }
+                    for y, d, colour in dots
+                ],
+            }
+        )  # fmt: skip
+    return block("dots_chart", title, WIDTH, whole, shapes)
+
+
+def lines_chart(
+    title: str,
+    panels: Sequence[LinePanel],
+    across: int = 4,
+    width: float = WIDTH,
+    height: float = 85.0,
+) -> Markup:
+    """Panels with the same x; only the last of a column has numbers along it.
+
+    Args:
+      height: of a panel.
+    """
+    across = min(across, len(panels)) or 1
+    ends = label_width(name for p in panels for _, name, _ in p.ends)
+    right = ends + 14 if any(p.ends for p in panels) else 8.0
+    below = 34.0 if any(p.xlabel for p in panels) else 6.0
+    left = 44.0 if any(p.ylabel for p in panels) else 34.0
+    margins = (left, right, 20.0, below)
+    places, whole = boxes(len(panels), across, width, height, margins, 38.0)
+    lines = [line.points for p in panels for line in p.lines]
+    begin = min((x for points in lines for x, _ in points), default=0.0)
+    end = max((x for points in lines for x, _ in points), default=1.0)
+    if any(len(points) < FEW for points in lines):  # room for half a dot
+        begin, end = begin - 0.02 * (end - begin), end + 0.02 * (end - begin)
+    shapes = []
+    for i, (panel, (left, top, size)) in enumerate(zip(panels, places, strict=True)):
+        values = [y for line in panel.lines for _, y in line.points]
+        low, high = panel.limits or (min(values, default=0), max(values, default=1))
+        x = Scale(begin, end, size, 6 if size > 200 else 3, panel.xform)
+        y = Scale(low, high, height, 5 if height > 100 else 4, panel.yform, True)
+        last = i + across >= len(panels)
+        shapes.append(
+            {
+                "left": round(left, 2), "top": top, "width": round(size, 2),
+                "height": height, "title": panel.title, "colour": panel.colour,
+                "x": x.ticks, "y": y.ticks, "numbers": last, "xlabel": panel.xlabel,
+                "ylabel": panel.ylabel if i % across == 0 else "",
+                "boundaries": [x(b) for b in panel.boundaries if begin < b < end],
+                "names": [(x(at), name) for at, name in panel.names],
+                "ends": spread([(y(v), n, c) for v, n, c in panel.ends], height),
+                "lines": [
+                    {
+                        "path": "L".join(f"{x(a)} {y(b)}" for a, b in line.points),
+                        "few": [(x(a), y(b)) for a, b in line.points]
+                        if len(line.points) < FEW else [],
+                        "colour": line.colour, "dash": line.dash, "faint": line.faint,
+                    }
+                    for line in panel.lines
+                    if line.points
+                ],
+            }
+        )  # fmt: skip
+    return block("lines_chart", title, width, whole + 16, shapes)
+
+
+def spread(
+    ends: Sequence[tuple[float, str, str]], height: float
+) -> list[tuple[float, float, str, str]]:
+    """(y of a line's end, y of its name, name, colour), the names moved apart."""
+    ends = sorted((min(max(y, 0.0), height), name, c) for y, name, c in ends)
+    places = [y for y, *_ in ends]
+    for _ in range(300):
+        for a in range(len(places) - 1):
+            lack = max(0.0, 11.0 - (places[a + 1] - places[a])) / 2
+            places[a] -= lack
+            places[a + 1] += lack
+    lift = max(0.0, max(places, default=0.0) - height)
+    return [
+        (y, round(place - lift, 2), plain(name, 14), colour)
+        for (y, name, colour), place in zip(ends, places, strict=True)
+    ]
