@@ -12,7 +12,7 @@ Shape suffixes: B rows, T length, P predictions of a row, D model, V vocabulary.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +194,8 @@ class Scorer:
                     progress(len(np.unique(owner_BP[used])))
 
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
-            for batch, owner_BP in self._batches(parts):
+            for group in self._batches(parts):
+                batch, owner_BP = lay_out(*group)
                 result = self._step(self.params, on_devices(batch, self.mesh))
                 in_flight.append((owner_BP, result))
                 collect(keep=1)  # the devices always have the next batch queued
@@ -270,8 +271,10 @@ class Scorer:
             parts[-1].targets.append(target)
         return parts, 0
 
-    def _batches(self, parts: Sequence[Part]) -> Any:
-        """Batches of rows, and the continuation that each prediction is of (or -1)."""
+    def _batches(
+        self, parts: Sequence[Part]
+    ) -> Iterator[tuple[list[list[Part]], int, int, int]]:
+        """Rows of each batch, and its sizes B, T and P: what `lay_out` takes."""
         by_length: dict[int, list[list[Part]]] = {}
         filled = fill_rows(parts)
         least = LEAST if len(filled) == 1 else SHORTEST
@@ -284,7 +287,7 @@ class Scorer:
             each = -(-len(rows) // self._ways)
             B = self._ways * batch_size(each, max(self._batch_tokens // T, 1))
             for at in range(0, len(rows), B):
-                yield lay_out(rows[at : at + B], B, T, P)
+                yield rows[at : at + B], B, T, P
 
 
 def fill_rows(parts: Sequence[Part]) -> list[list[Part]]:

@@ -43,28 +43,28 @@ def scorer(shape=(1, 1, 1), window=None):
     return Scorer(WIDE, weights(), mesh_of(shape), FLOAT32, window, batch_tokens=512)
 
 
+@jax.jit
+def forward(params, ids_1T):
+    model, T = Transformer(WIDE, FLOAT32), ids_1T.shape[1]
+    ones = jnp.ones_like(ids_1T)
+    x, _ = model.apply({"params": params}, ids_1T, jnp.arange(T)[None], ones)
+    return jax.nn.log_softmax(logits(params, x)[0], -1)
+
+
 @functools.cache
-def forward(length):
-    model = Transformer(WIDE, FLOAT32)
-
-    @jax.jit
-    def run(params, ids_1T):
-        ones = jnp.ones_like(ids_1T)
-        x, _ = model.apply({"params": params}, ids_1T, jnp.arange(length)[None], ones)
-        return jax.nn.log_softmax(logits(params, x)[0], -1)
-
-    return run
+def logprobs(*ids):
+    """Of the token after each of the ids: a forward pass of their own."""
+    inputs = np.zeros((1, 64), np.int32)  # causal: what follows does not matter
+    inputs[0, : len(ids)] = ids
+    return np.asarray(forward(weights(), inputs), np.float64)[: len(ids)]
 
 
 def alone(context, choice, window=WIDE.max_seq_len):
     """Log-probability of one choice and whether it is greedy: a forward of its own."""
     ids = [*context, *choice][-(window + 1) :]
-    inputs = np.zeros((1, 64), np.int32)  # causal: what follows does not matter
-    inputs[0, : len(ids) - 1] = ids[:-1]
-    logp = np.asarray(forward(64)(weights(), inputs), np.float64)
-    places = np.arange(len(ids) - 1 - len(choice), len(ids) - 1)
-    found = logp[places, choice]
-    return found.sum(), bool((logp[places].argmax(-1) == choice).all())
+    logp = logprobs(*ids[:-1])[-len(choice) :]
+    found = logp[np.arange(len(choice)), choice]
+    return found.sum(), bool((logp.argmax(-1) == choice).all())
 
 
 def requests(count=40, seed=1):
@@ -89,11 +89,8 @@ def test_equals_each_choice_alone():
     for k in range(3):
         choice = []
         for _ in range(3):
-            ids = [*asked[k].context, *choice]
-            inputs = np.zeros((1, 64), np.int32)
-            inputs[0, : len(ids)] = ids
-            logp = np.asarray(forward(64)(weights(), inputs))
-            choice.append(int(logp[len(ids) - 1].argmax()))
+            logp = logprobs(*asked[k].context, *choice)
+            choice.append(int(logp[-1].argmax()))
         asked[k] = Request(asked[k].context, [*asked[k].continuations, choice])
     found = scorer().score(asked)
     assert len(found) == len(asked)
@@ -219,7 +216,7 @@ def test_few_or_short_texts_are_not_padded_to_the_largest_batch():
     def shape_of(count, length):
         asked = [Request([1], [[2] * length]) for _ in range(count)]
         parts = [p for i, r in enumerate(asked) for p in fresh._parts(i, r, i)[0]]
-        return [batch["tokens"].shape for batch, _ in fresh._batches(parts)]
+        return [(B, T) for _, B, T, _ in fresh._batches(parts)]
 
     assert shape_of(1, 20) == [(1, 32)]
     assert shape_of(1, 60) == [(1, 64)]

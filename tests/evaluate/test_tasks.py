@@ -84,13 +84,15 @@ def test_multiple_choice_by_hand(tmp_path):
     assert [(r["language"], r["id"]) for r in rows] == [
         (i["language"], i["id"]) for i in items
     ]
-    for item, row in zip(items, rows, strict=True):
-        lp, plain = [], []
-        for choice in item["choices"]:
-            for prompt, into in ((item["question"], lp), ("", plain)):
-                context, ids = encode_pair(Bytes(), prompt, " " + choice)
-                into += scorer.score([Request(context, [ids])])[0].logprobs.tolist()
-        lp, plain = np.array(lp), np.array(plain)
+    alone = [
+        encode_pair(Bytes(), prompt, " " + choice)
+        for item in items
+        for prompt in (item["question"], "")
+        for choice in item["choices"]
+    ]
+    scores = scorer.score([Request(context, [ids]) for context, ids in alone])
+    by_hand = np.reshape([s.logprobs[0] for s in scores], (len(items), 2, 4))
+    for item, row, (lp, plain) in zip(items, rows, by_hand, strict=True):
         np.testing.assert_allclose(row["logprobs"], lp, rtol=1e-4)
         sizes = np.array([len(c) for c in item["choices"]])
         expected = {

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import time
 import typing
 
 import jax
@@ -174,10 +175,21 @@ def test_out_of_memory_says_by_how_much_and_what_helps(stage1, message):
 # --- what a compilation shows, with CPUs for chips ---------------------------------
 
 
+COMPILED = {}
+compile_for = aot.compile_for
+
+
+def compiled_once(cfg, mesh):
+    if cfg.compute not in COMPILED:
+        COMPILED[cfg.compute] = compile_for(cfg, mesh)
+    return COMPILED[cfg.compute]
+
+
 @pytest.fixture
 def on_cpus(wide_config, monkeypatch):
     """A config for 8 CPUs, which stand in for the chips of v5e:2x4."""
     monkeypatch.setattr(aot, "topology_devices", lambda *_: tuple(jax.devices()))
+    monkeypatch.setattr(aot, "compile_for", compiled_once)
     compute = ComputeConfig("float32", attention="xla", remat="full")
     return dataclasses.replace(wide_config, compute=compute, mesh=MeshConfig(-1, 4, 1))
 
@@ -217,6 +229,12 @@ def test_a_loop_that_counts_once_makes_no_plan_faster(on_cpus, monkeypatch):
 def test_progress_is_told_while_it_compiles(on_cpus, monkeypatch):
     lines = []
     monkeypatch.setattr(aot, "TICK_SECONDS", 0.01)
+
+    def slowly(cfg, mesh):
+        time.sleep(0.1)
+        return compiled_once(cfg, mesh)
+
+    monkeypatch.setattr(aot, "compile_for", slowly)
     aot.plan_topology(on_cpus, "v5e:2x4", log=lines.append)
     assert lines[0].startswith(
         "v5e:2x4, data 2 x fsdp 4, remat full, microbatches 1: c"
