@@ -50,13 +50,13 @@ COMPARED = 100_000  # characters compared with the held-out texts at a time
 
 @functools.lru_cache(maxsize=1)
 def contamination(folder: Path) -> Contamination:
-    """What finds the texts of a corpus's folder of held-out files in others."""
-    found = Contamination()
+    """The finder of all texts in a folder of held-out files."""
+    finder = Contamination()
     for path in sorted(folder.glob("*.jsonl")):
         with open(path, encoding="utf-8") as f:
             units = [(u["id"], u["text"]) for u in map(json.loads, f)]
-        found.add(path.name.split(".")[0], units)
-    return found
+        finder.add(path.name.split(".")[0], units)
+    return finder
 
 
 def scan(
@@ -135,27 +135,33 @@ class Scanner:
             self._chunk_file.close()
         self._rejected.close()
 
-    def take(self, found: Document | BadDocument) -> None:
-        """Keep a document, or what could not be read as one."""
-        if isinstance(found, Damage):
-            told = {"file": found.file, "reason": found.reason, "detail": found.detail}
+    def take(self, document: Document | BadDocument) -> None:
+        """Keep a document, or count it and note why it is left out."""
+        if isinstance(document, Damage):
+            told = {
+                "file": document.file,
+                "reason": document.reason,
+                "detail": document.detail,
+            }
             self._damaged.append(
-                told | {"after": found.line - 1, "unread": found.unread}
+                told | {"after": document.line - 1, "unread": document.unread}
             )
             return
         self._read += 1
-        if isinstance(found, Document):
-            text = clean(found.text)
+        if isinstance(document, Document):
+            text = clean(document.text)
             if len(text) >= self._min_chars:
-                self._keep(replace(found, text=text))
+                self._keep(replace(document, text=text))
                 return
-            reason, excerpt = "too short" if text else "empty", found.text[:EXCERPT]
-            found = BadDocument(found.file, found.line, reason, "", excerpt)
-        self._reasons[found.reason] += 1
-        if not self._first_bad and found.reason not in HARMLESS:
-            detail = f" ({found.detail})" if found.detail else ""
-            self._first_bad = f"{found.file}:{found.line}: {found.reason}{detail}"
-        self._reject(found)
+            reason, excerpt = "too short" if text else "empty", document.text[:EXCERPT]
+            document = BadDocument(document.file, document.line, reason, "", excerpt)
+        self._reasons[document.reason] += 1
+        if not self._first_bad and document.reason not in HARMLESS:
+            detail = f" ({document.detail})" if document.detail else ""
+            self._first_bad = (
+                f"{document.file}:{document.line}: {document.reason}{detail}"
+            )
+        self._reject(document)
 
     def _reject(self, bad: BadDocument) -> None:
         # A rejected text may hold lone surrogates: escape what isn't ASCII.
@@ -253,7 +259,7 @@ class Scanned:
 
 
 def select(scanned: Sequence[tuple[str, Path]]) -> list[Scanned]:
-    """Keep the first of equal documents over the whole corpus, and none held out."""
+    """Of equal documents in the whole corpus, keep the first; drop held-out ones."""
     files = []
     for source, folder in scanned:
         with np.load(folder / "docs.npz") as docs:
@@ -294,7 +300,7 @@ def fit_tokenizer(cfg: CorpusConfig, files: Sequence[Scanned], out: Path) -> Non
         of_language.setdefault(file.source.split("/")[0], []).append(file)
     shares = tokenizer_training.shares_of(cfg.tokenizer, list(of_language))
     budgets = {k: int(shares[k] * cfg.tokenizer.sample_bytes) for k in of_language}
-    texts = {k: sample_texts(found, budgets[k]) for k, found in of_language.items()}
+    texts = {k: sample_texts(scans, budgets[k]) for k, scans in of_language.items()}
     tokenizer_training.train(texts, cfg.tokenizer, out)
 
 

@@ -1,4 +1,4 @@
-"""Cleaning of text: one form of each character, and none that cannot be seen."""
+"""Cleaning of text: one form for each character, invisible characters removed."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def normal_form(form: Form, text: str) -> str:
         marks = "".join(unicodedata.normalize(apart, c) for c in run[0])
         groups = itertools.groupby(marks, lambda c: unicodedata.combining(c) > 0)
         return "".join(
-            "".join(sorted(found, key=unicodedata.combining) if is_mark else found)
-            for is_mark, found in groups
+            "".join(sorted(part, key=unicodedata.combining) if is_mark else part)
+            for is_mark, part in groups
         )
 
     return unicodedata.normalize(form, MARKS.sub(sort, text))
@@ -48,7 +48,7 @@ def normal_form(form: Form, text: str) -> str:
 def clean(text: str) -> str:
     """NFC, \\n line ends, no control or invisible characters, no trailing spaces."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = DROPPED.sub(lambda found: REPLACED.get(found[0], ""), text)
+    text = DROPPED.sub(lambda match: REPLACED.get(match[0], ""), text)
     text = normal_form("NFC", text)
     if "\u200b" in text:
         text = normal_form("NFC", ZERO_WIDTH.sub("", text))

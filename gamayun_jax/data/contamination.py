@@ -1,4 +1,4 @@
-"""Held-out texts inside of training documents: what a corpus build keeps out.
+"""Held-out texts inside of training documents, which a corpus build keeps out.
 
 Texts are compared as letters alone: case, spaces and signs are nothing, and digits
 are alike. Every run of letters of a document is looked up in one table of hashes.
@@ -17,8 +17,8 @@ from gamayun_jax.data.cleaning import normal_form
 
 @cache
 def letters_table() -> np.ndarray:
-    """uint32 [65536]: code -> that of its letter without case, "0" for a digit, 0 for
-    what is neither."""
+    """uint32 [65536]: code -> the code of its letter without case, of "0" for a digit,
+    0 for all other characters."""
     table = np.zeros(1 << 16, np.uint32)
     for character in map(chr, range(1 << 16)):
         if character.isalnum():
@@ -30,13 +30,13 @@ def letters_table() -> np.ndarray:
 def letters(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """uint32 [L]: codes of the letters of all texts; int64 [N]: where each one ends."""
     codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
-    found = letters_table().take(codes, mode="clip")
+    folded = letters_table().take(codes, mode="clip")
     high = codes > 0xFFFF
     if high.any():
-        found[high] = codes[high]
-    kept = np.flatnonzero(found)
+        folded[high] = codes[high]
+    kept = np.flatnonzero(folded)
     ends = np.cumsum([len(text) for text in texts])
-    return found.take(kept), np.searchsorted(kept, ends)
+    return folded.take(kept), np.searchsorted(kept, ends)
 
 
 def window_hashes(codes: np.ndarray, width: int) -> np.ndarray:
@@ -118,8 +118,8 @@ class Contamination:
             least = np.where(runs < 2, NEVER, np.minimum(least, 24))
             needed = np.where(mine, least, needed)
             self.short += int((mine & (runs < 2)).sum())
-            rows = [pairs.astype(np.uint32), (number + base).astype(np.uint32)]
-            self._runs[width].append(np.stack(rows, axis=1))
+            columns = [pairs.astype(np.uint32), (number + base).astype(np.uint32)]
+            self._runs[width].append(np.stack(columns, axis=1))
         self._needed += needed.tolist()
         self._tables = None
 
@@ -138,17 +138,17 @@ class Contamination:
 
     def judge(self, texts: Sequence[str]) -> Sequence[Sequence[Unit]]:
         """For each text the held-out ones that it holds."""
-        found: list[list[Unit]] = [[] for _ in texts]
+        verdicts: list[list[Unit]] = [[] for _ in texts]
         codes, ends = letters(texts)
         begins, needed = np.append(0, ends[:-1]), np.array(self._needed)
         for k, text in enumerate(texts):
             if (number := self._exact.get(text)) is not None:
-                found[k].append(replace(self._units[number], equal=True))
+                verdicts[k].append(replace(self._units[number], equal=True))
         few = np.flatnonzero(ends - begins < 30).tolist() if self._whole else []
         for k in few:
             number = self._whole.get(codes[begins[k] : ends[k]].tobytes())
-            if number is not None and begins[k] < ends[k] and not found[k]:
-                found[k].append(self._units[number])
+            if number is not None and begins[k] < ends[k] and not verdicts[k]:
+                verdicts[k].append(self._units[number])
         for width in (16, 8):
             sieve, hashes, units = self._table(width)
             if not len(hashes) or len(codes) < width:
@@ -180,7 +180,7 @@ class Contamination:
             own = np.maximum(-(-(sizes - width) // width), 4)
             least = np.minimum(needed[pairs.astype(np.uint32)], own)
             for pair in pairs[times >= least].tolist():
-                those = found[pair >> 32]
-                if not (those and those[0].equal):
-                    those.append(self._units[pair & 0xFFFFFFFF])
-        return found
+                verdict = verdicts[pair >> 32]
+                if not (verdict and verdict[0].equal):
+                    verdict.append(self._units[pair & 0xFFFFFFFF])
+        return verdicts

@@ -1,7 +1,7 @@
-"""Continuity: what of a curriculum has been served may not be mapped anew.
+"""Continuity: examples that were served may not be mapped anew.
 
-A fingerprint hashes what determines the examples before one of them. Where two differ,
-`diff_past` says from which example on, and why.
+A fingerprint is the hash of all that determines the examples before a certain one.
+Where two differ, `diff_past` says from which example on, and why.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gamayun_jax.data.curriculum import VERSION, Curriculum
 def past(curriculum: Curriculum, example: int) -> dict[str, Any]:
     """Everything that determines the examples before `example`, as named parts.
 
-    Only sources used by then count, in their order, which breaks ties; what a block
-    gives to others comes after `example` in it.
+    Only sources used by then count, in their order, which breaks ties; other sources
+    of the same block come after `example` in it.
     """
     if not example:
         return {}
@@ -48,7 +48,7 @@ def past(curriculum: Curriculum, example: int) -> dict[str, Any]:
 
 
 def fingerprint(curriculum: Curriculum, example: int) -> str:
-    """Hash of what determines the examples before `example`, and nothing else:
+    """Hash of all that determines the examples before `example`, and of nothing else:
     later phases, and sources not yet used, may change."""
     data = json.dumps(list(past(curriculum, example).items()))
     return hashlib.sha256(data.encode()).hexdigest()

@@ -116,8 +116,8 @@ def earliest_deadline_counts(
     integral = np.cumsum(weights * lengths[:, None], axis=0)
     floor = integral >> 30
     total = np.cumsum(lengths)
-    # When the next example of each source is due: earliest first. Of a source that is
-    # at a whole number none may come yet.
+    # When the next example of each source is due: earliest first. A source whose
+    # integral is a whole number has to wait.
     due = np.empty((sources, blocks), np.int64)
     for s in range(sources):
         column = np.ascontiguousarray(integral[:, s])
@@ -132,10 +132,9 @@ def earliest_deadline_counts(
         earlier = np.where(late, block, block - 1)  # block that ends before it
         reached = np.where(earlier < 0, 0, column[earlier])
         begin = np.where(earlier < 0, 0, total[earlier])
-        found = begin - (reached - need) // np.maximum(rate, 1)  # rounds up
-        found[rate == 0] = NEVER
-        found[column & (ONE - 1) == 0] = NEVER + 1
-        due[s] = found
+        due[s] = begin - (reached - need) // np.maximum(rate, 1)  # rounds up
+        due[s, rate == 0] = NEVER
+        due[s, column & (ONE - 1) == 0] = NEVER + 1
     due = np.ascontiguousarray(due.T)
     # A count is the integral rounded down, or one ahead of that. First as if nothing
     # came from the block before, in parts, since orders take much memory.
@@ -143,10 +142,10 @@ def earliest_deadline_counts(
     ahead = np.zeros((blocks, sources), bool)
     places = np.arange(sources)
     for part in range(0, blocks, 1 << 14):
-        rows = slice(part, part + (1 << 14))
-        order = np.argsort(due[rows], axis=1, kind="stable")
-        first = places < spare[rows, None]
-        np.put_along_axis(ahead[rows], order, first, axis=1)
+        blocks_of = slice(part, part + (1 << 14))
+        order = np.argsort(due[blocks_of], axis=1, kind="stable")
+        first = places < spare[blocks_of, None]
+        np.put_along_axis(ahead[blocks_of], order, first, axis=1)
     # A source that was ahead stays so until its integral passes a whole number, even
     # if others are due before: these blocks, and what follows from them, one by one.
     kept = floor[1:] == floor[:-1]
@@ -283,7 +282,8 @@ class Curriculum:
         source = np.repeat(np.arange(len(n), dtype=np.int32), n)
         number = np.arange(len(source)) - np.repeat(np.cumsum(n) - n, n)
         # Source s takes places (number + u_s) / n_s: evenly spread, so that any part
-        # of a block is near the weights. u_s is a hash, lest all begin together.
+        # of a block is near the weights. u_s is a hash, so that sources do not begin
+        # together.
         shift = np.array(
             [unit_hash(self.seed, b.start, block, s) for s in self.names], np.float64
         )
@@ -380,7 +380,7 @@ class Curriculum:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Curriculum:
         """Inverse of `to_json`. UserError if another version of the mapping wrote it:
-        what it served cannot be computed here, so it cannot be compared either."""
+        the examples that it served cannot be computed here, nor compared."""
         if (version := data.get("version", 1)) != VERSION:
             raise UserError(
                 f"a curriculum of mapping version {version}, but this program has "

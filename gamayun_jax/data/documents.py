@@ -55,7 +55,7 @@ class Input:
     name: str  # as it is shown: relative to the folder all inputs of the source share
     kind: str  # jsonl | txt | parquet | tfds
     path: str
-    files: tuple[str, ...]  # what is hashed
+    files: tuple[str, ...]  # hashed for the recipe
     split: str = ""  # tfds only
 
 

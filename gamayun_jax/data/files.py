@@ -57,10 +57,10 @@ def json_lines(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     lines = data.split(b"\n")
     for line in lines if lines[-1] else lines[:-1]:
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError):
-            found = None
-        yield line, found if isinstance(found, dict) else None
+            value = None
+        yield line, value if isinstance(value, dict) else None
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -70,13 +70,13 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; ValueError names a line that holds none."""
-    rows = []
+    """The objects of a JSON Lines file; ValueError names a line that is not one."""
+    objects = []
     for number, (line, row) in enumerate(json_lines(path.read_bytes()), 1):
         if row is None:
             raise ValueError(f"line {number} is no JSON object: {line[:60]!r}")
-        rows.append(row)
-    return rows
+        objects.append(row)
+    return objects
 
 
 def file_sha256(path: str | Path) -> str:

@@ -14,7 +14,7 @@ from gamayun_jax.data.text_files import read_lines
 
 
 def read_documents(source: SourceConfig) -> Iterator[Document | BadDocument]:
-    """All documents of a source, uncleaned, and what could not be read as one.
+    """All documents of a source, uncleaned, with bad ones and damage among them.
 
     Raises:
       UserError: a path or glob without files, an unknown kind of file, no permission.
@@ -26,7 +26,7 @@ def read_documents(source: SourceConfig) -> Iterator[Document | BadDocument]:
 def expand(source: SourceConfig) -> list[Input]:
     """The input files of a source, globs in sorted order, each file once."""
     at = label(source.name)
-    found: dict[str, str] = {}  # path -> kind
+    kinds: dict[str, str] = {}  # by path
     inputs: list[Input] = []
     for pattern in source.files:
         if pattern.startswith("tfds:"):
@@ -51,12 +51,12 @@ def expand(source: SourceConfig) -> list[Input]:
                 raise UserError(f"{at}: {path} is not a file: give {path}/*")
             if re.search("[\ud800-\udfff]", path):  # the manifest lists it
                 raise UserError(f"{at}: the name of {path!a} is not UTF-8: rename it")
-            found[path] = match[1] if match[1] in ("txt", "parquet") else "jsonl"
-    if not found and not inputs:
+            kinds[path] = match[1] if match[1] in ("txt", "parquet") else "jsonl"
+    if not kinds and not inputs:
         raise UserError(f"{at} has no files: give at least one")
-    whole = {path: os.path.abspath(path) for path in found}
+    whole = {path: os.path.abspath(path) for path in kinds}
     shared = os.path.commonpath([*map(os.path.dirname, whole.values())] or ["."])
-    for path, kind in found.items():
+    for path, kind in kinds.items():
         name = os.path.relpath(whole[path], shared)
         inputs.append(Input(source.name, source.text_field, name, kind, path, (path,)))
     return inputs
@@ -65,7 +65,7 @@ def expand(source: SourceConfig) -> list[Input]:
 def read_input(item: Input) -> Iterator[Document | BadDocument]:
     """The documents of one input file, in its order.
 
-    What of a damaged file cannot be read is one `Damage`, after all that can be.
+    The unreadable part of a damaged file is one `Damage`, after all other documents.
     """
     if item.kind == "parquet":
         return read_parquet(item)

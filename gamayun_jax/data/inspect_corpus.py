@@ -1,4 +1,4 @@
-"""What a corpus holds, for a person to read; and whether it still holds it."""
+"""Inspecting a corpus: a summary for a person to read, and a check of every byte."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def verify(corpus: Corpus) -> None:
 
 
 def told_damage(damage: Mapping[str, Any]) -> str:
-    """What a manifest's entry of an input file says that was not read to its end."""
+    """The manifest's entry of a damaged input file, in words."""
     unread = damage["unread"]
     lost = "what follows" if unread is None else f"{unread:,} documents"
     return (
@@ -62,7 +62,8 @@ def told_damage(damage: Mapping[str, Any]) -> str:
 
 
 def told_copies(manifest: Mapping[str, Any], name: str) -> list[str]:
-    """What a manifest says of a held-out set's texts in the training documents."""
+    """The manifest's findings on a held-out set, in words: copies in the training
+    documents, and whether it is parallel."""
     held = manifest["heldout"][name]
     told = [
         f"WARNING: units of {k} and of the first language are unlike in length "
@@ -77,13 +78,13 @@ def told_copies(manifest: Mapping[str, Any], name: str) -> list[str]:
     if "copies" not in held:  # of a former version
         return [*told, "only documents equal to one of its texts were looked for"]
     sources = manifest["sources"].items()
-    found = {k: s["held_out"][name] for k, s in sources if name in s["held_out"]}
-    listed = ", ".join(f"{n:,} of {k}" for k, n in found.items())
+    copies = {k: s["held_out"][name] for k, s in sources if name in s["held_out"]}
+    listed = ", ".join(f"{n:,} of {k}" for k, n in copies.items())
     done = "removed" if held["copies"] == "remove" else "reported, not removed"
     short = sum(row["short"] for row in held["languages"].values())
     units = sum(row["units"] for row in held["languages"].values())
-    line = f"{sum(found.values()):,} documents with its texts {done}"
-    told.append(f"{line}: {listed}" if found else "no document has any of its texts")
+    line = f"{sum(copies.values()):,} documents with its texts {done}"
+    told.append(f"{line}: {listed}" if copies else "no document has any of its texts")
     if short:
         told.append(
             f"{short:,} of {units:,} texts are too short to be looked for inside of "

@@ -30,7 +30,7 @@ from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.plan import DataPlan
 from gamayun_jax.data.records import BadRecordError
 
-Aside = Callable[[str, str, int, str], None]  # (source, shard, record, reason)
+OnBadRecord = Callable[[str, str, int, str], None]  # (source, shard, record, reason)
 
 
 def example_order(
@@ -97,13 +97,13 @@ class LocalBatches:
         corpus: Corpus,
         plan: DataPlan,
         rows: np.ndarray,
-        aside: Aside | None = None,
+        on_bad_record: OnBadRecord | None = None,
     ):
         tokenizer = corpus.tokenizer()
         self._bos, self._pad = tokenizer.bos_id, tokenizer.pad_id
         self._plan, self._rows, self._seq_len = plan, rows, cfg.data.seq_len
         self._per_record = corpus.manifest["record_tokens"] // self._seq_len
-        self._aside = aside if cfg.data.faults == "set_aside" else None
+        self._on_bad_record = on_bad_record if cfg.data.faults == "set_aside" else None
         self._records = [
             corpus.records(name, cfg.data.retry_seconds) for name in plan.sources
         ]
@@ -131,9 +131,11 @@ class LocalBatches:
             try:
                 tokens[row] = self._records[source][record][at : at + self._seq_len + 1]
             except BadRecordError as e:
-                if self._aside is None:
+                if self._on_bad_record is None:
                     raise
-                self._aside(self._plan.sources[source], e.shard, e.record, e.reason)
+                self._on_bad_record(
+                    self._plan.sources[source], e.shard, e.record, e.reason
+                )
                 tokens[row] = self._pad
         return make_batch(tokens, self._languages[sources], self._bos, self._pad)
 
@@ -144,10 +146,10 @@ def local_batches(
     plan: DataPlan,
     rows: np.ndarray,
     first_step: int,
-    aside: Aside | None = None,
+    on_bad_record: OnBadRecord | None = None,
 ) -> grain.IterDataset:
     """This host's batches from `first_step` on: dicts of arrays [len(rows), T]."""
-    source: Any = LocalBatches(cfg, corpus, plan, rows, aside)
+    source: Any = LocalBatches(cfg, corpus, plan, rows, on_bad_record)
     return grain.MapDataset.source(source)[first_step:].to_iter_dataset(
         grain.ReadOptions(
             num_threads=cfg.data.threads, prefetch_buffer_size=cfg.data.prefetch
@@ -191,9 +193,9 @@ def batches(
     plan: DataPlan,
     sharding: NamedSharding,
     first_step: int = 0,
-    aside: Aside | None = None,
+    on_bad_record: OnBadRecord | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, from `first_step` to the run's last step."""
     rows = host_rows(cfg.data.batch_size, sharding)
-    for local in local_batches(cfg, corpus, plan, rows, first_step, aside):
+    for local in local_batches(cfg, corpus, plan, rows, first_step, on_bad_record):
         yield global_batch(local, rows, cfg.data.batch_size, sharding)

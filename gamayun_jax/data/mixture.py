@@ -90,7 +90,7 @@ def mixture_shares(
         portions = unimax(languages, max_epochs, budget * rest)
     else:
         power = alpha if scheme == "temperature" else 1.0
-        most = max(languages.values())  # relative, lest a large alpha overflow
+        most = max(languages.values())  # relative, or a large alpha overflows
         portions = {k: (n / most) ** power for k, n in languages.items()}
     total_portion = sum(portions.values())
     for name, size in free.items():
@@ -129,18 +129,18 @@ def unnamed_sources(
     """Language that `shares` names -> its sources with text that no key matches."""
     owner = owners(sizes, shares)
     named = {key.split("/")[0] for key in shares}
-    found: dict[str, list[str]] = {}
+    unnamed: dict[str, list[str]] = {}
     for name, size in sizes.items():
         language = name.split("/")[0]
         if size and language in named and name not in owner:
-            found.setdefault(language, []).append(name)
-    return found
+            unnamed.setdefault(language, []).append(name)
+    return unnamed
 
 
 def unimax(
     sizes: Mapping[str, int], max_epochs: float, budget: float
 ) -> dict[str, float]:
-    """Tokens per language: uniform, none beyond `max_epochs` (2304.09151, alg. 1)."""
+    """Tokens per language: uniform, at most `max_epochs` (2304.09151, alg. 1)."""
     taken: dict[str, float] = {}
     left = budget
     for k, (name, size) in enumerate(sorted(sizes.items(), key=lambda kv: kv[1])):

@@ -47,7 +47,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What a run reads, from its first example to its last."""
+    """The examples of a run, from its first to its last."""
 
     sources: tuple[str, ...]
     languages: tuple[int, ...]  # of each source, index into Config.languages
@@ -66,14 +66,13 @@ class DataPlan:
         return int(np.searchsorted(starts, last, side="right")) - 1
 
     def served_of(self, run: int, step: int) -> int:
-        """Examples that a curriculum run serves before step `step`: none of it, to
-        all."""
+        """Number of examples that a curriculum run serves before step `step`."""
         r = self.runs[run]
         return min(max(0, step * self.batch_size - r.first_example), r.curriculum.total)
 
     def curricula(self, step: int) -> list[dict[str, Any]]:
         """Of each curriculum run, as plain JSON: its first example, its curriculum, and
-        the fingerprint of what it served before step `step`."""
+        the fingerprint of the examples that it served before step `step`."""
         return [
             {
                 "first_example": r.first_example,
@@ -97,8 +96,7 @@ class DataPlan:
         return rows
 
     def _step_over(self, run: int, source: str, position: np.ndarray) -> np.ndarray:
-        """Positions in a source's order, int64 [n], with what is left out stepped
-        over."""
+        """Positions in a source's order, int64 [n], moved beyond skipped spans."""
         # In order, so that each counts with the ones before it already left out.
         for s in sorted(self.skipped, key=lambda s: s.begin):
             if (s.segment, s.source) == (run, source):
@@ -124,8 +122,8 @@ class DataPlan:
 
     def behind(self, source: str, step: int) -> Iterator[tuple[int, int]]:
         """(curriculum run, position in its order) of each example of a source that its
-        cursors are beyond before step `step`: what this run served, and what a former
-        one did where its cursor went on."""
+        cursors are beyond before step `step`: examples that this run served, and a
+        former run's where its cursor went on."""
         for k, r in enumerate(self.runs):
             end = r.curriculum.consumed(self.served_of(k, step))[source]
             for begin in range(0, end, 4096):
@@ -183,7 +181,7 @@ def make_data_plan(
     Args:
       origin: of a run that goes on from a former one: its `cursors` (source ->
         position), `seed` of the shuffling and final `shares`. See lineage.load_origin.
-      rollbacks: what was decided to leave out; see divergence.py.
+      rollbacks: spans of data to leave out; see divergence.py.
       rest_of: "sources" for a run that a former release began; see
         mixture.mixture_shares.
 
@@ -211,7 +209,7 @@ def make_data_plan(
         # The shares at the end of what came before: a ramp begins there.
         before = shares[first - 1] if first else origin["shares"] if origin else {}
         if origin and not first and cfg.stages[0].transition.cursors == "continue":
-            # The same order as before, or what was served would come again.
+            # The same order as before, or served examples would come again.
             seed = origin["seed"]
             start = {k: v for k, v in origin["cursors"].items() if k in sizes}
         else:
@@ -294,7 +292,7 @@ def past_plan(
     curricula: Sequence[Mapping[str, Any]],
     rollbacks: Sequence[Mapping[str, Any]],
 ) -> DataPlan:
-    """What served the examples before step `step`, by a checkpoint's meta alone.
+    """The plan of the examples before step `step`, by a checkpoint's meta alone.
 
     Only what its curricula say of the past is there: no shares, no languages.
     """

@@ -21,7 +21,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def check_recipe(cfg: Config) -> None:
-    """Raise UserError for what a corpus config's field types cannot say."""
+    """Raise UserError for a corpus config that no corpus can be built from."""
     corpus = cfg.corpus
     names = [s.name for s in corpus.sources]
     if not names:

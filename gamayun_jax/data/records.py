@@ -32,8 +32,8 @@ class BadRecordError(UserError):
 
 
 class OpenShards:
-    """The ArrayRecord files that this process keeps open: those used last, however
-    many a corpus has. Thread-safe."""
+    """The ArrayRecord files that this process keeps open: the ones used last,
+    however many a corpus has. Thread-safe."""
 
     def __init__(self, limit: int = 0):
         """`limit`: of open files; default: half of what the system allows."""
@@ -73,8 +73,8 @@ class Records(Sequence):
     """A source's records, int32[record_tokens + 1] each. Picklable, thread-safe.
 
     ArrayRecord has a hash of each chunk, so changed bytes are an error here, as are
-    token ids that are none. A file that cannot be read at all is tried again for
-    `retry_seconds`, since file systems come back.
+    token ids beyond the vocabulary. A file that cannot be read at all is tried again
+    for `retry_seconds`, since file systems come back.
     """
 
     def __init__(

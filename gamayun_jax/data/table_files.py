@@ -1,6 +1,6 @@
 """Documents in Parquet files and in data sets of TensorFlow Datasets.
 
-What of a file is damaged costs only the row group or the record that it is in.
+Damage costs only the row group or the record that it is in.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def read_parquet(item: Input) -> Iterator[Document | BadDocument]:
         if not has_path(schema, path):
             columns = {f.name: dict.fromkeys(fields_of(f.type)) for f in schema}
             why = no_field(item.text_field, columns)
-            for number in range(1, file.metadata.num_rows + 1):  # so many bad documents
+            for number in range(1, file.metadata.num_rows + 1):
                 yield BadDocument(item.name, number, "no text", why)
             return
         wanted = [".".join(path), *(["id"] if names.count("id") == 1 else [])]
