@@ -241,7 +241,7 @@ def check_bad(cfg: CorpusConfig, counts: Mapping[str, Any], rejected: Path) -> N
 def source_entry(
     name: str, row: Mapping[str, Any], scanned: Sequence[Scanned], out: Path
 ) -> dict[str, Any]:
-    """What the manifest says of a source; `tokenise_all` adds its shards.
+    """The manifest's entry of a source; `tokenise_all` adds its shards.
 
     Raises:
       UserError: none of its documents is left.

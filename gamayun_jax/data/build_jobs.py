@@ -1,4 +1,4 @@
-"""The jobs of a corpus build: what worker processes do, each job restartable.
+"""The jobs of a corpus build, done by worker processes, each of them restartable.
 
 `scan` reads, cleans and digests one input file; its text goes to compressed chunks in
 the work folder. `select` finds the duplicates. `tokenise` writes one shard. Jobs depend

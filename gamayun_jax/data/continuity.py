@@ -55,7 +55,7 @@ def fingerprint(curriculum: Curriculum, example: int) -> str:
 
 
 def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
-    """What `new` would re-map of the examples before `example`; empty if nothing."""
+    """How `new` would re-map examples before `example`, in words; empty if not."""
     if example > new.total:
         return [f"it ends at example {new.total}, but {example} were trained on"]
 

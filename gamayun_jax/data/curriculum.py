@@ -427,7 +427,7 @@ def check_phase(phase: Phase, sources: Mapping[str, int]) -> None:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean ...?)" or the list of what there is."""
+    """ " (did you mean ...?)", or the list of known names."""
     close = difflib.get_close_matches(name, list(known), n=2)
     if close:
         return f" (did you mean {' or '.join(map(repr, close))}?)"

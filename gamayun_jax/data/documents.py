@@ -1,4 +1,4 @@
-"""Documents, bad ones and damage: what all readers of input files give."""
+"""Documents, bad documents and damage, as all readers of input files give them."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def write_heldout(sets: Sequence[HeldoutSet], folder: Path) -> None:
 def describe(
     held: HeldoutSet, folder: Path, copies: str, max_units: int
 ) -> dict[str, Any]:
-    """What the manifest says of a set.
+    """The manifest's entry of a set.
 
     Args:
       folder: of the written sets.

@@ -132,7 +132,7 @@ class DataPlan:
                     yield k, p
 
     def positions(self, first: int, last: int) -> list[dict[str, Any]]:
-        """What steps `first` to `last` (from 1) serve, as `Skipped` in plain JSON."""
+        """The examples of steps `first` to `last` (from 1), as `Skipped` in JSON."""
         examples = np.arange((first - 1) * self.batch_size, last * self.batch_size)
         dataset, position = self.lookup(examples)
         spans = []

