@@ -103,6 +103,17 @@ class Panel:
     form: Callable[[float], str] | None = None
     ticks: int = 4
 
+    def limits(self, names: Iterable[str]) -> tuple[float, float]:
+        """Ends of x with some room; bars begin at its end."""
+        dots = [dot for name in names for dot in self.dots.get(name, ())]
+        values = [v for d in dots for v in (d.x, d.low, d.high) if v is not None]
+        values += [] if self.line is None else [self.line]
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        room = 0.05 * (high - low)
+        if any(d.look == "bar" for d in dots):
+            return low, high + 3 * room
+        return low - room, high + room
+
 
 def percent(x: float) -> str:
     """0.25 -> "25 %"."""
@@ -165,12 +176,13 @@ def boxes(
     shares = widths or [1.0] * across
     room = width - left - right - gap * (across - 1)
     sizes = [room * share / sum(shares) for share in shares]
-    found = []
+    places = []
     for i in range(count):
         row, column = divmod(i, across)
         x = left + sum(sizes[:column]) + gap * column
-        found.append((x, above + row * (above + height + below), sizes[column]))
-    return found, -(-count // across) * (above + height + below)
+        y = above + row * (above + height + below)
+        places.append((round(x, 2), y, round(sizes[column], 2)))
+    return places, -(-count // across) * (above + height + below)
 
 
 def label_width(names: Iterable[str]) -> float:
@@ -184,54 +196,41 @@ def dots_chart(
     names: Sequence[str],
     languages: Iterable[str],
     widths: Sequence[float] | None = None,
+    shared: bool = False,
 ) -> Markup:
     """Panels side by side, at most four, each with a row for every name.
 
     Args:
-      names: languages, and means, from top to bottom.
+      names: languages, sources or means, from top to bottom.
       languages: all of the page, in the order of their colours.
       widths: of the panels, if they are not alike.
+      shared: the panels have the same x.
     """
     colours, step = colours_of(languages), 16.0
     across, height = min(len(panels), 4), step * len(names)
+    rows = [(step * (n + 0.5), name) for n, name in enumerate(names)]
     margins = (label_width(names), 12.0, 22.0, 22.0)
     places, whole = boxes(len(panels), across, WIDTH, height, margins, 18.0, widths)
-    shapes = []
-    for i, (panel, (left, top, width)) in enumerate(zip(panels, places, strict=True)):
-        dots = [
-            (step * (n + 0.5), dot, colours.get(name.split("/")[0], INK))
-            for n, name in enumerate(names)
-            for dot in panel.dots.get(name, ())
-        ]
-        values = [v for _, d, _ in dots for v in (d.x, d.low, d.high) if v is not None]
-        values += [] if panel.line is None else [panel.line]
-        low, high = min(values, default=0.0), max(values, default=1.0)
-        room = 0.05 * (high - low)
-        has_bars = any(d.look == "bar" for _, d, _ in dots)
-        begin, end = (low, high + 3 * room) if has_bars else (low - room, high + room)
-        x = Scale(begin, end, width, panel.ticks, panel.form)
-        shapes.append(
-            {
-                "left": round(left, 2), "top": top, "width": round(width, 2),
-                "height": height, "title": panel.title, "x": x.ticks,
-                "line": None if panel.line is None else x(panel.line),
-                "dashed": panel.dashed,
-                "labels": [
-                    (step * (n + 0.5) + 3, plain(name, 14))
-                    for n, name in enumerate(names)
-                    if i % across == 0
-                ],
-                "dots": [
-                    {
-                        "x": x(d.x), "y": y, "look": d.look, "text": d.text,
-                        "colour": INK if d.look in ("cross", "tick") else colour,
-                        "span": d.low is not None and (x(d.low), x(d.high or 0.0)),
-                    }
-                    for y, d, colour in dots
-                ],
-            }
-        )  # fmt: skip
-    return block("dots_chart", title, WIDTH, whole, shapes)
+    limits = [panel.limits(names) for panel in panels]
+    if shared:
+        ends = min(low for low, _ in limits), max(high for _, high in limits)
+        limits = [ends] * len(panels)
+    drawn = [
+        {
+            "panel": panel, "left": left, "top": top, "width": width, "height": height,
+            "x": Scale(*ends, width, panel.ticks, panel.form),
+            "rows": rows, "first": i % across == 0,
+            "dots": [
+                (y, dot, colours.get(name.split("/")[0], INK))
+                for y, name in rows
+                for dot in panel.dots.get(name, ())
+            ],
+        }
+        for i, (panel, (left, top, width), ends) in enumerate(
+            zip(panels, places, limits, strict=True)
+        )
+    ]  # fmt: skip
+    return block("dots_chart", title, WIDTH, whole, drawn)
 
 
 def lines_chart(
@@ -258,35 +257,29 @@ def lines_chart(
     end = max((x for points in lines for x, _ in points), default=1.0)
     if any(len(points) < FEW for points in lines):  # room for half a dot
         begin, end = begin - 0.02 * (end - begin), end + 0.02 * (end - begin)
-    shapes = []
+    drawn = []
     for i, (panel, (left, top, size)) in enumerate(zip(panels, places, strict=True)):
         values = [y for line in panel.lines for _, y in line.points]
-        low, high = panel.limits or (min(values, default=0), max(values, default=1))
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        pad = 0.05 * (high - low)
+        low, high = panel.limits or (low - pad, high + pad)
         x = Scale(begin, end, size, 6 if size > 200 else 3, panel.xform)
         y = Scale(low, high, height, 5 if height > 100 else 4, panel.yform, True)
-        last = i + across >= len(panels)
-        shapes.append(
+        drawn.append(
             {
-                "left": round(left, 2), "top": top, "width": round(size, 2),
-                "height": height, "title": panel.title, "colour": panel.colour,
-                "x": x.ticks, "y": y.ticks, "numbers": last, "xlabel": panel.xlabel,
-                "ylabel": panel.ylabel if i % across == 0 else "",
+                "panel": panel, "left": left, "top": top, "width": size,
+                "height": height, "x": x, "y": y, "few": FEW,
+                "numbers": i + across >= len(panels), "first": i % across == 0,
                 "boundaries": [x(b) for b in panel.boundaries if begin < b < end],
-                "names": [(x(at), name) for at, name in panel.names],
                 "ends": spread([(y(v), n, c) for v, n, c in panel.ends], height),
-                "lines": [
-                    {
-                        "path": "L".join(f"{x(a)} {y(b)}" for a, b in line.points),
-                        "few": [(x(a), y(b)) for a, b in line.points]
-                        if len(line.points) < FEW else [],
-                        "colour": line.colour, "dash": line.dash, "faint": line.faint,
-                    }
+                "paths": [
+                    (line, "L".join(f"{x(a)} {y(b)}" for a, b in line.points))
                     for line in panel.lines
                     if line.points
                 ],
             }
         )  # fmt: skip
-    return block("lines_chart", title, width, whole + 16, shapes)
+    return block("lines_chart", title, width, whole + 16, drawn)
 
 
 def spread(

@@ -210,7 +210,7 @@ def task_section(c: Comparison, name: str) -> Markup:
     low = "; lower is better" if task["metric"] == BITS else ""
     text = f"{plain(task['description'], 300)}: {task['metric']}{low}."
     known = [k for k in languages if k != MACRO]
-    svg = dots_chart(f"Differences on {name}", panels, languages, known)
+    svg = dots_chart(f"Differences on {name}", panels, languages, known, shared=True)
     return section(name, text, block("table", task_table(c, name)), svg)
 
 
