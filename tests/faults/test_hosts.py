@@ -117,12 +117,12 @@ GONE = """
 import os, sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from gamayun_jax import hosts
-with hosts.exit_with_peers(silence=4.0, pause=0.5):
-    hosts.gather(1)
+from gamayun_jax.training import cluster
+with cluster.exit_with_peers(silence=4.0, pause=0.5):
+    cluster.gather(1)
     if sys.argv[2] == "1":
         os._exit(9)
-    hosts.gather(2)
+    cluster.gather(2)
 """
 
 
@@ -159,7 +159,8 @@ def test_an_interrupted_process_does_not_wait_for_the_others():
 CANNOT_READ = """
 import sys
 import orbax.checkpoint as ocp
-from gamayun_jax import checkpoint, cli
+from gamayun_jax import cli
+from gamayun_jax.training import checkpoint
 {}
 sys.exit(cli.main())
 """
