@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +142,7 @@ def test_two_processes_equal_one(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    path = [str(Path(__file__).parents[k]) for k in range(3)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     code = "import sys, test_score; test_score.score_as_process(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(port), str(tmp_path)]
     children = [subprocess.Popen([*command, str(i)], env=env) for i in range(2)]
