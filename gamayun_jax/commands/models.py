@@ -197,13 +197,14 @@ def generate(
     """
     from gamayun_jax.inference.generator import Generator
     from gamayun_jax.inference.sampling import Sampling
-    from gamayun_jax.interop import huggingface, load_model
+    from gamayun_jax.interop import load_model
+    from gamayun_jax.interop.model_tokenizer import open_tokenizer
 
     chosen = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     if not prompt and not interactive:
         raise UserError("nothing to continue: give --prompt TEXT or --interactive")
     cfg, params, meta, mesh = load_model.load_params(model, quantised=True)
-    tokenizer = huggingface.open_tokenizer(model, meta, cfg.data.corpus)
+    tokenizer = open_tokenizer(model, meta.tokenizer, cfg.data.corpus)
     write = functools.partial(
         Generator(cfg.model, params, mesh, tokenizer, cfg.compute).generate,
         max_tokens=max_tokens,
@@ -285,7 +286,8 @@ def quantize(
 
     from gamayun_jax.evaluate import results, stored_model
     from gamayun_jax.inference import quantize
-    from gamayun_jax.interop import huggingface, load_model
+    from gamayun_jax.interop import load_model
+    from gamayun_jax.interop.model_tokenizer import open_tokenizer
     from gamayun_jax.report import scores
 
     if out.exists():
@@ -296,7 +298,7 @@ def quantize(
             f"{model} was not trained on a corpus here: give --corpus, a corpus "
             "folder with held-out sets, or --no-eval"
         )
-    tokenizer = huggingface.open_tokenizer(model, meta, corpus or cfg.data.corpus)
+    tokenizer = open_tokenizer(model, meta.tokenizer, corpus or cfg.data.corpus)
     small = jax.jit(quantize.quantize, static_argnums=1)(params, bits)
     quantize.save(small, meta, bits, tokenizer, out)
     old, new = (quantize.size_bytes(tree) for tree in (params, small))

@@ -32,7 +32,7 @@ class TextCoder(Protocol):
     """The interface of a tokenizer for evaluation, generation and export.
 
     Two classes have it: `Tokenizer` below, and `hf_tokenizer.HFTokenizer` for imported
-    models. `hf.open_tokenizer` gives the one that belongs to a model.
+    models. `model_tokenizer.open_tokenizer` gives the one that belongs to a model.
 
     Attributes:
       vocab_size: ids are 0..vocab_size - 1; the model's table may have more rows.

@@ -36,8 +36,8 @@ from gamayun_jax.demo_corpus import HELDOUT, heldout_files
 from gamayun_jax.evaluate.heldout import HeldoutEvaluator
 from gamayun_jax.evaluate.results import read_items
 from gamayun_jax.evaluate.scoring import batches, pack, sum_over_batches, windows
-from gamayun_jax.interop.huggingface import open_tokenizer
 from gamayun_jax.interop.load_model import load_params
+from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
 
@@ -323,7 +323,7 @@ def align(
         corpus = open_corpus(folder)
     tokenizer: TextCoder | None = corpus.tokenizer() if corpus else None
     if tokenizer is None or tokenizer.fingerprint != meta.tokenizer:
-        tokenizer = open_tokenizer(path, meta, cfg.data.corpus)
+        tokenizer = open_tokenizer(path, meta.tokenizer, cfg.data.corpus)
     texts = parallel_texts(corpus, languages, cfg.evaluation.max_units)
     result: dict[str, Any] = {
         "format": 1,

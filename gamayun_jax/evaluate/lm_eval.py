@@ -33,6 +33,7 @@ from gamayun_jax.inference.sampling import Sampling
 from gamayun_jax.interop import huggingface
 from gamayun_jax.interop.hf_tokenizer import HFTokenizer, write_tokenizer
 from gamayun_jax.interop.load_model import load_params
+from gamayun_jax.interop.model_tokenizer import open_tokenizer
 
 MAX_NEW = 256  # tokens to generate where the task says nothing, as in --model hf
 
@@ -72,7 +73,7 @@ class GamayunLM(TemplateLM):
         folder = Path(path)
         cfg, params, meta, mesh = load_params(folder)
         compute = dataclasses.replace(cfg.compute, dtype=dtype)
-        own = huggingface.open_tokenizer(folder, meta, cfg.data.corpus)
+        own = open_tokenizer(folder, meta.tokenizer, cfg.data.corpus)
         self.tokenizer = load_tokenizer(folder, own, cfg.model.max_seq_len)
         self._name = str(folder)
         self._own, self._parity = own, hf_parity
@@ -303,7 +304,7 @@ def load_tokenizer(path: Path, own: Any, window: int) -> Any:
 
     Args:
       path: the model.
-      own: its tokenizer as `hf.open_tokenizer` gives it.
+      own: its tokenizer as `model_tokenizer.open_tokenizer` gives it.
       window: the model's.
     """
     from transformers import AutoTokenizer, PretrainedConfig

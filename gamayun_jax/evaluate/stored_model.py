@@ -27,8 +27,8 @@ from gamayun_jax.evaluate.results import (
 )
 from gamayun_jax.evaluate.run_tasks import Watch, run_all
 from gamayun_jax.evaluate.tasks import Task
-from gamayun_jax.interop import huggingface
 from gamayun_jax.interop.load_model import LoadedModel, load_params
+from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, compute_dtype
 from gamayun_jax.model.weights import parameter_count
@@ -78,7 +78,7 @@ def evaluate_heldout(
     corpus = open_corpus(corpus_folder or Path(cfg.data.corpus))
     tokenizer: TextCoder = corpus.tokenizer()
     if meta.tokenizer != tokenizer.fingerprint:
-        tokenizer = huggingface.open_tokenizer(path, meta, cfg.data.corpus)
+        tokenizer = open_tokenizer(path, meta.tokenizer, cfg.data.corpus)
     if batch_size:
         evaluation = dataclasses.replace(cfg.evaluation, batch_size=batch_size)
         cfg = dataclasses.replace(cfg, evaluation=evaluation)
@@ -143,7 +143,7 @@ def evaluate_model(
         )
         result["sets"] = found["sets"]
     if tasks:
-        tokenizer = huggingface.open_tokenizer(path, meta, corpus or cfg.data.corpus)
+        tokenizer = open_tokenizer(path, meta.tokenizer, corpus or cfg.data.corpus)
         scorer = Scorer(cfg.model, params, mesh, cfg.compute, window)
         result["tasks"], of_tasks = run_all(
             tasks, tokenizer, scorer, cfg.compute, watch

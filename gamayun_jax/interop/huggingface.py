@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
-import json
 import math
 import os
 import shutil
@@ -42,11 +41,15 @@ from gamayun_jax.interop.hf_tokenizer import (
     TOKENIZER_FILES,
     HFTokenizer,
     read_object,
-    to_tokenizers,
     write_tokenizer,
 )
 from gamayun_jax.interop.hf_weights import DTYPES, read_weights, write_weights
 from gamayun_jax.interop.model_card import model_card
+from gamayun_jax.interop.model_tokenizer import (
+    check_vocabulary,
+    fingerprint_of,
+    open_tokenizer,
+)
 from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import abstract_params, parameter_count, weights_of
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
@@ -215,24 +218,6 @@ def notes_on(imported: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def fingerprint_of(folder: Path, tokenizer: HFTokenizer | None) -> str | None:
-    """What says which tokenizer a folder's model has.
-
-    A folder that `export_hf` wrote has ours twice: it is the SentencePiece model that
-    corpora are made with, as long as tokenizer.json still says the same.
-    """
-    path = folder / "tokenizer.model"
-    if tokenizer is None or not path.is_file():
-        return None if tokenizer is None else tokenizer.fingerprint
-    try:
-        ours = Tokenizer(path)
-        same = json.loads(to_tokenizers(ours).to_str())
-    except UserError:  # another's, which loses text
-        return tokenizer.fingerprint
-    equal = same == read_object(folder / "tokenizer.json")
-    return (ours if equal else tokenizer).fingerprint
-
-
 @contextlib.contextmanager
 def freed_memory_given_back() -> Iterator[None]:
     """Give what is freed back to the system at once (with glibc; elsewhere: no-op).
@@ -289,81 +274,6 @@ def copy_kept(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-# --- tokenizers -----------------------------------------------------------------
-
-
-def open_tokenizer(
-    path: Path,
-    meta: RunMeta,
-    corpus: str | Path | None = None,
-    given: Path | None = None,
-) -> Tokenizer | HFTokenizer:
-    """The tokenizer that a model was trained with, ours or an imported one.
-
-    Args:
-      path: the model: run folder, one checkpoint, or a Hugging Face folder.
-      meta: of its checkpoint, as `load_model.load_params` returns it.
-      corpus: the corpus it was trained on, which is looked into last.
-      given: look only here: a folder or a .model file.
-
-    Raises:
-      UserError: it cannot be found, or only others are there.
-    """
-    path = Path(path).absolute()
-    wanted = meta.tokenizer
-    if given is not None:
-        places = [Path(given)]
-    elif wanted is None:
-        raise UserError(
-            f"{path} was imported without a tokenizer: put its tokenizer.json beside "
-            "its config.json and import it again"
-        )
-    else:
-        inside = path.name.isdigit() or path.name == "checkpoints"
-        places = [path, *(path.parents[:2] if inside else ())]
-        places += [Path(corpus)] if corpus else []
-    other = None
-    for place in places:
-        for tokenizer in tokenizers_in(place):
-            if wanted in (None, tokenizer.fingerprint):
-                return tokenizer
-            other = other or (place, tokenizer.fingerprint)
-    if other and wanted:
-        raise UserError(
-            f"{other[0]} has another tokenizer ({other[1][:12]}) than {path} was "
-            f"trained with ({wanted[:12]}): give the right one"
-        )
-    raise UserError(
-        f"{path} has no tokenizer, nor has "
-        f"{' or '.join(str(p) for p in places if p != path) or 'its corpus'}: copy the "
-        "run's tokenizer.model (or tokenizer.json) there"
-    )
-
-
-def tokenizers_in(path: Path) -> Iterator[Tokenizer | HFTokenizer]:
-    """Those of a folder (tokenizer.json first), or the one of a .model file."""
-    if path.is_file():
-        yield Tokenizer(path)
-    if (path / "tokenizer.json").is_file():
-        yield HFTokenizer(path)
-    if (path / "tokenizer.model").is_file():
-        yield Tokenizer(path / "tokenizer.model")
-
-
-def check_vocabulary(
-    tokenizer: Tokenizer | HFTokenizer, model: ModelConfig, where: Path
-) -> None:
-    """Raise UserError if the tokenizer has ids that the model has no row for.
-
-    The other way round is common: tables are padded to a round number.
-    """
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, but the model has "
-            f"vocab_size={model.vocab_size}: they do not belong together"
-        )
-
-
 # --- out ------------------------------------------------------------------------
 
 
@@ -412,7 +322,7 @@ def export_hf(
                 f"{run} has no tokenizer: the weights are exported without one"
             )
         else:
-            found = open_tokenizer(model, meta, cfg.data.corpus, tokenizer)
+            found = open_tokenizer(model, meta.tokenizer, cfg.data.corpus, tokenizer)
             check_vocabulary(found, cfg.model, run)
         with new_folder(out) as temporary:
             # On the host: nothing is computed, and a device may have less memory.

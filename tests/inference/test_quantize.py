@@ -13,7 +13,7 @@ from gamayun_jax import cli, train
 from gamayun_jax.config import UserError
 from gamayun_jax.evaluate import stored_model
 from gamayun_jax.inference import quantize
-from gamayun_jax.interop import huggingface
+from gamayun_jax.interop.model_tokenizer import open_tokenizer
 
 SHAPES = {  # one matrix of each kind, stacked over 2 layers but for the embedding
     "embedding": (50, 128), "q": (2, 128, 4, 16), "o": (2, 4, 64, 48),
@@ -123,16 +123,15 @@ def test_generate_on_the_command_line(trained, tmp_path, capfd, monkeypatch):
 
 def test_another_tokenizer_is_refused(trained, tmp_path, config):
     corpus = Path(config.data.corpus)
-    good = huggingface.open_tokenizer(trained, {"tokenizer": _print(corpus)}, corpus)
+    good = open_tokenizer(trained, _print(corpus), corpus)
     assert good.vocab_size == 512
     with pytest.raises(UserError, match="another tokenizer"):
-        huggingface.open_tokenizer(trained, {"tokenizer": "0"}, corpus)
+        open_tokenizer(trained, "0", corpus)
     with pytest.raises(UserError, match="has no tokenizer, nor has.*none"):
-        huggingface.open_tokenizer(tmp_path, {"tokenizer": "0"}, tmp_path / "none")
+        open_tokenizer(tmp_path, "0", tmp_path / "none")
     shutil.copy(corpus / "tokenizer.model", tmp_path)
-    meta = {"tokenizer": _print(corpus)}
     step = tmp_path / "checkpoints" / "13"
-    assert huggingface.open_tokenizer(step, meta, "").vocab_size == 512
+    assert open_tokenizer(step, _print(corpus), "").vocab_size == 512
 
 
 def _print(corpus):

@@ -24,7 +24,7 @@ from conftest import meta_of
 from gamayun_jax import config as c
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
 from gamayun_jax.data.tokenizer import Tokenizer
-from gamayun_jax.interop import hf_config, hf_weights, huggingface
+from gamayun_jax.interop import hf_config, hf_weights, huggingface, model_tokenizer
 from gamayun_jax.interop.hf_tokenizer import HFTokenizer, to_tokenizers
 from gamayun_jax.model import presets, sharding
 from gamayun_jax.model.transformer import Transformer, logits
@@ -828,7 +828,7 @@ def test_out_and_in_again(trained, config, corpus, tmp_path):
     text = (out / "tokenizer.json").read_text()
     (out / "tokenizer.json").write_text(text.replace('"<unk>"', '"<unknown>"'))
     assert (
-        huggingface.fingerprint_of(out, HFTokenizer(out))
+        model_tokenizer.fingerprint_of(out, HFTokenizer(out))
         == HFTokenizer(out).fingerprint
     )
     (out / "tokenizer.json").write_text(text)

@@ -23,8 +23,9 @@ from gamayun_jax import cli
 from gamayun_jax.config import UserError
 from gamayun_jax.data.tokenizer import TextStream, Tokenizer
 from gamayun_jax.evaluate import heldout, results, stored_model, tasks
-from gamayun_jax.interop import huggingface, load_model
+from gamayun_jax.interop import load_model
 from gamayun_jax.interop.hf_tokenizer import HFTokenizer
+from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer
 
@@ -257,10 +258,10 @@ def test_the_door(imported, corpus, tmp_path):
     folder, _ = imported
     fingerprint = HFTokenizer(folder).fingerprint
     own = corpus.tokenizer()
-    found = huggingface.open_tokenizer(folder, {"tokenizer": fingerprint})
+    found = open_tokenizer(folder, fingerprint)
     assert isinstance(found, HFTokenizer)
     where = corpus.folder
-    ours = huggingface.open_tokenizer(folder, {"tokenizer": own.fingerprint}, where)
+    ours = open_tokenizer(folder, own.fingerprint, where)
     assert isinstance(ours, Tokenizer)
     for tokenizer in (found, ours):
         text = "дом 日本 \U0001f468\u200d\U0001f469 e\u0301"
@@ -279,13 +280,13 @@ def test_the_door(imported, corpus, tmp_path):
         out = tmp_path / type(tokenizer).__name__
         out.mkdir()
         tokenizer.write(out)
-        again = huggingface.open_tokenizer(out, {"tokenizer": tokenizer.fingerprint})
+        again = open_tokenizer(out, tokenizer.fingerprint)
         assert again.encode(text) == ids
         assert (again.stop_ids, again.bos_id) == (tokenizer.stop_ids, tokenizer.bos_id)
     with pytest.raises(UserError, match="imported without a tokenizer"):
-        huggingface.open_tokenizer(folder, {"tokenizer": None})
+        open_tokenizer(folder, None)
     with pytest.raises(UserError, match="another tokenizer"):
-        huggingface.open_tokenizer(folder, {"tokenizer": "0" * 64}, where)
+        open_tokenizer(folder, "0" * 64, where)
 
 
 def test_eval_runs_tasks(imported, tmp_path, capsys):

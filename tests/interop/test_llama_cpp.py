@@ -19,6 +19,7 @@ from gamayun_jax.config import ComputeConfig
 from gamayun_jax.evaluate import heldout
 from gamayun_jax.inference.generator import Generator
 from gamayun_jax.interop import huggingface, load_model
+from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import transformer as model_module
 
 SOURCE = os.environ.get("LLAMA_CPP")
@@ -57,7 +58,7 @@ def both(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     assert train.train(config, folder / "run") == 0
     cfg, params, meta, _ = load_model.load_params(folder / "run")
-    tokenizer = huggingface.open_tokenizer(folder / "run", meta, cfg.data.corpus)
+    tokenizer = open_tokenizer(folder / "run", meta.tokenizer, cfg.data.corpus)
     huggingface.export_hf(folder / "run", folder / "out")
     command = [sys.executable, f"{SOURCE}/convert_hf_to_gguf.py", folder / "out"]
     environment = {**os.environ, "PYTHONPATH": f"{SOURCE}/gguf-py"}
