@@ -21,10 +21,9 @@ from jax.sharding import Mesh
 from gamayun_jax.config import ComputeConfig, ModelConfig
 from gamayun_jax.inference.quantize import dequantize, map_leaves
 from gamayun_jax.inference.sampling import sample_token
-from gamayun_jax.model import sharding
+from gamayun_jax.model import ops, sharding
 from gamayun_jax.model.transformer import (
     Block,
-    RMSNorm,
     compute_dtype,
     logits,
     rope_angles,
@@ -49,7 +48,8 @@ class Decoder:
     def __init__(
         self, cfg: ModelConfig, params: Any, mesh: Mesh, compute: ComputeConfig
     ):
-        self.cfg, self.dtype = cfg, compute_dtype(compute.dtype)
+        self.cfg, self.compute = cfg, compute
+        self.dtype = compute_dtype(compute.dtype)
         self.compilations = 0
 
         def lay_out(params: Any) -> Any:
@@ -106,7 +106,7 @@ class Decoder:
         kv_segments_BS = jax.lax.dynamic_update_slice(
             state["segments"], segments_BT, (0, at)
         )
-        block, caches = Block(cfg, dtype), []
+        block, caches = Block(cfg, self.compute), []
         for layer, cache in zip(weights["layers"], state["caches"], strict=True):
             x_BTD, cache = block.apply(  # type: ignore[assignment,misc]
                 {"params": use(layer)},
@@ -117,8 +117,8 @@ class Decoder:
                 (segments_BT, kv_segments_BS, at, None),
             )
             caches.append(cache)
-        norm = RMSNorm(cfg, "final_norm/scale")
-        x_BTD = norm.apply({"params": head["final_norm"]}, x_BTD[:, -1:])  # type: ignore[assignment]
+        scale = head["final_norm"]["scale"]
+        x_BTD = ops.rms_norm(x_BTD[:, -1:], scale, cfg.norm_eps)
         filled = dict(
             caches=caches, segments=kv_segments_BS, index=at + tokens_BT.shape[1]
         )

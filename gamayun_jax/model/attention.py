@@ -27,6 +27,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 
 from gamayun_jax.config import UserError
+from gamayun_jax.model import ops
 
 # Names of what a remat policy may keep: attention's output, and the kernel's log-sum-
 # exps, without which its backward pass would need a second forward pass.
@@ -36,29 +37,6 @@ PART = 512
 # Rows and columns of the splash kernel's tiles, where the sequence has as many.
 SPLASH_BLOCK = 1024
 LANES = 128  # of a TPU's vector registers: tiles are multiples of it
-
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-
-@jax.custom_vjp
-def _masked_softmax(scores_BKRS: jax.Array, mask_B1RS: jax.Array) -> jax.Array:
-    """Its own gradient keeps the result, which the next product keeps anyway, and no
-    other array of that size."""
-    return jax.nn.softmax(jnp.where(mask_B1RS, scores_BKRS, MASKED), axis=-1)
-
-
-def _masked_softmax_fwd(scores_BKRS, mask_B1RS):
-    probs_BKRS = _masked_softmax(scores_BKRS, mask_B1RS)
-    return probs_BKRS, (probs_BKRS, mask_B1RS)
-
-
-def _masked_softmax_bwd(saved, g_BKRS):
-    probs_BKRS, mask_B1RS = saved
-    mean_BKR1 = jnp.sum(probs_BKRS * g_BKRS, axis=-1, keepdims=True)
-    return jnp.where(mask_B1RS, probs_BKRS * (g_BKRS - mean_BKR1), 0.0), None
-
-
-_masked_softmax.defvjp(_masked_softmax_fwd, _masked_softmax_bwd)
 
 
 def attention(
@@ -100,7 +78,7 @@ def attention(
         same_BTS |= q_context_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]
     mask_BTS = jnp.logical_and(same_BTS, causal_TS[None])
     mask_B1RS = jnp.tile(mask_BTS, (1, G, 1))[:, None]
-    probs_BKRS = _masked_softmax(scores_BKRS, mask_B1RS).astype(v_BSKH.dtype)
+    probs_BKRS = ops.masked_softmax(scores_BKRS, mask_B1RS).astype(v_BSKH.dtype)
     out_BKRH = jnp.einsum("BKRS,BKSH->BKRH", probs_BKRS, v_BKSH)
     out_BTKGH = out_BKRH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
     return out_BTKGH.reshape(B, T, N, H)

@@ -196,12 +196,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def divides_parameters() -> bool:
-    """Whether the mesh in use divides parameters over fsdp."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape["fsdp"] > 1
-
-
 def batch_groups(rows: int) -> tuple[int, int]:
     """Parts that so many rows are divided into, along (data, fsdp) of the mesh in use.
 

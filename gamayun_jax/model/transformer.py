@@ -10,9 +10,8 @@ F mlp, N query heads, K key-value heads, H head dim, V vocabulary, L layers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,9 +20,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from gamayun_jax.config import ComputeConfig, ModelConfig
-from gamayun_jax.model import sharding
+from gamayun_jax.model import ops
 from gamayun_jax.model.attention import OUTPUT, attention, self_attention
-from gamayun_jax.model.weights import VOCAB_MATRIX_AXES, WEIGHTS
+from gamayun_jax.model.weights import WEIGHTS
 
 Cache = dict[str, jax.Array]
 
@@ -73,7 +72,7 @@ def rope_angles(
     cfg: ModelConfig, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of each position's angles, both float32 [B, T, 1, H]."""
-    angle_BTH = positions_BT[..., None].astype(jnp.float32) * _like(
+    angle_BTH = positions_BT[..., None].astype(jnp.float32) * ops.as_rank_of(
         jnp.tile(rope_frequencies(cfg), 2), positions_BT[..., None]
     )
     return jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
@@ -91,125 +90,60 @@ def rotate(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.A
     return (x32_BTNH * cos_BT1H + rotated * sin_BT1H).astype(x_BTNH.dtype)
 
 
-class Weight(NamedTuple):
-    """A matrix's parameter, divided over devices, and how to compute with it."""
-
-    value: jax.Array  # float32 [*I, *O]
-    axes: tuple[str | None, ...]  # logical
-    reduce_dtype: str  # ComputeConfig.reduce_dtype
-
-
-def project(x: jax.Array, w: Weight, contracted: int) -> jax.Array:
-    """x [B, T, *I] times w [*I, *O] over the `contracted` axes I: [B, T, *O].
-
-    In the dtype of x, with w gathered over fsdp.
-    """
-    return _project(x, w.value, contracted, w.axes, w.reduce_dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _project(x, w, contracted, axes, reduce_dtype):
-    """Its own gradient, for three reasons.
-
-    The gathered weight is no residual, under any remat policy: kept, it would undo
-    its division. The gradient of w leaves the product in the dtype in which devices
-    sum it: automatic differentiation would round each device's part to that of x. And
-    the order of that product's factors: in that of the weights, automatic
-    differentiation puts the output's gradient first, and on CPU XLA transposes the
-    first factor, with all that computes it. For SwiGLU that took a quarter of a step.
-    Here the narrower factor is the first.
-    """
-    return jnp.tensordot(x, sharding.gather(w, axes, x.dtype), contracted)
-
-
-def _project_fwd(x, w, contracted, axes, reduce_dtype):
-    return _project(x, w, contracted, axes, reduce_dtype), (x, w)
-
-
-def _project_bwd(contracted, axes, reduce_dtype, saved, g):
-    x, w = saved
-    over = (tuple(range(2, g.ndim)), tuple(range(contracted, w.ndim)))
-    dx = jnp.tensordot(g, sharding.gather(w, axes, x.dtype), over)
-    if x.size <= g.size:
-        dw = sharding.weight_gradient(x, g, reduce_dtype)
-    else:
-        dw = sharding.weight_gradient(g, x, reduce_dtype)
-        dw = jnp.moveaxis(dw, range(g.ndim - 2), range(contracted, w.ndim))
-    return dx, sharding.constrain_parameter(dw, axes).astype(w.dtype)
-
-
-_project.defvjp(_project_fwd, _project_bwd)
-
-
-def _param(module: nn.Module, path: str, cfg: ModelConfig) -> Any:
+def _param(module: nn.Module, cfg: ModelConfig, path: str) -> Any:
     """A weight of the table, declared in its module."""
     w = WEIGHTS[path]
     return module.param(w.name, w.kind.initializer(cfg), w.shape(cfg), jnp.float32)
 
 
-def _weight(module: Any, path: str) -> Weight:
-    """A matrix to `project` with."""
-    value = _param(module, path, module.cfg)
-    return Weight(value, WEIGHTS[path].logical_axes, module.reduce_dtype)
+def _matrix(module: Any, path: str) -> ops.Matrix:
+    """A weight to compute products with."""
+    w, value = WEIGHTS[path], _param(module, module.cfg, path)
+    return ops.Matrix(value, w.logical_axes, len(w.summed), module.compute.reduce_dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, computed in float32 (1910.07467)."""
+    """`ops.rms_norm` with its scale."""
 
     cfg: ModelConfig
-    weight: str  # path of its scale
-    lean: bool = False  # see Block
+    weight: str  # path of the scale
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = _param(self, self.weight, self.cfg)
-
-        def norm(x, scale):
-            x32 = x.astype(jnp.float32)
-            inverse = jax.lax.rsqrt(
-                jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.cfg.norm_eps
-            )
-            return (x32 * inverse * _like(scale, x32)).astype(x.dtype)
-
-        return (jax.checkpoint(norm) if self.lean else norm)(x, scale)
+        scale = _param(self, self.cfg, self.weight)
+        return ops.rms_norm(x, scale, self.cfg.norm_eps)
 
 
-def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """Give a trailing-axis vector the rank of `x` (implicit promotion is an error)."""
-    return vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
+def norm(cfg: ModelConfig, path: str) -> RMSNorm:
+    """The norm whose scale is at path/scale, named by the end of its path."""
+    return RMSNorm(cfg, f"{path}/scale", name=path.rpartition("/")[2])
 
 
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions (GQA: arXiv 2305.13245)."""
 
     cfg: ModelConfig
-    dtype: jnp.dtype
-    attention_impl: str = "auto"  # ComputeConfig.attention
-    reduce_dtype: str = "float32"  # ComputeConfig.reduce_dtype
-    lean: bool = False  # see Block
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x_BTD, cos_BT1H, sin_BT1H, segments, layer_cache):
         """Returns the output [B, T, D] and the layer's updated (k, v) or None."""
-        cfg = self.cfg
-        at = "layers/attention"
+        cfg, at = self.cfg, "layers/attention"
 
         def heads(name: str) -> jax.Array:
-            y_BTNH = project(x_BTD, _weight(self, f"{at}/{name}"), 1)
+            y_BTNH = ops.linear(x_BTD, _matrix(self, f"{at}/{name}"))
             if cfg.qkv_bias:
-                bias = _param(self, f"{at}/{name}_bias", cfg)
+                bias = _param(self, cfg, f"{at}/{name}_bias")
                 # In float32, as its gradient is then summed.
                 y32_BTNH = y_BTNH.astype(jnp.float32)
-                y_BTNH = (y32_BTNH + _like(bias, y32_BTNH)).astype(self.dtype)
+                y32_BTNH += ops.as_rank_of(bias, y32_BTNH)
+                y_BTNH = y32_BTNH.astype(x_BTD.dtype)
             return checkpoint_name(y_BTNH, name)
 
-        q_BTNH = heads("q")
-        k_BTKH = heads("k")
-        v_BTKH = heads("v")
+        q_BTNH, k_BTKH, v_BTKH = heads("q"), heads("k"), heads("v")
         if cfg.qk_norm:
-            norm = functools.partial(RMSNorm, cfg, lean=self.lean)
-            q_BTNH = norm(f"{at}/q_norm/scale", name="q_norm")(q_BTNH)
-            k_BTKH = norm(f"{at}/k_norm/scale", name="k_norm")(k_BTKH)
+            q_BTNH = norm(cfg, f"{at}/q_norm")(q_BTNH)
+            k_BTKH = norm(cfg, f"{at}/k_norm")(k_BTKH)
         q_BTNH = rotate(q_BTNH, cos_BT1H, sin_BT1H)
         k_BTKH = rotate(k_BTKH, cos_BT1H, sin_BT1H)
         q_BTNH = nn.with_logical_constraint(
@@ -231,110 +165,47 @@ class Attention(nn.Module):
         qkv = (q_BTNH, k_BTKH, v_BTKH)
         if layer_cache is None and q_contexts is None:
             # Initialisation looks at one token, which no kernel takes.
-            impl = "xla" if self.is_initializing() else self.attention_impl
+            impl = "xla" if self.is_initializing() else self.compute.attention
             out_BTNH = self_attention(*qkv, q_segments, impl)
         else:
             out_BTNH = attention(*qkv, q_segments, kv_segments, offset, q_contexts)
-        y_BTD = project(out_BTNH, _weight(self, f"{at}/o"), 2)
-        return y_BTD, layer_cache
+        return ops.linear(out_BTNH, _matrix(self, f"{at}/o")), layer_cache
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
     cfg: ModelConfig
-    dtype: jnp.dtype
-    reduce_dtype: str = "float32"  # ComputeConfig.reduce_dtype
-    lean: bool = False  # see Block
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_DF, up_DF, down_FD = (
-            _weight(self, f"layers/mlp/{name}") for name in ("gate", "up", "down")
+            _matrix(self, f"layers/mlp/{name}") for name in ("gate", "up", "down")
         )
-        gate_BTF = checkpoint_name(project(x_BTD, gate_DF, 1), "gate")
-        up_BTF = checkpoint_name(project(x_BTD, up_DF, 1), "up")
-
-        def down(gate_BTF, up_BTF):
-            h_BTF = nn.with_logical_constraint(
-                jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "act_mlp")
-            )
-            return project(h_BTF, down_FD, 1)
-
-        # Lean, gate and up are kept for the gradient, not four more of their size.
-        return (jax.checkpoint(down) if self.lean else down)(gate_BTF, up_BTF)
+        gate_BTF = checkpoint_name(ops.linear(x_BTD, gate_DF), "gate")
+        up_BTF = checkpoint_name(ops.linear(x_BTD, up_DF), "up")
+        return ops.swiglu(gate_BTF, up_BTF, down_FD)
 
 
 class Block(nn.Module):
-    """One layer, in the form that `nn.scan` carries: (x, cache) -> (x, cache).
-
-    Attributes:
-      lean: elementwise functions keep their arguments alone for the gradient, which on
-        CPU is faster too. Not under remat, whose policy decides what is kept, nor with
-        weights divided over fsdp: XLA for TPUs estimates that the barriers within cost
-        14 % of a step.
-    """
+    """One layer, in the form that `nn.scan` carries: (x, cache) -> (x, cache)."""
 
     cfg: ModelConfig
-    dtype: jnp.dtype
-    attention_impl: str = "auto"
-    reduce_dtype: str = "float32"
-    lean: bool = False
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, cos_BT1H, sin_BT1H, segments):
-        norm = functools.partial(RMSNorm, self.cfg, lean=self.lean)
-        scale = "layers/attention_norm/scale"
-        h_BTD = norm(scale, name="attention_norm")(x_BTD)
-        how = (self.reduce_dtype, self.lean)
-        args = (self.cfg, self.dtype, self.attention_impl)
-        attend = Attention(*args, *how, name="attention")
+        h_BTD = norm(self.cfg, "layers/attention_norm")(x_BTD)
+        attend = Attention(self.cfg, self.compute, name="attention")
         h_BTD, layer_cache = attend(h_BTD, cos_BT1H, sin_BT1H, segments, layer_cache)
         x_BTD = x_BTD + h_BTD
-        h_BTD = norm("layers/mlp_norm/scale", name="mlp_norm")(x_BTD)
-        x_BTD = x_BTD + SwiGLU(self.cfg, self.dtype, *how, name="mlp")(h_BTD)
+        h_BTD = norm(self.cfg, "layers/mlp_norm")(x_BTD)
+        x_BTD = x_BTD + SwiGLU(self.cfg, self.compute, name="mlp")(h_BTD)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         # Kept only where the collection is asked for: see `hidden_states`.
         self.sow("intermediates", "hidden", x_BTD)
         return x_BTD, layer_cache
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def look_up(
-    table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, reduce_dtype: str
-) -> jax.Array:
-    """Rows of the embedding, which is gathered over fsdp like any other weight.
-
-    Left to itself, the partitioner looks up the whole global batch on every device,
-    and sums the whole table's gradient over all of them.
-    """
-    table = sharding.gather(table_VD, VOCAB_MATRIX_AXES, dtype)
-    return jnp.take(table, tokens_BT, axis=0)
-
-
-def _look_up_fwd(table_VD, tokens_BT, dtype, reduce_dtype):
-    return look_up(table_VD, tokens_BT, dtype, reduce_dtype), (tokens_BT, table_VD)
-
-
-def _look_up_bwd(dtype, reduce_dtype, kept, dx_BTD):
-    tokens_BT, table_VD = kept
-    P, Q = sharding.batch_groups(len(tokens_BT))
-
-    def cut(a: jax.Array) -> jax.Array:  # each device's rows: [P, Q, B' x T, ...]
-        a = a.reshape(P, Q, -1, *a.shape[2:])
-        return sharding.divide_groups(a)
-
-    # In float32: a sum in bfloat16 stands still once it is 256 times what is added,
-    # and the token of a comma is added thousands of times.
-    def add(dx, tokens):
-        zeros = jnp.zeros(table_VD.shape, jnp.float32)
-        return zeros.at[tokens].add(dx.astype(jnp.float32)).astype(reduce_dtype)
-
-    parts = sharding.divide_groups(jax.vmap(jax.vmap(add))(cut(dx_BTD), cut(tokens_BT)))
-    return sharding.sum_groups(parts, VOCAB_MATRIX_AXES).astype(table_VD.dtype), None
-
-
-look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 class Transformer(nn.Module):
@@ -369,11 +240,11 @@ class Transformer(nn.Module):
         Returns:
           x_BTD in the compute dtype, and the new cache (None without one).
         """
-        cfg, dtype = self.cfg, self.dtype
-        embedding_VD = _param(self, "embedding", cfg)
+        cfg = self.cfg
+        embedding_VD = _matrix(self, "embedding")
         if not cfg.tie_embeddings:
-            _param(self, "unembedding", cfg)
-        x_BTD = look_up(embedding_VD, tokens_BT, dtype, self.compute.reduce_dtype)
+            _param(self, cfg, "unembedding")
+        x_BTD = ops.embed(embedding_VD, tokens_BT, self.dtype)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         self.sow("intermediates", "embedded", x_BTD)
 
@@ -392,8 +263,7 @@ class Transformer(nn.Module):
         context = (cos_BT1H, sin_BT1H, segments)
 
         block = Block
-        remat = self.compute.remat != "none"
-        if remat and cache is None:
+        if self.compute.remat != "none" and cache is None:
             block = nn.remat(  # type: ignore[assignment]
                 Block,
                 policy=REMAT_POLICIES[self.compute.remat],
@@ -408,16 +278,9 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=cfg.num_layers,
             unroll=1 if self.compute.scan_layers else cfg.num_layers,
-        )(
-            cfg,
-            dtype,
-            self.compute.attention,
-            self.compute.reduce_dtype,
-            lean=not remat and not sharding.divides_parameters(),
-            name="layers",
-        )(x_BTD, layer_caches, *context)
+        )(cfg, self.compute, name="layers")(x_BTD, layer_caches, *context)
 
-        x_BTD = RMSNorm(cfg, "final_norm/scale", name="final_norm")(x_BTD)
+        x_BTD = norm(cfg, "final_norm")(x_BTD)
         if cache is None:
             return x_BTD, None
         k, v = layer_caches

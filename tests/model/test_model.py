@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
-from gamayun_jax.model import presets
+from gamayun_jax.model import ops, presets
 from gamayun_jax.model.transformer import (
     Transformer,
     init_cache,
     logits,
-    look_up,
     rope_angles,
     rope_frequencies,
     rotate,
 )
-from gamayun_jax.model.weights import abstract_params, flops_per_token, parameter_count
+from gamayun_jax.model.weights import (
+    VOCAB_MATRIX_AXES,
+    abstract_params,
+    flops_per_token,
+    parameter_count,
+)
 
 SMALL = ModelConfig(
     vocab_size=61, num_layers=2, d_model=24, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -352,7 +356,8 @@ def test_in_bfloat16_the_gradient_of_a_frequent_token(reduce_dtype, most):
     np.add.at(want, tokens, np.float64(dx))
 
     def rows(table):
-        return look_up(table, tokens, jnp.bfloat16, reduce_dtype)
+        w = ops.Matrix(table, VOCAB_MATRIX_AXES, 1, reduce_dtype)
+        return ops.embed(w, tokens, jnp.bfloat16)
 
     (got,) = jax.vjp(rows, jnp.zeros((V, D)))[1](dx)
     assert got.dtype == jnp.float32

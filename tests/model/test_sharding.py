@@ -17,9 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gamayun_jax.config import MeshConfig, UserError
-from gamayun_jax.model import presets, sharding
+from gamayun_jax.model import ops, presets, sharding
 from gamayun_jax.model.loss import TokenWeights
-from gamayun_jax.model.transformer import Weight, project
 from gamayun_jax.model.weights import VOCAB_MATRIX_AXES, abstract_params, parameter_path
 from gamayun_jax.training import step
 
@@ -274,7 +273,7 @@ def test_in_bfloat16_devices_add_a_weight_s_gradient_in_the_dtype_asked_for(
 
     def gradient(w, x, g):
         def product(w):
-            return project(x, Weight(w, axes, reduce_dtype), 1)
+            return ops.linear(x, ops.Matrix(w, axes, 1, reduce_dtype))
 
         return jax.vjp(product, w)[1](g)[0]
 
