@@ -14,12 +14,13 @@ DATA = {"demo_corpus", "demo_tasks"}
 JSON_ONLY = {"data.files", "evaluate.paired", "training.run_folder"}
 # What every room may import. Tables: a corpus, a plan and an evaluation print the same
 # kind as the report, and data may not import the report.
-BASE = {"fields", "config", "tables"}
+BASE = {"fields", "corpus_config", "config", "tables"}
 # Room (or module of the top floor) -> rooms and modules that it may import.
 LAWS = {
     "fields": set(),
     "tables": set(),
-    "config": {"fields"},
+    "corpus_config": {"fields"},
+    "config": {"fields", "corpus_config"},
     "model": BASE,
     "data": BASE,
     "training": {*BASE, "model", "data"},

@@ -1,8 +1,8 @@
 """Batches for training: a pure function of the step number.
 
-Global example number i is (source, position in the source) by the curriculum
-alone; Grain reads it, hosts only pick their rows. So the whole state of the loader
-is one integer, and it is valid for any number of hosts.
+Global example number i is a place in a source's shuffled order by the data plan alone
+(plan.py); hosts only pick their rows. So the whole state of the loader is one integer,
+the number of steps that are done, and it is valid for any number of hosts.
 
 A batch is a dict of arrays [B, T], B rows over all hosts:
 

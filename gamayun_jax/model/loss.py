@@ -1,6 +1,7 @@
 """Token weights, and weighted cross-entropy as sums that add up over anything.
 
-`token_weights` is the only place where the training weight of a token is decided.
+`token_weights` is the only place where a token gets its weight in the objective, from
+the two tables that data/token_weights.py makes for a stage.
 Everything returned is a sum (of losses, targets, per language), so that
 microbatches, devices and hosts add theirs and divide once: a mean of means would
 weigh short batches more.

@@ -11,7 +11,7 @@ F mlp, N query heads, K key-value heads, H head dim, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,21 +26,38 @@ from gamayun_jax.model.weights import WEIGHTS
 
 Cache = dict[str, jax.Array]
 
-# What the backward pass keeps of a layer's forward pass besides the layer's input, by
-# name of the policy. `minimal` makes the products k, v and o again, the cheapest ones
-# for their size; `attention` also gate and up of the MLP, two thirds of its products.
-# `offload` is `minimal` in the memory of the host.
-KEPT = ("q", OUTPUT, "gate", "up")
-REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT),
-    "attention": jax.checkpoint_policies.save_only_these_names("q", "k", "v", OUTPUT),
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(KEPT),
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+
+class Remat(NamedTuple):
+    """What the backward pass keeps of a layer's forward pass besides its input.
+
+    By name only: what a gradient of our own (ops.py) takes is one value to JAX's
+    policies that go by the kind of operation.
+    """
+
+    kept: tuple[str, ...]
+    offloaded: bool = False  # to the memory of the host
+
+    @property
+    def policy(self) -> Callable[..., Any]:
+        """The policy of jax.checkpoint."""
+        if not self.offloaded:
+            return jax.checkpoint_policies.save_only_these_names(*self.kept)
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(self.kept),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+
+
+# `minimal` makes the products k, v and o again, the cheapest ones for their size;
+# `attention` also gate and up of the MLP, two thirds of its products.
+_MINIMAL = ("q", OUTPUT, "gate", "up")
+REMATS = {
+    "minimal": Remat(_MINIMAL),
+    "attention": Remat(("q", "k", "v", OUTPUT)),
+    "full": Remat(()),
+    "offload": Remat(_MINIMAL, offloaded=True),
 }
 
 
@@ -266,7 +283,7 @@ class Transformer(nn.Module):
         if self.compute.remat != "none" and cache is None:
             block = nn.remat(  # type: ignore[assignment]
                 Block,
-                policy=REMAT_POLICIES[self.compute.remat],
+                policy=REMATS[self.compute.remat].policy,
                 prevent_cse=not self.compute.scan_layers,
             )
         # The parameters are stacked over layers in both cases, so that checkpoints

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gamayun_jax.config import Config, ModelConfig
+from gamayun_jax.model.attention import OUTPUT
+from gamayun_jax.model.transformer import REMATS
 from gamayun_jax.model.weights import flops_per_token, weights_of
 from gamayun_jax.training.chips import Chip
 
@@ -48,31 +50,24 @@ def recomputed_flops_per_token(cfg: Config) -> float:
     The flash kernels' backward pass makes the scores again under every policy.
     """
     model, sizes = cfg.model, matrices(cfg.model)
-    again = {
-        "none": (),
-        "minimal": ("k", "v", "o"),
-        "offload": ("k", "v", "o"),
-        "attention": ("o", "gate", "up"),
-        "full": ("q", "k", "v", "o", "gate", "up"),
-    }[cfg.compute.remat]
+    remat = REMATS.get(cfg.compute.remat)
+    products = ("q", "k", "v", "o", "gate", "up")
+    again = [name for name in products if remat and name not in remat.kept]
     scores = model.num_layers * model.num_heads * model.head_dim * cfg.data.seq_len
     flops = 2.0 * model.num_layers * sum(sizes[k] for k in again) + scores
-    return flops + (2.0 * scores if cfg.compute.remat == "full" else 0.0)
+    return flops + (2.0 * scores if remat and OUTPUT not in remat.kept else 0.0)
 
 
 def kept_bytes_per_token(cfg: Config) -> float:
     """Bytes of a token's activations that wait in HBM for the backward pass."""
     model = cfg.model
     q, kv = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
-    attention = 2 * q + 2 * kv
-    kept = {
-        "full": 0,
-        "offload": 0,
-        "attention": attention,
-        "minimal": 2 * q + 2 * model.d_ff,
-        # Norms, rotations, the gated product and the residual between the two halves.
-        "none": 2 * attention + 3 * model.d_ff + 3 * model.d_model,
-    }[cfg.compute.remat]
+    sizes = {"q": q, "k": kv, "v": kv, OUTPUT: q, "gate": model.d_ff, "up": model.d_ff}
+    if remat := REMATS.get(cfg.compute.remat):
+        names = () if remat.offloaded else remat.kept
+        kept = sum(sizes[name] for name in names)
+    else:  # norms, rotations, the gated product, the residual between the two halves
+        kept = 2 * (2 * q + 2 * kv) + 3 * model.d_ff + 3 * model.d_model
     return COMPUTE_BYTES * model.num_layers * (model.d_model + kept)
 
 

@@ -1,4 +1,4 @@
-"""AdamW without its learning rate, the decay mask, and learning-rate schedules.
+"""The learning rate as a function of tokens, and AdamW, which does without its own.
 
 The learning rate is a pure function of tokens, computed by the train step from the
 step number. It is not an optimiser's private count, so that carrying the optimiser
@@ -23,7 +23,8 @@ def learning_rate(
     stage_start: int,
     stage_end: int,
 ) -> jax.Array:
-    """Learning rate after `tokens` training tokens, counted from the run's start.
+    """Learning rate after `tokens` training tokens, counted from the start of the
+    whole history, the runs before --init-from included.
 
     wsd: linear warm-up, constant, decay over the last `decay_tokens` of the stage
     (MiniCPM, arXiv 2404.06395; 1-sqrt: arXiv 2405.18392). cosine: warm-up, then half

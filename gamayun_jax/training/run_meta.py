@@ -23,7 +23,7 @@ class RunMeta:
     tokenizer: str | None = None  # fingerprint; None: imported without a tokenizer
     lineage: Mapping[str, Any] = field(default_factory=dict)
     # The data: which examples were served, and by what.
-    contents: Mapping[str, Any] | None = None  # hashes of shards; None: format 1 or 2
+    contents: Mapping[str, Any] | None = None  # hashes of shards; once there were none
     consumed: Mapping[str, int] = field(default_factory=dict)  # examples by source
     curricula: Sequence[Mapping[str, Any]] = ()
     shares: Mapping[str, float] = field(default_factory=dict)  # of the current stage

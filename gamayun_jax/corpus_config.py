@@ -1,0 +1,71 @@
+"""The part of a configuration that is a corpus's recipe; used through config.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gamayun_jax.fields import Count, LocalPath, Part, Share, Whole
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One named body of documents in one language and one domain.
+
+    `name` is "<language>/<domain>". `files` are paths or globs of .jsonl, .txt
+    (one document a line) or .parquet files, .gz and .zst included, or
+    "tfds:<folder of a data set in array_record format>:<split>". .json and .ndjson
+    are read as .jsonl is. `text_field` may be inside another: "translation.ru".
+    """
+
+    name: str
+    files: tuple[LocalPath, ...]
+    text_field: str = "text"
+    tokens: Whole = 0  # about; for `gamayun curriculum` before there is a corpus
+
+    @property
+    def language(self) -> str:
+        return self.name.split("/")[0]
+
+
+@dataclass(frozen=True)
+class HeldoutConfig:
+    """A held-out set: language -> file. If `parallel`, line i means the same in all.
+
+    None: parallel if the units of all files have the same ids in the same order. Give
+    True for files without ids.
+    """
+
+    name: str
+    files: Mapping[str, LocalPath]
+    parallel: bool | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """SentencePiece training. `shares`: language -> share of the training bytes."""
+
+    vocab_size: Count
+    shares: Mapping[str, Share] = field(default_factory=dict)  # empty: equal shares
+    sample_bytes: Count = 200_000_000  # text given to the trainer, all languages
+    model: LocalPath = ""  # path of a ready model: nothing is trained
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The recipe of a tokenised corpus: what `gamayun corpus build` makes."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    heldout: tuple[HeldoutConfig, ...] = ()
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(4096))
+    record_tokens: Count = 4096  # tokens per record; a multiple of data.seq_len
+    shard_bytes: Count = 256_000_000  # text per input chunk, so per shard
+    min_chars: Whole = 1
+    max_bad_share: Part = 0.01  # a larger share of unreadable documents is an error
+    # Documents that hold a held-out text (heldout.Contamination): remove, or report.
+    # A document that equals one is always removed.
+    held_out_copies: Literal["remove", "report"] = "remove"
+    # Files that end early or are damaged within: stop, or keep_readable (the build,
+    # `corpus inspect` and the manifest list the losses).
+    on_damaged_file: Literal["stop", "keep_readable"] = "stop"
