@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "tokenizer train": data.train_tokenizer,
     "tokenizer report": data.report_tokenizer,
     "curriculum": data.preview_curriculum,
+    "controls": data.make_controls,
     "train": train.train,
     "plan": train.plan,
     "eval": models.evaluate,

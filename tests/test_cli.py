@@ -30,6 +30,7 @@ PARAMETERS = {
     "tokenizer train": "config --set --out",
     "tokenizer report": "corpus --model",
     "curriculum": "config --set --out --init-from",
+    "controls": "config --set --out --arms --check",
     "train": "config --set --workdir --init-from --profile --fresh --distributed "
     "--coordinator --num-processes --process-id --silence",
     "plan": "config --set --topology --table --slices --search --price --efficiency "
@@ -63,6 +64,10 @@ PARSED = [
     ("tasks build --out o --emb", {"out": Path("o"), "embedded": True}),
     ("curriculum c.py --out a.SVG", {"config": Path("c.py"), "out": Path("a.SVG")}),
     ("curriculum c.py --out a.gif", None),
+    ("controls c.py --arms single ramped --out o --check a b",
+     {"config": Path("c.py"), "arms": ["single", "ramped"], "out": Path("o"),
+      "check": [Path("a"), Path("b")]}),
+    ("controls c.py --out o --arms shuffled", None),
     ("train c.py --work w --init r --fresh --process-id -1 --num-processes 02",
      {"config": Path("c.py"), "workdir": Path("w"), "init_from": Path("r"),
       "fresh": True, "process_id": -1, "num_processes": 2}),
@@ -485,6 +490,11 @@ def test_train_eval_report(experiment, tmp_path, capsys):
     short += ["--set", "stages.align.schedule.warmup_tokens=512"]
     short += ["--set", "stages.enrich.schedule.warmup_tokens=512"]
     assert cli.main([*train, *short]) == 0
+    check = ["controls", str(experiment), *short, "--check", str(run)]
+    assert cli.main(check) == 0
+    assert "as planned, 3 sources, 2,048 tokens" in capsys.readouterr().out
+    assert cli.main([*check, "--set", "stages.align.tokens=2048"]) == 2
+    assert "(at step 4 of 6)" in capsys.readouterr().out
     out = tmp_path / "eval"
     assert cli.main(["eval", str(run), "--out", str(out), "--languages", "ru"]) == 0
     table = capsys.readouterr().out

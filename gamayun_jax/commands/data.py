@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gamayun_jax.commands import Picture, Repeated, in_repository, note
-from gamayun_jax.config import Config, Count, load_config
+from gamayun_jax.config import Config, Count, UserError, load_config
 
 
 def build_corpus(
@@ -181,6 +181,80 @@ def preview_curriculum(
         figure = figures.curriculum_figure(points, cfg.languages, stages)
         figure.savefig(out, dpi=150)
         print(f"picture: {out}")
+
+
+def make_controls(
+    config: Path,
+    *,
+    out: Path | None = None,
+    arms: list[Literal["single", "reversed", "ramped"]] | None = None,
+    check: list[Path] | None = None,
+    set_: Repeated = (),
+) -> int:
+    """Make controls of a config: the same examples, in another order.
+
+    Writes an experiment file per arm into OUT and prints how many examples of each
+    source every arm serves, which are equal. single: one stage, a constant mixture;
+    reversed: the stages' contents, the last first; ramped: the mixture slides through
+    the run. Every arm has CONFIG's learning rate at every step. Before there is a
+    corpus, plans as `gamayun curriculum` does.
+
+    Examples:
+      gamayun controls experiments/tiny.py --out runs/controls
+      gamayun controls experiments/tiny.py --check runs/tiny runs/single
+
+    Args:
+      arms (ARM): which arms (default: all of single, reversed and ramped).
+      check (RUN): compare what finished runs of CONFIG or its arms recorded with what
+        CONFIG plans; status 2 where it differs.
+    """
+    from gamayun_jax.data import control_files, controls
+    from gamayun_jax.data.corpus import open_corpus
+    from gamayun_jax.data.plan import make_data_plan, unbuilt_plan
+    from gamayun_jax.report.read_run import read_run
+    from gamayun_jax.training import compatibility
+
+    if not (out or check):
+        raise UserError("give --out DIR to write arms, or --check RUN to check runs")
+    cfg = load_config(config, set_)
+    folder = Path(cfg.data.corpus)
+    known = True
+    if (folder / "manifest.json").exists() or not cfg.corpus.sources:
+        corpus = open_corpus(folder)
+    else:
+        corpus, _, _ = unbuilt_plan(cfg)
+        known = all(s.tokens for s in cfg.corpus.sources)
+        note(
+            f"there is no corpus in {folder} yet: planned with {assumed_sizes(cfg)}. "
+            "Make the arms again when it is built: counts may depend on sizes"
+        )
+    if len(cfg.stages) > 1:
+        # The arms of one stage have its own schedule, which may count from the start
+        # of a former run.
+        compatibility.check_schedules(cfg)
+    base = controls.plan_base(cfg, corpus)
+    if out:
+        made = control_files.write_arms(
+            list(dict.fromkeys(arms or controls.ARMS)), base, config, set_, out
+        )
+        plans = {"base": base.plan}
+        plans |= {arm: make_data_plan(of_arm, corpus) for arm, of_arm in made.items()}
+        sizes = corpus.examples(cfg.data.seq_len) if known else None
+        print(control_files.ledger_text(plans, cfg, sizes))
+        print("\n".join(f"arm: {out / arm}.py" for arm in made))
+        for text in control_files.notes(cfg, list(made)):
+            note(text)
+    status = 0
+    for run in check or ():
+        records = read_run(run).metrics
+        if not records:
+            raise UserError(f"{run} has no record of training in metrics.jsonl yet")
+        same, text = control_files.check_text(
+            str(run), records[-1], base.plan, cfg.data.seq_len
+        )
+        print(text)
+        status = status if same else 2
+    return status
 
 
 def assumed_sizes(cfg: Config) -> str:
