@@ -51,6 +51,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "compare": models.compare,
     "generate": models.generate,
     "lm-eval": models.lm_eval,
+    "average": models.average,
     "quantize": models.quantize,
     "import-hf": models.import_hf,
     "export-hf": models.export_hf,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from gamayun_jax.commands import Repeated, note
 from gamayun_jax.config import Count, UserError
+from gamayun_jax.data import files
 
 
 def evaluate(
@@ -289,9 +291,9 @@ def quantize(
     from gamayun_jax.interop import load_model
     from gamayun_jax.interop.model_tokenizer import open_tokenizer
     from gamayun_jax.report import scores
+    from gamayun_jax.training.model_folder import save_model
 
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another folder")
+    files.check_new(out)
     cfg, params, meta, _ = load_model.load_params(model, quantised=True)
     if not (corpus or cfg.data.corpus or no_eval):
         raise UserError(
@@ -300,7 +302,7 @@ def quantize(
         )
     tokenizer = open_tokenizer(model, meta.tokenizer, corpus or cfg.data.corpus)
     small = jax.jit(quantize.quantize, static_argnums=1)(params, bits)
-    quantize.save(small, meta, bits, tokenizer, out)
+    save_model(small, dataclasses.replace(meta, bits=bits), tokenizer, out)
     old, new = (quantize.size_bytes(tree) for tree in (params, small))
     print(f"{out}: {new:,} bytes of weights, before {old:,}", flush=True)
     del params, small
@@ -313,6 +315,48 @@ def quantize(
     quantize.write_record(out, meta, bits, (old, new), evals)
     if evals:
         print(scores.language_text(evals, cfg.languages))
+
+
+def average(
+    run: Path,
+    out: Path,
+    *,
+    last: Count | None = None,
+    window: Count | None = None,
+    weights: Literal["uniform", "linear", "1-sqrt"] = "uniform",
+    until: Count | None = None,
+) -> None:
+    """Write the average of a run's last checkpoints as one checkpoint.
+
+    At a constant learning rate it takes the place of a decay. All commands read the
+    folder, and `train --init-from` begins from it, with new moments.
+
+    Examples:
+      gamayun average runs/demo out --last 4
+      gamayun average runs/demo out --window 20000000000 --weights 1-sqrt
+
+    Args:
+      run: run folder, or one checkpoint: the newest to be taken.
+      last (N): average the last N checkpoints.
+      window (TOKENS): average those within so many tokens of the newest.
+      weights: the same for all; growing with the step; or those that stand for a
+        1-sqrt decay over the window.
+      until (STEP): take no checkpoint after this step.
+    """
+    from gamayun_jax.interop.model_tokenizer import open_tokenizer
+    from gamayun_jax.training.average import average_meta, average_of
+    from gamayun_jax.training.model_folder import save_model
+
+    if (last is None) == (window is None):
+        raise UserError("give either --last N or --window TOKENS: what to average")
+    files.check_new(out)
+    meta = average_meta(run, last, window, weights, until)
+    tokenizer = open_tokenizer(run, meta.tokenizer, meta.config.data.corpus)
+    save_model(average_of(run, meta), meta, tokenizer, out)
+    averaged = meta.averaged or {}
+    print(f"{out}: the average of {len(averaged['steps'])} checkpoints")
+    for step, weight in zip(averaged["steps"], averaged["weights"], strict=True):
+        print(f"  step {step:,}: {weight:.4f}")
 
 
 def import_hf(folder: Path, out: Path) -> None:

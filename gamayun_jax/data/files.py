@@ -1,4 +1,4 @@
-"""Files written whole or not at all, checksums, and locks on folders."""
+"""Files and folders written whole or not at all, checksums, and locks on folders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,36 @@ def atomic(path: Path) -> Iterator[Path]:
         sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_new(out: Path) -> None:
+    """Raise UserError if there is anything at `out` but an empty folder."""
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: give a new folder, or delete it")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes it, durably, if the block succeeds.
+
+    Raises:
+      UserError: there is something at `out` already.
+    """
+    check_new(out)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            sync(path)
+        os.replace(temporary, out)
+        sync(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -9,10 +9,7 @@ float32.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,7 @@ import jax.numpy as jnp
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
-from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.model.weights import WEIGHTS
-from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.run_meta import RunMeta
 
 GROUP = 64
@@ -143,29 +138,6 @@ def abstract_quantised(abstract: Any, bits: int) -> Any:
     return jax.tree.map(
         place, abstract, shapes, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct)
     )
-
-
-def save(
-    params: Any, meta: RunMeta, bits: int, tokenizer: TextCoder, out: Path
-) -> None:
-    """Write quantised parameters as a checkpoint with its tokenizer, whole or not.
-
-    Raises:
-      UserError: `out` exists.
-    """
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another folder or remove it")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        store = Checkpoints(temporary / "checkpoints")
-        state = TrainState(jnp.int32(meta.step), params, {})
-        store.save(state, replace(meta, bits=bits))
-        store.wait()
-        store.close()
-        tokenizer.write(temporary)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_record(out: Path, meta: RunMeta, bits: int, sizes: Any, evals: Any) -> None:

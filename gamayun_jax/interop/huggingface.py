@@ -1,24 +1,18 @@
 """Models in and out: Hugging Face folders to checkpoints and back.
 
-What is written appears whole or not at all: it is made in a hidden folder beside the
-place where it shall be, and renamed when it is complete.
+What is written appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
-import math
-import os
 import shutil
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gamayun_jax import __version__
@@ -51,38 +45,18 @@ from gamayun_jax.interop.model_tokenizer import (
     open_tokenizer,
 )
 from gamayun_jax.model import sharding
-from gamayun_jax.model.weights import abstract_params, parameter_count, weights_of
-from gamayun_jax.training.checkpoint import Checkpoints, TrainState
+from gamayun_jax.model.weights import abstract_params, parameter_count
+from gamayun_jax.training.checkpoint import Checkpoints
+from gamayun_jax.training.model_folder import (
+    freed_memory_given_back,
+    largest_bytes,
+    write_params,
+)
 from gamayun_jax.training.run_folder import find_checkpoint
 from gamayun_jax.training.run_meta import RunMeta
 
 # Copied from an imported folder into the run folder, and out again.
 KEPT_FILES = (*TOKENIZER_FILES, "generation_config.json")
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `out`, durably, if the block succeeds.
-
-    Raises:
-      UserError: there is something at `out` already.
-    """
-    out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already: give a new folder, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            files.sync(path)
-        os.replace(temporary, out)
-        files.sync(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 # --- in -------------------------------------------------------------------------
@@ -180,16 +154,9 @@ def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, An
       UserError: the folder is not a model that can be read, or `out` exists.
     """
     _, _, tokenizer = describe(folder)
-    with new_folder(out) as temporary, freed_memory_given_back():
+    with files.new_folder(out) as temporary, freed_memory_given_back():
         cfg, params, meta = read_hf(folder, mesh)
-        store = Checkpoints(
-            temporary / "checkpoints", in_flight=largest_bytes(cfg.model)
-        )
-        try:
-            store.save(TrainState(jnp.zeros((), jnp.int32), params, {}), meta)
-            store.wait()
-        finally:
-            store.close()
+        write_params(params, meta, temporary)
         files.write_text(temporary / "config.json", to_json(cfg))
         files.write_json(temporary / "lineage.json", meta.lineage)
         if tokenizer:
@@ -216,38 +183,6 @@ def notes_on(imported: Mapping[str, Any]) -> list[str]:
         f"config.json has keys unknown here: {', '.join(imported['unknown'])}. As in "
         "transformers they change nothing: make sure that the model was trained so"
     ]
-
-
-@contextlib.contextmanager
-def freed_memory_given_back() -> Iterator[None]:
-    """Give what is freed back to the system at once (with glibc; elsewhere: no-op).
-
-    malloc keeps it for each of the threads that read or write a checkpoint: together
-    half as much again as a large model's parameters.
-    """
-    try:
-        trim = ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
-        yield
-        return
-    done = threading.Event()
-
-    def run() -> None:
-        while not done.wait(0.05):
-            trim(0)
-
-    thread = threading.Thread(target=run, name="malloc_trim", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def largest_bytes(cfg: ModelConfig) -> int:
-    """Of the largest float32 parameter: what a disk is given to do at a time."""
-    return max(4 * math.prod(w.full_shape(cfg)) for w in weights_of(cfg)) + 2**20
 
 
 def imported_config(name: str, model: ModelConfig) -> Config:
@@ -324,7 +259,7 @@ def export_hf(
         else:
             found = open_tokenizer(model, meta.tokenizer, cfg.data.corpus, tokenizer)
             check_vocabulary(found, cfg.model, run)
-        with new_folder(out) as temporary:
+        with files.new_folder(out) as temporary:
             # On the host: nothing is computed, and a device may have less memory.
             host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
             abstract = jax.tree.map(

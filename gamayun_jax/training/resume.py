@@ -208,6 +208,11 @@ def start_or_resume(setting: Setting, rollbacks: list[dict[str, Any]]) -> Run:
 def check_resumable(setting: Setting, meta: RunMeta, where: str) -> None:
     """Raise UserError if the run cannot go on from its own checkpoint."""
     cfg, corpus = setting.cfg, setting.corpus
+    if meta.params_alone:
+        raise UserError(
+            f"{where} has parameters alone, which no run goes on from: begin a new run "
+            f"with --init-from {where} and another --workdir"
+        )
     config_changes(meta.config, cfg)
     check_origin(setting.init_from, meta.origin, None, setting.folder.path)
     plan = make_data_plan(cfg, corpus, meta.origin, rest_of=meta.rest_of)
@@ -299,14 +304,20 @@ def start_from(
 ) -> TrainState:
     """First state of a run that begins from another's checkpoint.
 
-    The optimiser's moments of an imported model begin anew, whatever the config says.
+    The optimiser's moments of an imported model or of an average of checkpoints begin
+    anew, whatever the config says.
     """
     where = f"--init-from {store.folder}/{meta.step}"
     other = differences(to_dict(meta.config.model), to_dict(cfg.model), "model")
     if other:
         told = "; ".join(f"{k} is {a!r} there and {b!r}" for k, (a, b) in other.items())
         raise UserError(f"{where} is another model than the config's: {told} here")
-    if meta.lineage.get("imported"):  # parameters are all that there is
+    if meta.bits:
+        raise UserError(
+            f"{where} is quantised to {meta.bits} bits, which no run begins from: give "
+            "the checkpoint that it was made from"
+        )
+    if meta.params_alone:
         params = store.restore_params(meta.step, abstract.params)
         first = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
         return reset_moments(cfg, TrainState(first, params, None), abstract)

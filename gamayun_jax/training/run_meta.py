@@ -36,6 +36,8 @@ class RunMeta:
     times: Mapping[str, Any] | None = None  # GoodputTimer
     watch: Mapping[str, Any] | None = None  # DivergenceDetector
     bits: int | None = None  # of quantised weights
+    # Of an average of checkpoints: scheme, and steps and weights, oldest first.
+    averaged: Mapping[str, Any] | None = None
     checksums: Mapping[str, Mapping[str, str]] | None = None  # by item and array
 
     def to_json(self) -> dict[str, Any]:
@@ -58,6 +60,11 @@ class RunMeta:
             raise UserError(f"{where} lacks {', '.join(sorted(lacking))} in its meta")
         fields = {k: v for k, v in data.items() if k in known}
         return cls(**{**fields, "config": from_json(data["config"], where)})
+
+    @property
+    def params_alone(self) -> bool:
+        """Whether the checkpoint has no optimiser's state: no run goes on from it."""
+        return bool(self.bits or self.averaged or self.lineage.get("imported"))
 
     @property
     def tokens_before(self) -> int:
