@@ -517,7 +517,8 @@ def test_train_eval_report(experiment, tmp_path, capsys):
     assert cli.main(both) == 0  # held-out sets alone, as `eval` without tasks writes
     table = capsys.readouterr().out
     assert "heldout-udhr" in table
-    assert "(+0.000)" in table.split("\n  ru ")[1].split("\n")[0]
+    (row,) = (x for x in table.splitlines() if x.split()[:1] == ["ru"])
+    assert row.endswith("+0.000")
     items = (run / "eval" / "4.items" / "heldout-udhr.jsonl").read_text().splitlines()
     units = [r for r in map(json.loads, items) if r["language"] == "ru"]
     assert sum(r["bits"] for r in units) == pytest.approx(same["bits"])

@@ -1,6 +1,7 @@
 """Imports point one way; every module and public name says what it is."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,15 @@ for name in {names}:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_documents_name_files_that_exist():
+    """Modules in the tour of the house, pictures and links of all pages."""
+    tour = Path("docs/design.md").read_text()
+    names = {p.name for p in [*PACKAGE.rglob("*.py"), *Path("recipes").rglob("*.py")]}
+    assert set(re.findall(r"\b\w+\.py\b", tour)) - names - {"test_layout.py"} == set()
+    for page in [Path("README.md"), *Path("docs").glob("*.md")]:
+        text = page.read_text()
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+        links += re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text)
+        assert [x for x in links if not (page.parent / x).exists()] == [], page
