@@ -166,9 +166,9 @@ def test_killed_around_a_rollback(strict, poison, tmp_path, monkeypatch, moment)
         with pytest.raises(Killed):
             train.train(strict, run, log=quiet)
     assert train.train(strict, run, log=quiet) == 0
-    assert final(run)["checksums"] == final(straight)["checksums"]
-    assert final(run)["consumed"] == final(straight)["consumed"]
-    assert final(run)["rollbacks"] == final(straight)["rollbacks"]
+    assert final(run).checksums == final(straight).checksums
+    assert final(run).consumed == final(straight).consumed
+    assert final(run).rollbacks == final(straight).rollbacks
     assert records(run) == records(straight)
 
 
@@ -184,7 +184,7 @@ def test_stopped_after_a_rollback_and_resumed(strict, poison, tmp_path):
 
     assert train.train(strict, run, log=log) == train.PREEMPTED
     assert train.train(strict, run, log=quiet) == 0
-    assert final(run)["checksums"] == final(straight)["checksums"]
+    assert final(run).checksums == final(straight).checksums
     assert records(run) == records(straight)
 
 
