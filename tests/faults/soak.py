@@ -226,7 +226,8 @@ def outcome(run: Path) -> dict:
 
     from gamayun_jax.config import load_config
     from gamayun_jax.model.sharding import make_mesh
-    from gamayun_jax.training.checkpoint import Checkpoints, named_leaves
+    from gamayun_jax.training.checkpoint import Checkpoints
+    from gamayun_jax.training.checksums import named_leaves
     from gamayun_jax.training.step import abstract_state
 
     cfg = load_config(CONFIG)
