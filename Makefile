@@ -30,7 +30,7 @@ test: setup ## the tests
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-slow: setup ## the tests that take minutes each
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
+	$(BIN)/python -m pytest -q -m slow
 
 soak: setup ## kill the corpus build, training and the report 120 times
 	$(BIN)/python tests/faults/soak.py --kills 120

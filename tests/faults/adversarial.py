@@ -14,7 +14,7 @@ from pathlib import Path
 import zstandard
 
 from gamayun_jax.config import DEMO_CORPUS, TokenizerConfig
-from gamayun_jax.data import cleaning, tokenizer_training
+from gamayun_jax.data import cleaning, contamination, tokenizer_training
 from gamayun_jax.evaluate import task_metrics
 from recipes.demo_data import decontaminate, extract_text, tasks
 
@@ -71,7 +71,7 @@ def main(names):
         "rejection": lambda t: decontaminate.rejection(t, "de", set()),
         "judge": lambda t: held.judge([t]),
         "contamination": lambda t: [
-            decontaminate.Contamination("a", units).judge([t])
+            contamination.Contamination("a", units).judge([t])
             for units in ([("1", t)], [(str(k), t[: 50 + k]) for k in range(500)])
         ],
         "normalised": task_metrics.normalised,
