@@ -63,7 +63,7 @@ class CorpusConfig:
     shard_bytes: Count = 256_000_000  # text per input chunk, so per shard
     min_chars: Whole = 1
     max_bad_share: Part = 0.01  # a larger share of unreadable documents is an error
-    # Documents that hold a held-out text (heldout.Contamination): remove, or report.
+    # Documents that hold a held-out text (data/contamination.py): remove, or report.
     # A document that equals one is always removed.
     held_out_copies: Literal["remove", "report"] = "remove"
     # Files that end early or are damaged within: stop, or keep_readable (the build,
