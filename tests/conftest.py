@@ -23,9 +23,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
+import ast
 import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import subprocess
 from collections.abc import Callable, Iterator
@@ -120,6 +122,23 @@ def small_config(folder: Path) -> c.Config:
         evaluation=c.EvalConfig(batch_size=8, max_units=10),
         log=c.LogConfig(every_steps=4, tensorboard=False),
     )
+
+
+@functools.cache
+def syntax_of(path: Path) -> ast.Module:
+    """The syntax tree of a file.
+
+    CPython 3.11 counts its depth wrongly, now and then, if a garbage collection that
+    runs Python begins in the midst of it, and raises SystemError.
+    """
+    text = path.read_text()
+    gc.disable()
+    try:
+        return ast.parse(text)
+    except SystemError:
+        return ast.parse(text)
+    finally:
+        gc.enable()
 
 
 def shared(function: Callable, key: Callable) -> Callable:

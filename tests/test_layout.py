@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import syntax_of
 
 PACKAGE = Path("gamayun_jax")
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.stem.startswith("__"))
@@ -63,7 +64,7 @@ def name_of(path):
 
 def imported(path):
     """(package or module, name or None) of every import of a file, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(syntax_of(path)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             for a in node.names:
@@ -115,7 +116,7 @@ def test_rooms_are_no_circle():
 def test_files_and_functions_are_short(path):
     text, name = path.read_text(), name_of(path)
     assert len(text.splitlines()) <= LINES
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(syntax_of(path)):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
             assert lines <= FUNCTION_LINES, (name, node.name, lines)
@@ -135,7 +136,7 @@ def test_only_the_entry_point_imports_cli():
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_modules_say_what_they_are(path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert ast.get_docstring(syntax_of(path))
     assert "utils" not in path.stem
 
 
@@ -144,7 +145,7 @@ def used_elsewhere():
     used = {name_of(p): set() for p in MODULES}
     for path in [*MODULES, PACKAGE / "__main__.py"]:
         aliases = {}
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax_of(path)):
             if isinstance(node, ast.ImportFrom):
                 inner = node.module.partition(".")[2]
                 for a in node.names:
@@ -153,7 +154,7 @@ def used_elsewhere():
         for module, name in imported(path):
             if module.startswith("gamayun_jax.") and name:
                 used.get(module.partition(".")[2], set()).add(name)
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax_of(path)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 used.get(aliases.get(node.value.id, ""), set()).add(node.attr)
     return used
@@ -165,7 +166,7 @@ def test_what_other_modules_use_is_documented():
     for path in MODULES:
         names = {
             node.name
-            for node in ast.parse(path.read_text()).body
+            for node in syntax_of(path).body
             if isinstance(node, ast.FunctionDef | ast.ClassDef)
             and node.name in used[name_of(path)]
             and not ast.get_docstring(node)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from conftest import meta_of
+from conftest import meta_of, syntax_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -431,7 +431,7 @@ def test_a_run_folder_that_is_a_link_elsewhere(config, tmp_path):
 def test_no_pickle():
     """Nothing in the package can unpickle a file."""
     for path in Path("gamayun_jax").rglob("*.py"):
-        tree = ast.parse(path.read_text())
+        tree = syntax_of(path)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {getattr(node, "module", None), *(a.name for a in node.names)}
