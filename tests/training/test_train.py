@@ -799,7 +799,7 @@ def test_tasks_run_in_the_loop(config, tmp_path):
     cfg = dataclasses.replace(config, evaluation=evaluation)
     lines = []
     assert train.train(cfg, tmp_path / "a", log=lines.append) == 0
-    assert any("cldr_facts: norm" in line for line in lines)
+    assert any("tasks/cldr_facts/norm" in line for line in lines)
     found = {
         int(p.stem): json.loads(p.read_text())
         for p in (tmp_path / "a" / "eval").glob("*.json")
