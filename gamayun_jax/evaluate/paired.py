@@ -32,11 +32,6 @@ from scipy import special
 LEVEL = 0.05
 FEW = 16  # 2 ** FEW signs are tried
 MACRO = "macro"
-RULE = (
-    "Differences of the same items; 95 % intervals, each for its cell alone; coloured: "
-    "significant at 5 % over all languages and tests compared (Holm), grey: within "
-    "noise."
-)
 
 
 @dataclass(frozen=True)
