@@ -279,7 +279,10 @@ def test_files_load_and_are_the_arms(name, tmp_path, capsys):
         total = base.plan.total_steps
         assert plan.served(plan.total_steps) == base.plan.served(total)
         text = (out / f"{arm}.py").read_text()
-        assert str(Path.cwd()) not in text
+        base_line = next(x for x in text.splitlines() if x.startswith("BASE = "))
+        relative = base_line.split('"')[1]
+        assert not Path(relative).is_absolute()
+        assert (out / relative).resolve() == path.resolve()
         assert max(map(len, text.splitlines())) <= 88
     examples = total * base.plan.batch_size
     last = f"equal in every arm: {len(base.plan.sources)} sources, {examples:,} exam"

@@ -1,6 +1,6 @@
 """A megabyte of each of many kinds through all that loops over document text.
 
-    python tests/faults/adversarial.py [FUNCTION[:KIND]]...
+    python -m tests.faults.adversarial [FUNCTION[:KIND]]...
 
 Prints each pair before it runs it, so that what never ends is named.
 """

@@ -138,7 +138,7 @@ def test_documents(body, kind, tmp_path):
 
 def run_adversarial(*words, seconds):
     """No text takes longer than its size allows; what does is the last one printed."""
-    script = [sys.executable, "tests/faults/adversarial.py", *words]
+    script = [sys.executable, "-m", "tests.faults.adversarial", *words]
     try:
         run = subprocess.run(script, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as e:
