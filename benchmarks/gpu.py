@@ -44,7 +44,9 @@ class Part(NamedTuple):
 
 PARTS = {
     "peaks": Part("gpu_jax", 25, "copy bandwidth and a bfloat16 product of 8192^3"),
-    "step": Part("gpu_jax", 95, "the 1.5B training step: remat, microbatches, kernels"),
+    "step": Part(
+        "gpu_jax", 110, "the 1.5B training step: remat, microbatches, kernels"
+    ),
     "step_torch": Part("gpu_torch", 75, "the same model and batch in PyTorch"),
     "attention": Part("gpu_jax", 50, "attention over packed documents, all kernels"),
     "attention_torch": Part("gpu_torch", 45, "the same in PyTorch"),
@@ -103,45 +105,53 @@ class Recorder:
         return times[1:]
 
 
-def run_part(name: str, args: argparse.Namespace) -> None:
-    """A part in a process of its own, killed with its children past its limit."""
-    limit = PARTS[name].seconds * args.scale * (10 if args.toy else 1)
-    command = [sys.executable, __file__, "--worker", name, "--out", str(args.out)]
-    command += ["--seconds", str(limit), *(["--toy"] if args.toy else [])]
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".93", **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(HERE.parent), environment.get("PYTHONPATH")])
-    )
-    if args.toy or PARTS[name].where == "gpu_torch":  # JAX would take all memory
-        environment["JAX_PLATFORMS"] = "cpu"
-    begin, note = time.monotonic(), ""
-    print(f"--- {name}: {PARTS[name].about}", flush=True)
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, env=environment, stderr=errors, start_new_session=True
+class Worker:
+    """A process that imports a part's modules, and measures when told to go."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.name, self.args = name, args
+        self.limit = PARTS[name].seconds * args.scale * (10 if args.toy else 1)
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [sys.executable, __file__, "--worker", name, "--out", str(args.out)]
+        command += ["--seconds", str(self.limit), *(["--toy"] if args.toy else [])]
+        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".93", **os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(HERE.parent), environment.get("PYTHONPATH")])
         )
+        if args.toy or PARTS[name].where == "gpu_torch":
+            environment["JAX_PLATFORMS"] = "cpu"  # on the GPU it would take all memory
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stderr=self.errors,
+            start_new_session=True, text=True,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """End the process and its children, if it still runs."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def run(self) -> None:
+        """Have it measure, and stop it past its limit."""
+        begin, note = time.monotonic(), ""
+        print(f"--- {self.name}: {PARTS[self.name].about}", flush=True)
         try:
-            process.wait(args.kill or limit + GRACE)
+            self.process.communicate("go\n", self.limit + GRACE)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            self.stop()
             note = "stopped at its time limit; "
-        errors.seek(0)
-        log = errors.read()
-    row: dict[str, Any] = {
-        "part": name,
-        "case": "whole",
-        "toy": args.toy,
-        "wall": round(time.monotonic() - begin, 1),
-    }
-    if process.returncode:
-        row["error"] = f"{note}status {process.returncode}: {log[-1500:]}"
-        print(row["error"], flush=True)
-    with args.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    if args.log:
-        with args.log.open("a") as file:
-            file.write(f"--- {name}\n{log[-100_000:]}\n")
+        self.errors.seek(0)
+        log, toy = self.errors.read(), self.args.toy
+        row: dict[str, Any] = {"part": self.name, "case": "whole", "toy": toy}
+        row["wall"] = round(time.monotonic() - begin, 1)
+        if status := self.process.returncode:
+            row["error"] = f"{note}status {status}: {log[-1500:]}"
+            print(row["error"], flush=True)
+        with self.args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.args.log:
+            with self.args.log.open("a") as file:
+                file.write(f"--- {self.name}\n{log[-100_000:]}\n")
 
 
 # --- tables -----------------------------------------------------------------------
@@ -231,7 +241,6 @@ def main() -> None:
         "--budget", type=float, default=1e9, help="seconds after which no part begins"
     )
     parser.add_argument("--log", type=Path, help="to append what parts print to")
-    parser.add_argument("--kill", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -247,6 +256,7 @@ def main() -> None:
 
         xla.set_flags()  # as a run does, before JAX looks for devices
         module = importlib.import_module(PARTS[args.worker].where)
+        sys.stdin.readline()
         recorder = Recorder(args.worker, args.out, args.seconds, args.toy)
         getattr(module, args.worker)(recorder)
         return
@@ -255,11 +265,20 @@ def main() -> None:
         parser.error(f"--parts: no part {sorted(unknown)}; --list names them")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    for name in names:
-        if time.monotonic() - begin < args.budget:
-            run_part(name, args)
-        else:
-            print(f"--- {name}: left out, --budget is spent", flush=True)
+    # The next part imports its modules while this one measures.
+    following: Worker | None = Worker(names[0], args)
+    try:
+        for i, name in enumerate(names):
+            if time.monotonic() - begin > args.budget:
+                print(f"--- {name}: left out, --budget is spent", flush=True)
+                continue
+            worker = following
+            following = Worker(names[i + 1], args) if names[i + 1 :] else None
+            assert worker is not None
+            worker.run()
+    finally:
+        if following:
+            following.stop()
     print(f"\n{table(args.out)}\nall: {time.monotonic() - begin:.0f} s")
 
 
