@@ -138,8 +138,9 @@ class Worker:
         try:
             self.process.communicate("go\n", self.limit + GRACE)
         except subprocess.TimeoutExpired:
-            self.stop()
             note = "stopped at its time limit; "
+        finally:
+            self.stop()
         self.errors.seek(0)
         log, toy = self.errors.read(), self.args.toy
         row: dict[str, Any] = {"part": self.name, "case": "whole", "toy": toy}
@@ -256,7 +257,8 @@ def main() -> None:
 
         xla.set_flags()  # as a run does, before JAX looks for devices
         module = importlib.import_module(PARTS[args.worker].where)
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            return
         recorder = Recorder(args.worker, args.out, args.seconds, args.toy)
         getattr(module, args.worker)(recorder)
         return
