@@ -227,7 +227,12 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; weight decay on matrices, not on embeddings, norms and biases."""
+    """AdamW; weight decay on matrices, not on embeddings, norms and biases.
+
+    `ema_tokens`: keep an exponential moving average of the parameters in which what was
+    averaged so many tokens ago weighs 1/e of the newest, at any batch size
+    (training/ema.py); it is evaluated beside the parameters.
+    """
 
     b1: Decay = 0.9
     b2: Decay = 0.95
@@ -235,6 +240,7 @@ class OptimizerConfig:
     weight_decay: Share = 0.1
     clip_norm: Positive = 1.0
     z_loss: Share = 0.0
+    ema_tokens: Whole = 0  # time constant of the average of the parameters; 0: none
 
 
 @dataclass(frozen=True)
@@ -334,6 +340,12 @@ class Config:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} is not a multiple of "
                 f"compute.microbatches={self.compute.microbatches}"
+            )
+        if 0 < self.optimizer.ema_tokens < self.tokens_per_step:
+            raise UserError(
+                f"optimizer.ema_tokens={self.optimizer.ema_tokens} is less than the "
+                f"{self.tokens_per_step} tokens of one step: it counts tokens, not "
+                "steps; raise it, or set it to 0 for no average"
             )
         if self.data.seq_len > self.model.max_seq_len:
             raise UserError(

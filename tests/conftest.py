@@ -47,7 +47,7 @@ from gamayun_jax.data import corpus as corpus_module
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
 from gamayun_jax.training import resume, step
-from gamayun_jax.training.checkpoint import TrainState
+from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.run_meta import RunMeta
 
 LANGUAGES = ("en", "ru", "tr")
@@ -196,6 +196,26 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[c.Config, Any]:
     folder = tmp_path_factory.mktemp("corpus")
     cfg = small_corpora.three_sources(folder)
     return cfg, small_corpora.build(cfg, folder / "out")
+
+
+def started(cfg: c.Config, folder: Path, init_from: Path | None = None) -> resume.Run:
+    """A run where it begins or goes on, before any step; its `log` is what it said."""
+    said: list[str] = []
+    mesh = sharding.make_mesh(cfg.mesh)
+    corpus = corpus_module.open_corpus(Path(cfg.data.corpus))
+    with (
+        jax.set_mesh(mesh),
+        nn.logical_axis_rules(sharding.RULES),
+        contextlib.closing(
+            resume.open_run_folder(folder, True, False, print)
+        ) as opened,
+        contextlib.closing(Checkpoints(folder / "checkpoints")) as store,
+    ):
+        setting = resume.Setting(
+            cfg, mesh, corpus, opened, store, init_from, said.append
+        )
+        run = resume.start_or_resume(setting, [])
+    return dataclasses.replace(run, log=said)
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ after the checkpoint at step 14, and what the same run gave when nothing killed 
 fixtures/make_former_run.py made it with the code of commit c7e6783.
 """
 
+import dataclasses
 import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import started
 
 from gamayun_jax import config as c
 from gamayun_jax import train
@@ -70,6 +72,16 @@ def test_a_former_run_goes_on_and_ends_as_it_would_have(former):
         expected["eval"]["sets"]["udhr"]["macro"]["bits_per_byte"],
         rtol=1e-4,
     )
+
+
+def test_a_former_run_may_begin_an_average(former):
+    """Its checkpoints have none."""
+    cfg = c.from_json(Path("run/config.json").read_text("utf-8"), "run/config.json")
+    assert cfg.optimizer.ema_tokens == 0
+    optimizer = dataclasses.replace(cfg.optimizer, ema_tokens=10**6)
+    run = started(dataclasses.replace(cfg, optimizer=optimizer), Path("run"))
+    assert (run.step, int(run.state.ema["updates"])) == (14, 0)
+    assert any("ema_tokens) begins at step 14" in text for text in run.log)
 
 
 def test_a_former_run_is_reported_and_evaluated(former):

@@ -323,22 +323,26 @@ def average(
     *,
     last: Count | None = None,
     window: Count | None = None,
+    ema: bool = False,
     weights: Literal["uniform", "linear", "1-sqrt"] = "uniform",
     until: Count | None = None,
 ) -> None:
-    """Write the average of a run's last checkpoints as one checkpoint.
+    """Write an average of a run's weights as one checkpoint.
 
-    At a constant learning rate it takes the place of a decay. All commands read the
-    folder, and `train --init-from` begins from it, with new moments.
+    Of its last checkpoints, or the one that it kept (optimizer.ema_tokens). At a
+    constant learning rate it takes the place of a decay. All commands read the folder,
+    and `train --init-from` begins from it, with new moments.
 
     Examples:
       gamayun average runs/demo out --last 4
       gamayun average runs/demo out --window 20000000000 --weights 1-sqrt
+      gamayun average runs/demo out --ema
 
     Args:
       run: run folder, or one checkpoint: the newest to be taken.
       last (N): average the last N checkpoints.
       window (TOKENS): average those within so many tokens of the newest.
+      ema: take the moving average that the run kept while it trained.
       weights: the same for all; growing with the step; or those that stand for a
         1-sqrt decay over the window.
       until (STEP): take no checkpoint after this step.
@@ -347,13 +351,22 @@ def average(
     from gamayun_jax.training.average import average_meta, average_of
     from gamayun_jax.training.model_folder import save_model
 
-    if (last is None) == (window is None):
-        raise UserError("give either --last N or --window TOKENS: what to average")
+    if ema + (last is not None) + (window is not None) != 1:
+        raise UserError(
+            "give either --last N, --window TOKENS or --ema: what to average"
+        )
+    if ema and weights != "uniform":
+        raise UserError(
+            f"--weights {weights} is of checkpoints: leave it out with --ema"
+        )
     files.check_new(out)
-    meta = average_meta(run, last, window, weights, until)
+    meta = average_meta(run, last, window, weights, until, ema)
     tokenizer = open_tokenizer(run, meta.tokenizer, meta.config.data.corpus)
     save_model(average_of(run, meta), meta, tokenizer, out)
     averaged = meta.averaged or {}
+    if ema:
+        print(f"{out}: the moving average of the run at step {meta.step:,}")
+        return
     print(f"{out}: the average of {len(averaged['steps'])} checkpoints")
     for step, weight in zip(averaged["steps"], averaged["weights"], strict=True):
         print(f"  step {step:,}: {weight:.4f}")

@@ -130,6 +130,7 @@ def memory(abstract: Any, compiled: Any) -> dict[str, float]:
     return {
         "parameters": local(abstract.params),
         "optimiser": local(abstract.opt_state),
+        "average": local(abstract.ema),
         "temporary": float(by_kind.temp_size_in_bytes),
         "program": float(by_kind.generated_code_size_in_bytes),
         "host": float(by_kind.host_temp_size_in_bytes),
@@ -286,7 +287,7 @@ def budget(
 def cache_file(cfg: Config, topology: str, slices: int, cache: Path) -> Path:
     """Where the result of a compilation is kept: by all that it depends on."""
     package = Path(__file__).parents[1]
-    others = ("plan/hlo", "training/optimizer", "training/step")
+    others = ("plan/hlo", "training/ema", "training/optimizer", "training/step")
     files = sorted((package / "model").glob("*.py"))
     files += [package / f"{name}.py" for name in others]
     sources = b"".join(file.read_bytes() for file in files)

@@ -18,7 +18,7 @@ from gamayun_jax.training.chips import Chip
 
 COMPUTE_BYTES = 2  # bfloat16: weights gathered, activations kept
 REDUCE_BYTES = {"float32": 4, "bfloat16": 2}  # of a gradient that devices sum
-STATE_BYTES = 12  # a parameter and Adam's two moments in float32
+VALUE_BYTES = 4  # float32: a parameter, a moment, a gradient
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,15 @@ def rows_per_device(cfg: Config, mesh: Mapping[str, int]) -> int:
     return max(1, cfg.data.batch_size // ways)
 
 
-def state_bytes(cfg: Config, mesh: Mapping[str, int]) -> float:
-    """Parameters and moments of one device."""
+def parameter_bytes(cfg: Config, mesh: Mapping[str, int]) -> float:
+    """Parameters of one device in float32: as many as its gradients or one moment."""
     count = layer_parameters(cfg.model) + matrices(cfg.model)["embedding"]
-    return STATE_BYTES * count / (mesh["fsdp"] * mesh["tensor"])
+    return VALUE_BYTES * count / (mesh["fsdp"] * mesh["tensor"])
+
+
+def state_values(cfg: Config) -> int:
+    """Values of the state for a parameter: itself, Adam's two moments, its average."""
+    return 4 if cfg.optimizer.ema_tokens else 3
 
 
 def memory_estimate(cfg: Config, mesh: Mapping[str, int]) -> float:
@@ -93,8 +98,9 @@ def memory_estimate(cfg: Config, mesh: Mapping[str, int]) -> float:
     logits = B * min(chunk, T) * vocab * 10
     kept = B * T * kept_bytes_per_token(cfg)
     layer = B * T * COMPUTE_BYTES * (6 * model.d_ff / t + 8 * model.d_model)
-    sums = 1 / 3 if cfg.compute.microbatches > 1 else 0
-    return state_bytes(cfg, mesh) * (4 / 3 + sums) + table + logits + kept + layer
+    gradients = 2 if cfg.compute.microbatches > 1 else 1  # and their sums
+    values = state_values(cfg) + gradients
+    return parameter_bytes(cfg, mesh) * values + table + logits + kept + layer
 
 
 def least_moved_bytes(cfg: Config, mesh: Mapping[str, int]) -> dict[str, float]:
@@ -137,7 +143,7 @@ def hbm_bytes(cfg: Config, mesh: Mapping[str, int]) -> float:
     model, m = cfg.model, cfg.compute.microbatches
     count = layer_parameters(model) + matrices(model)["embedding"]
     tokens = rows_per_device(cfg, mesh) * cfg.data.seq_len * m
-    optimiser = (2 * STATE_BYTES + 4) * count / (mesh["fsdp"] * mesh["tensor"])
+    optimiser = (2 * state_values(cfg) + 1) * parameter_bytes(cfg, mesh)
     weights = m * 3 * 2 * COMPUTE_BYTES * count / mesh["tensor"]
     logits = tokens * model.vocab_size / mesh["tensor"] * (4 + 4 + 2 + 2 + 2)
     return optimiser + weights + 2 * tokens * kept_bytes_per_token(cfg) + logits

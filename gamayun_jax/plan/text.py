@@ -30,7 +30,9 @@ def format_plan(p: Mapping[str, Any]) -> str:
         f"fits       yes: peak {gib(m['peak'])} of {gib(p['hbm_bytes'])} GiB a chip "
         f"(all buffers without reuse {gib(m['total'])})",
         f"memory     parameters {gib(m['parameters'])}, optimiser "
-        f"{gib(m['optimiser'])}, activations and temporaries {gib(m['temporary'])} GiB"
+        f"{gib(m['optimiser'])}, "
+        + (f"average of parameters {gib(m['average'])}, " if m["average"] else "")
+        + f"activations and temporaries {gib(m['temporary'])} GiB"
         + (f", on the host {gib(m['host'])} GiB" if m["host"] else ""),
         f"FLOPs      {p['flops_per_token'] / 1e9:.2f}G a token, and "
         f"{p['recomputed_flops_per_token'] / 1e9:.2f}G made again",

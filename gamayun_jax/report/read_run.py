@@ -86,6 +86,14 @@ class Evaluation(dict[str, Any]):
         return self._read[test]
 
 
+def averaged(record: Mapping[str, Any]) -> Evaluation:
+    """An evaluation's results of the average of the parameters that its run kept; none
+    at all where it kept none."""
+    folder = record.folder if isinstance(record, Evaluation) else None
+    results = {kind: entries(record, "ema", kind) for kind in ("sets", "tasks")}
+    return Evaluation({**record, **results}, folder and folder / "ema")
+
+
 def keyed(items: Iterable[dict[str, Any]]) -> Items:
     """Items by language and id."""
     by_language: Items = {}

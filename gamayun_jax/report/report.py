@@ -30,6 +30,7 @@ from gamayun_jax.report.read_run import (
     Evaluation,
     Run,
     beaten,
+    entries,
     get,
     label_of,
     languages_of,
@@ -141,11 +142,13 @@ def set_section(run: Run, name: str, languages: Sequence[str], who: str) -> Mark
     for old, new in itertools.pairwise(evals):
         changes = set_changes(name, old, new)
         columns.append(Column(label_of(new), new, "change", changes))
+    kept = entries(evals[-1], "ema", "sets", name)
+    told = " “average”: of the parameters over time, and its change." if kept else ""
     won = "; ".join(beaten(evals[-1], name, k) for k in ("unigram", "xz"))
     return section(
         f"{who}Held-out set “{name}” by language",
         "Bits per byte ± standard error; lower is better. A baseline above the model's "
-        f"number is green; {won}. Click a heading to sort.",
+        f"number is green; {won}.{told} Click a heading to sort.",
         block("table", score_table(columns, name, languages, tuple(BASELINES))),
         score_chart(
             f"Results on {name}", run, name, languages, columns[-1].changes or {}

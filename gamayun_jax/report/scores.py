@@ -17,6 +17,7 @@ from gamayun_jax.report.read_run import (
     BASELINES,
     Evaluation,
     Run,
+    averaged,
     beaten,
     get,
     label_of,
@@ -53,6 +54,20 @@ def set_changes(name: str, old: Evaluation, new: Evaluation) -> dict[str, Change
     return changes
 
 
+def average_cells(evaluation: Any, name: str) -> dict[str, Cell]:
+    """Language -> bits per byte of the average of the parameters, in small print what
+    it differs by from the parameters themselves; none where the run kept no average."""
+    average = averaged(evaluation)
+    if not languages_of([average], name):
+        return {}
+    cells = {}
+    for language, change in set_changes(name, evaluation, average).items():
+        small = fixed(change.estimate.value, "+.3f")
+        value = change.after
+        cells[language] = Cell(fixed(value), small, value=value, verdict=change.verdict)
+    return cells
+
+
 def score_table(
     columns: Sequence[Column],
     name: str,
@@ -63,13 +78,16 @@ def score_table(
 
     Args:
       languages: all of the page, in the order of their colours.
-      baselines: names of BASELINES: add the last evaluation's, accuracy and parity.
+      baselines: names of BASELINES: add the last evaluation's, accuracy and parity, and
+        what the average of the parameters gives, where the run kept one.
     """
+    averages = average_cells(columns[-1].evaluation, name) if baselines else {}
     tested = languages_of((c.evaluation for c in columns), name)
     shown = [k for k in languages if k in tested]
     heads = ["language"]
     for c in columns:
         heads += [c.head] if c.changes is None else [c.head, c.versus]
+    heads += ["average"] if averages else []
     if baselines:
         heads += [*(BASELINES[k] for k in baselines), "accuracy", "parity"]
 
@@ -86,6 +104,7 @@ def score_table(
             if c.changes is not None:
                 change = c.changes.get(language)
                 row.append(change.cell() if change else Cell())
+        row += [averages.get(language, Cell())] if averages else []
         value = num(last, BITS)
         for key in baselines:
             base = num(last, "baselines", key)

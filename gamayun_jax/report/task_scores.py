@@ -12,7 +12,7 @@ from gamayun_jax.report.charts import Dot, Panel, Points, dots_chart, percent
 from gamayun_jax.report.curves import panels_chart
 from gamayun_jax.report.formats import error_text, metric_text, plain
 from gamayun_jax.report.html import block, section
-from gamayun_jax.report.read_run import Run, entries, num
+from gamayun_jax.report.read_run import Run, averaged, entries, num
 from gamayun_jax.tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -104,22 +104,27 @@ def beyond_baseline(tasks: Tasks) -> set[tuple[str, str]]:
     return {key for key, verdict in marks if verdict == "better"}
 
 
-def tasks_table(tasks: Tasks, languages: Sequence[str]) -> Table:
-    """Languages by tasks: the headline metric ± standard error, over the baseline."""
+def tasks_table(
+    tasks: Tasks, languages: Sequence[str], averages: Mapping[str, Any] | None
+) -> Table:
+    """Languages by tasks: the headline metric ± standard error, over the baseline, and
+    that of the average of the parameters (`averages`: its tasks) where there is one."""
     better = beyond_baseline(tasks)
 
     def row_of(i: int, language: str) -> list[Cell]:
         row = [Cell(plain(language, 20), value=i)]
         for name, task in tasks.items():
-            of_mean = task.get(MACRO, {}) if language == MACRO else {}
-            result = task["languages"].get(language, of_mean)
+            where = (MACRO,) if language == MACRO else ("languages", language)
+            result = entries(task, *where)
             value, base = result.get(task["metric"]), result.get("baseline")
+            average = metric_text(task, num(averages, name, *where, task["metric"]))
+            small = (metric_text(task, base), average and f"average {average}")
             verdict = "better" if (name, language) in better else ""
             row.append(
                 Cell(
                     metric_text(task, value) or "–",
                     error_text(task, result),
-                    metric_text(task, base),
+                    ", ".join(filter(None, small)),
                     value,
                     verdict,
                 )
@@ -136,8 +141,17 @@ def languages_in(tasks: Tasks) -> list[str]:
     return list(dict.fromkeys(known))
 
 
-def tasks_section(tasks: Tasks, languages: Sequence[str], title: str) -> Markup:
-    """A table and a figure of all tasks, and what was set aside."""
+def tasks_section(
+    tasks: Tasks,
+    languages: Sequence[str],
+    title: str,
+    averages: Mapping[str, Any] | None = None,
+) -> Markup:
+    """A table and a figure of all tasks, and what was set aside.
+
+    Args:
+      averages: the tasks of the average of the parameters, shown in small print.
+    """
     notes = []
     for name, task in tasks.items():
         note = [f"{plain(name)}: {plain(task.get('description', '–'), 200)}"]
@@ -150,8 +164,9 @@ def tasks_section(tasks: Tasks, languages: Sequence[str], title: str) -> Markup:
         notes.append("; ".join(note))
     panels = [task_panel(name, task) for name, task in tasks.items()]
     svg = dots_chart(title, panels, languages, languages)
-    table = block("table", tasks_table(tasks, languages))
-    return section(title, MARKS, table, svg, block("notes", notes))
+    table = block("table", tasks_table(tasks, languages, averages))
+    text = f"{MARKS} “average”: of the parameters." if averages else MARKS
+    return section(title, text, table, svg, block("notes", notes))
 
 
 def task_points(run: Run, language: str, name: str) -> Points:
@@ -187,4 +202,5 @@ def task_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[Mar
             }
             title = f"{who}Tasks at the last evaluation"
             if whole:
-                yield tasks_section(whole, languages_in(whole), title)
+                averages = entries(averaged(e), "tasks")
+                yield tasks_section(whole, languages_in(whole), title, averages)

@@ -1,4 +1,5 @@
-"""The average of a run's checkpoints: what a decay of the learning rate would give.
+"""Averages of a run as models: of its checkpoints, what a decay of the learning rate
+would give; and the one that it kept while it trained (ema.py).
 
 Parameters at a constant learning rate wander about what a decay settles on. With p_k
 those of checkpoint k, oldest first, and w_k its weight, all weights together 1,
@@ -27,11 +28,13 @@ from jax.sharding import SingleDeviceSharding
 from gamayun_jax.config import UserError
 from gamayun_jax.model.weights import abstract_params
 from gamayun_jax.training.checkpoint import Checkpoints
+from gamayun_jax.training.ema import new_ema
 from gamayun_jax.training.model_folder import freed_memory_given_back, largest_bytes
 from gamayun_jax.training.run_folder import find_checkpoint
 from gamayun_jax.training.run_meta import RunMeta
 
 Scheme = Literal["uniform", "linear", "1-sqrt"]
+EMA = "ema"  # in the place of a scheme: the average that the run kept itself
 
 
 def average_weights(steps: Sequence[int], scheme: Scheme) -> list[float]:
@@ -100,18 +103,20 @@ def average_meta(
     window: int | None = None,
     scheme: Scheme = "uniform",
     until: int | None = None,
+    ema: bool = False,
 ) -> RunMeta:
-    """The meta of an average of a run's checkpoints: that of the newest among them,
-    which also says what is averaged.
+    """The meta of an average: that of the newest checkpoint in it, which also says what
+    is averaged.
 
     Args:
       run: run folder, or one checkpoint of it, which is then the newest that is taken.
       last: how many checkpoints.
-      window: those within so many tokens of the newest one; one of the two.
+      window: those within so many tokens of the newest one.
       until: the newest to be taken is the last one up to this step.
+      ema: the average that the run kept while it trained; one of the three.
 
     Raises:
-      UserError: fewer checkpoints than that, or not of a run.
+      UserError: fewer checkpoints than that, none of a run, or no average in it.
       DamagedCheckpointError: the newest among them is damaged.
     """
     folder, newest = find_checkpoint(run)
@@ -121,10 +126,20 @@ def average_meta(
         newest = max((step for step in steps if step <= until), default=newest)
         meta = store.meta(newest)
     check_run(meta, f"{folder}/{newest}")
-    each = meta.config.tokens_per_step
-    chosen = choose_steps(steps, until, last, window, each, folder)
-    weights = average_weights(chosen, scheme)
-    averaged = {"scheme": scheme, "steps": chosen, "weights": weights}
+    averaged: dict[str, Any]
+    if ema:
+        if not meta.has_ema:
+            raise UserError(
+                f"{folder}/{newest} has no average of its parameters: optimizer."
+                "ema_tokens of the run's config keeps one; average checkpoints instead"
+            )
+        tokens = meta.config.optimizer.ema_tokens
+        averaged = {"scheme": EMA, "ema_tokens": tokens}
+    else:
+        each = meta.config.tokens_per_step
+        chosen = choose_steps(steps, until, last, window, each, folder)
+        weights = average_weights(chosen, scheme)
+        averaged = {"scheme": scheme, "steps": chosen, "weights": weights}
     event = {"event": "averaged", "step": meta.step, **averaged}
     lineage = {**meta.lineage, "events": [*meta.lineage.get("events", ()), event]}
     return dataclasses.replace(meta, averaged=averaged, lineage=lineage)
@@ -143,15 +158,20 @@ def average_of(run: Path, meta: RunMeta) -> Any:
     """
     folder, _ = find_checkpoint(run)
     averaged, cfg = meta.averaged or {}, meta.config.model
-    weights = dict(zip(averaged["steps"], averaged["weights"], strict=True))
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
-        abstract_params(cfg),
+        jax.eval_shape(new_ema, abstract_params(cfg)),
     )
     store = Checkpoints(folder, read_only=True, in_flight=largest_bytes(cfg))
     with contextlib.closing(store), freed_memory_given_back():
-        return average_params(store, weights, abstract)
+        if averaged["scheme"] != EMA:
+            weights = dict(zip(averaged["steps"], averaged["weights"], strict=True))
+            return average_params(store, weights, abstract["params"])
+        ema = store.restore_ema(meta.step, abstract)
+        if not int(ema["updates"]):  # of a run all of whose steps were skipped
+            raise UserError(f"{folder}/{meta.step} has an average of no updates yet")
+        return ema["params"]
 
 
 def check_run(meta: RunMeta, where: str) -> None:
@@ -162,9 +182,10 @@ def check_run(meta: RunMeta, where: str) -> None:
             "made from, then quantise the average"
         )
     if meta.averaged:
+        steps = meta.averaged.get("steps", [meta.step])
         raise UserError(
-            f"{where} is an average already, of steps "
-            f"{', '.join(map(str, meta.averaged['steps']))}: give the run's folder"
+            f"{where} is an average already, of steps {', '.join(map(str, steps))}: "
+            "give the run's folder"
         )
     if meta.lineage.get("imported"):
         raise UserError(

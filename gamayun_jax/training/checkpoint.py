@@ -1,8 +1,9 @@
 """Checkpoints: Orbax, asynchronous and atomic, verified when read back.
 
-A checkpoint holds three items: `params`, `opt_state` (arrays, with the step), and
-`meta` (JSON: resolved config, data cursors, curriculum and its fingerprint, lineage,
-running sums of the records). Evaluation and export read `params` and `meta` alone.
+A checkpoint holds `params`, `opt_state` (arrays, with the step), `ema` where the run
+keeps one, and `meta` (JSON: resolved config, data cursors, curriculum and its
+fingerprint, lineage, running sums of the records). Evaluation and export read `params`
+and `meta` alone.
 
 Files may be cut, changed or lost after they were written. So `meta` has a checksum of
 every array, taken on the devices from the values themselves: one pass over memory at
@@ -39,7 +40,7 @@ from gamayun_jax.training.run_meta import RunMeta
 
 FORMAT = 2
 READABLE = (1, 2)  # 1 had no checksums
-ITEMS = ("params", "opt_state")
+ITEMS = ("params", "opt_state", "ema")
 # Of a file of a checkpoint: a process holds as much in memory before it writes.
 DATA_FILE_BYTES = 32 * 2**20
 
@@ -58,6 +59,7 @@ class TrainState(flax.struct.PyTreeNode):
     step: Any  # int32 scalar: optimiser steps done in this run
     params: Any
     opt_state: Any
+    ema: Any = None  # see ema.py; None: the run keeps no average
 
 
 class Checkpoints:
@@ -169,20 +171,30 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state at `step`, on the shardings of `abstract`; every leaf checked.
 
+        An average that the checkpoint has not is None; `step.begin_ema` begins it.
+
         Raises:
           UserError: a state of another structure.
           DamagedCheckpointError: what is read is not what was written.
         """
-        restored = self._restore(step, items_of(abstract))
+        items = items_of(abstract)
+        if not self.meta(step).has_ema:
+            items.pop("ema", None)
+        restored = self._restore(step, items)
         return TrainState(
             step=restored["opt_state"]["step"],
             params=restored["params"],
             opt_state=restored["opt_state"]["opt_state"],
+            ema=restored.get("ema"),
         )
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """The parameters alone; as `restore`."""
         return self._restore(step, {"params": abstract_params})["params"]
+
+    def restore_ema(self, step: int, abstract_ema: Any) -> Any:
+        """The average of the parameters alone; as `restore`."""
+        return self._restore(step, {"ema": abstract_ema})["ema"]
 
     def readers(self, step: int, abstract_params: Any) -> Any:
         """Functions in place of the parameters; each reads its own, as `restore`."""
@@ -428,7 +440,8 @@ def kept_forever(cfg: Config) -> list[int]:
 def items_of(state: TrainState) -> dict[str, Any]:
     """The items of a checkpoint that are arrays."""
     opt_state = {"opt_state": state.opt_state, "step": state.step}
-    return {"params": state.params, "opt_state": opt_state}
+    items = {"params": state.params, "opt_state": opt_state, "ema": state.ema}
+    return {k: v for k, v in items.items() if v is not None}
 
 
 def shortened(e: Exception) -> str:

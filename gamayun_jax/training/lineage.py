@@ -83,6 +83,36 @@ def note_versions(
             )
 
 
+def note_ema(
+    lineage: dict[str, Any],
+    cfg: Config,
+    meta: RunMeta,
+    step: int,
+    log: Callable[[str], None],
+) -> None:
+    """Say and record what becomes of the average of the parameters (ema.py).
+
+    Args:
+      meta: of the run's own checkpoint, or of the one that it begins from.
+      step: of this run; 0: it begins from another's checkpoint.
+    """
+    wanted, change = bool(cfg.optimizer.ema_tokens), ""
+    if wanted != meta.has_ema:
+        change = "begins" if wanted else "is dropped"
+    elif wanted and not step:
+        change = "goes on"
+    if not change:
+        return
+    log(f"the average of the parameters (optimizer.ema_tokens) {change} at step {step}")
+    if meta.has_ema and not step:
+        log(
+            "the run begins with the parameters themselves; to begin with their "
+            "average, give --init-from what `gamayun average RUN OUT --ema` writes"
+        )
+    event = {"event": "ema", "step": step, "average of the parameters": change}
+    lineage["events"].append(event)
+
+
 def stage_spans(cfg: Config, tokens_before: int = 0) -> list[dict[str, Any]]:
     """Name, first token and end of each stage, counted from the first run."""
     spans = []

@@ -205,23 +205,44 @@ def evaluate_if_due(run: Run, evaluators: Sequence[Evaluator]) -> None:
     tokens = run.tokens_at(run.step)
     result: dict[str, Any] = {"step": run.step, "tokens": tokens}
     result |= {"stage": run.stage_name, "label": label, "sets": {}}
+    ema = run.state.ema
+    if ema and int(ema["updates"]):
+        result["ema"] = {"sets": {}}  # the same of the average of the parameters
     items: dict[str, list[dict[str, Any]]] = {}
     with run.meters.timer.measure("evaluate"):
         for evaluator in due:
             result[evaluator.name], its_items = evaluator.run(run.state.params)
             items |= its_items
+            if "ema" in result:
+                scores, its_items = evaluator.run(ema["params"])
+                result["ema"][evaluator.name] = scores
+                items |= {f"ema/{name}": rows for name, rows in its_items.items()}
     for name, rows in items.items() if label else ():
         run.folder.write_items(run.step, name, rows)
     run.folder.write_evaluation(run.step, result)
     for evaluator in due:
-        prefix = "eval" if evaluator.name == "sets" else evaluator.name
-        for name, part in result[evaluator.name].items():
-            metric = part.get("metric", "bits_per_byte")  # a held-out set has this one
-            languages = part["languages"].items()
-            tag = f"{prefix}/{name}/{metric}"
-            run.folder.scalars({f"{tag}/{k}": v[metric] for k, v in languages}, tokens)
-            mean = part.get("macro", {}).get(metric, math.nan)
-            run.log(f"{'eval':>8} step {run.step}  {tag} {mean:.3f} (macro)")
+        log_scores(run, evaluator.name, result[evaluator.name])
+        if "ema" in result:
+            log_scores(run, evaluator.name, result["ema"][evaluator.name], "ema/")
+
+
+def log_scores(
+    run: Run, evaluator: str, scores: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Results of an evaluator on TensorBoard and the console.
+
+    Args:
+      scores: by set or task.
+      prefix: of the tags.
+    """
+    prefix += "eval" if evaluator == "sets" else evaluator
+    for name, part in scores.items():
+        metric = part.get("metric", "bits_per_byte")  # a held-out set has this one
+        languages, tokens = part["languages"].items(), run.tokens_at(run.step)
+        tag = f"{prefix}/{name}/{metric}"
+        run.folder.scalars({f"{tag}/{k}": v[metric] for k, v in languages}, tokens)
+        mean = part.get("macro", {}).get(metric, math.nan)
+        run.log(f"{'eval':>8} step {run.step}  {tag} {mean:.3f} (macro)")
 
 
 def is_evaluated(run: Run, label: str) -> bool:

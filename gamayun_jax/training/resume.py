@@ -35,7 +35,12 @@ from gamayun_jax.training.divergence import (
     load_rollbacks,
     rollbacks_of,
 )
-from gamayun_jax.training.lineage import load_origin, new_lineage, note_versions
+from gamayun_jax.training.lineage import (
+    load_origin,
+    new_lineage,
+    note_ema,
+    note_versions,
+)
 from gamayun_jax.training.meters import Meters
 from gamayun_jax.training.run_folder import (
     BadRecordLog,
@@ -44,7 +49,12 @@ from gamayun_jax.training.run_folder import (
     differences,
 )
 from gamayun_jax.training.run_meta import RunMeta
-from gamayun_jax.training.step import abstract_state, new_state, reset_moments
+from gamayun_jax.training.step import (
+    abstract_state,
+    begin_ema,
+    new_state,
+    reset_moments,
+)
 
 Log = Callable[[str], None]
 
@@ -190,7 +200,7 @@ def start_or_resume(setting: Setting, rollbacks: list[dict[str, Any]]) -> Run:
         folder=folder,
         store=setting.store,
         abstract=abstract,
-        state=begin.state,
+        state=begin_ema(begin.state, abstract),
         step=begin.step,
         origin=begin.origin,
         lineage=begin.lineage,
@@ -258,6 +268,7 @@ def go_on(
         lineage["events"].append(
             {"event": "config", "step": step, "field": name, "old": old, "new": new}
         )
+    note_ema(lineage, cfg, meta, step, log)
     if step == cfg.total_steps:
         # They tell what the steps were made with, and nothing of this start made any.
         past = meta.lineage
@@ -294,6 +305,8 @@ def begin_run(
         state = start_from(cfg, abstract, source, meta)
         source.close()
     lineage = new_lineage(cfg, corpus, plan, origin)
+    if origin is not None:
+        note_ema(lineage, cfg, meta, 0, log)
     started = now.isoformat("T", "milliseconds")
     lineage["started"] = former.get("started") or started
     return Start(0, state, plan, origin, lineage, rollbacks, None)
@@ -302,7 +315,8 @@ def begin_run(
 def start_from(
     cfg: Config, abstract: TrainState, store: Checkpoints, meta: RunMeta
 ) -> TrainState:
-    """First state of a run that begins from another's checkpoint.
+    """First state of a run that begins from another's checkpoint: with its parameters,
+    not with the average of them, which goes on where both have one.
 
     The optimiser's moments of an imported model or of an average of checkpoints begin
     anew, whatever the config says.

@@ -8,7 +8,8 @@ metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash
 goodput.json    where the run's time went
 events.*        the same for TensorBoard
 eval/<step>.json
-eval/<step>.items/*.jsonl  units and items, at the start and at stage ends
+eval/<step>.items/*.jsonl  units and items, at the start and at stage ends; in ema/
+                those of the average of the parameters
 former/<n>/     the records of a start that --fresh moved aside
 """
 

@@ -36,7 +36,7 @@ class RunMeta:
     times: Mapping[str, Any] | None = None  # GoodputTimer
     watch: Mapping[str, Any] | None = None  # DivergenceDetector
     bits: int | None = None  # of quantised weights
-    # Of an average of checkpoints: scheme, and steps and weights, oldest first.
+    # Of an average: scheme, and the checkpoints' steps and weights, oldest first.
     averaged: Mapping[str, Any] | None = None
     checksums: Mapping[str, Mapping[str, str]] | None = None  # by item and array
 
@@ -65,6 +65,11 @@ class RunMeta:
     def params_alone(self) -> bool:
         """Whether the checkpoint has no optimiser's state: no run goes on from it."""
         return bool(self.bits or self.averaged or self.lineage.get("imported"))
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether the checkpoint has an average of the parameters (ema.py)."""
+        return "ema" in (self.checksums or {})
 
     @property
     def tokens_before(self) -> int:

@@ -19,6 +19,7 @@ from gamayun_jax.model.transformer import Transformer, unembedding
 from gamayun_jax.model.weights import abstract_params
 from gamayun_jax.training import optimizer as optim
 from gamayun_jax.training.checkpoint import TrainState
+from gamayun_jax.training.ema import new_ema, update_ema
 
 # --- state ----------------------------------------------------------------------
 
@@ -33,7 +34,8 @@ def init_state(cfg: Config, key: jax.Array) -> TrainState:
 def state_of(cfg: Config, params: Any) -> TrainState:
     """The state at step 0 of these parameters."""
     opt_state = optim.make_optimizer(cfg.optimizer).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+    ema = new_ema(params) if cfg.optimizer.ema_tokens else None
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
 
 def abstract_state(cfg: Config, mesh: Mesh) -> TrainState:
@@ -59,6 +61,14 @@ def reset_moments(cfg: Config, state: TrainState, abstract: TrainState) -> Train
     optimizer = optim.make_optimizer(cfg.optimizer)
     init = jax.jit(optimizer.init, out_shardings=shardings)
     return state.replace(opt_state=init(state.params))
+
+
+def begin_ema(state: TrainState, abstract: TrainState) -> TrainState:
+    """The state with the average that `abstract` has; begun, if there is none yet."""
+    if abstract.ema is None or state.ema is not None:
+        return state
+    shardings = jax.tree.map(lambda x: x.sharding, abstract.ema)
+    return state.replace(ema=jax.jit(new_ema, out_shardings=shardings)(state.params))
 
 
 # --- step -----------------------------------------------------------------------
@@ -137,21 +147,22 @@ def train_step(
         grads, state.opt_state, state.params
     )
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    ema = state.ema and update_ema(state.ema, params, cfg)
     norm = optax.tree.norm(grads)
     sums = {**sums, "grad_norm": norm, "skipped": jnp.zeros(())}
     if cfg.divergence.skip:
         good = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
+        params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
         )
         served = sums["languages"]["tokens"]
         sums = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), sums)
         sums["languages"] = {**sums["languages"], "tokens": served}
         sums["skipped"] = 1.0 - good.astype(jnp.float32)
     metrics = {**sums, "learning_rate": rate}
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
 def stage_tokens(cfg: Config, stage: int, tokens_before: int) -> tuple[int, int]:

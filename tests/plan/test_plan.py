@@ -213,6 +213,9 @@ def test_what_cannot_be_read_is_unknown_and_the_rest_is_kept(
         text = plan_text.format_plan(p)
         assert "unknown    the traffic (KeyError" in text
         assert "unknown; the least is" in text
+        assert "average of parameters" not in text  # the config keeps none
+        kept = {**p, "memory": {**p["memory"], "average": GIB}}
+        assert "average of parameters 1.00" in plan_text.format_plan(kept)
         assert "| unknown |" in plan_text.format_table([p])
 
 
