@@ -8,8 +8,9 @@
 Llama-style, 8 layers, width 256, 4 heads, FFN 1024, vocabulary 8192, sequences of 256,
 batch 16, float32, AdamW, synthetic tokens. Each peer is a process of its own that
 makes a few steps when told to; rounds go in turns. Ours is the real step of step.py:
-token weights, per-language sums, segment ids and all. Reported: medians of wall time
-and of CPU time, the time to the first step and the peak resident memory.
+token weights, per-language sums, segment ids and all; "ema" also keeps a moving average
+of the parameters. Reported: medians of wall time and of CPU time, the time to the first
+step and the peak resident memory.
 
   jax      what one writes first: einsums, log_softmax + take_along_axis, optax.adamw,
            layers unrolled
@@ -46,6 +47,7 @@ STEPS = 3  # of a turn
 PEERS = (
     "gamayun_jax",
     "gamayun_jax scan",
+    "gamayun_jax ema",
     "jax",
     "eager",
     "compiled",
@@ -59,7 +61,7 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(3, V, (B, T + 1)).astype(np.int32)
 
 
-def ours(scan: bool) -> Callable[[], Any]:
+def ours(scan: bool, ema: bool) -> Callable[[], Any]:
     import flax.linen as nn
     import jax
 
@@ -86,6 +88,7 @@ def ours(scan: bool) -> Callable[[], Any]:
             tokenizer=replace(base.corpus.tokenizer, vocab_size=V),
         ),
         compute=c.ComputeConfig(scan_layers=scan, loss_chunk=32),
+        optimizer=replace(base.optimizer, ema_tokens=100 * B * T if ema else 0),
     )
     mesh = sharding.make_mesh(cfg.mesh)
     names = cfg.languages
@@ -312,7 +315,7 @@ def worker(peer: str, threads: int) -> None:
     if peer == "jax":
         one = bare_jax()
     elif peer.startswith("gamayun_jax"):
-        one = ours("scan" in peer)
+        one = ours("scan" in peer, "ema" in peer)
     elif peer == "levanter":
         one = levanter()
     else:

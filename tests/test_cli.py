@@ -41,7 +41,7 @@ PARAMETERS = {
     "generate": "model --prompt --interactive --literal --max-tokens --temperature "
     "--top-k --top-p --min-p --repetition-penalty --seed",
     "lm-eval": "arguments",
-    "average": "run out --last --window --weights --until",
+    "average": "run out --last --window --ema --weights --until",
     "quantize": "model out --bits --corpus --no-eval",
     "import-hf": "folder out",
     "export-hf": "model out --dtype --tokenizer",

@@ -178,8 +178,8 @@ class Checkpoints:
           DamagedCheckpointError: what is read is not what was written.
         """
         items = items_of(abstract)
-        if not self.meta(step).has_ema:
-            items.pop("ema", None)
+        if "ema" in items and not self.meta(step).has_ema:
+            del items["ema"]
         restored = self._restore(step, items)
         return TrainState(
             step=restored["opt_state"]["step"],

@@ -56,6 +56,7 @@ def get_config() -> c.Config:
                 transition=c.TransitionConfig(moments="reset"),
             ),
         ),
+        optimizer=c.OptimizerConfig(ema_tokens=8 * STEP),
         checkpoint=c.CheckpointConfig(every_steps=2, keep=3, keep_every_steps=50),
         evaluation=c.EvalConfig(every_steps=20, batch_size=8, max_units=4),
         log=c.LogConfig(every_steps=5, tensorboard=False),

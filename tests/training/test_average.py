@@ -304,8 +304,9 @@ def test_a_run_from_an_average_has_new_moments(run, config, tmp_path):
         ("--window=100", r"for --window 100 \(512 tokens a step\) .* 1 of them"),
         ("--last=2 --until=4", "up to step 4: 1 of them.*keep_every_tokens"),
         ("--last=2 --until=1", "up to step 1: 0 of them"),
-        ("", "give either --last N or --window TOKENS"),
-        ("--last=2 --window=9", "give either --last N or --window TOKENS"),
+        ("--ema", r"checkpoints/13 has no average of its parameters: optimizer\.ema_t"),
+        ("", "give either --last N, --window TOKENS or --ema"),
+        ("--last=2 --window=9", "give either --last N, --window TOKENS or --ema"),
     ],
 )
 def test_what_is_not_there_is_refused(options, message, run, tmp_path, capfd):
