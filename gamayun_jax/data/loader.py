@@ -98,13 +98,15 @@ class LocalBatches:
         plan: DataPlan,
         rows: np.ndarray,
         on_bad_record: OnBadRecord | None = None,
+        records: Sequence[Any] | None = None,
     ):
+        """`records`: of each of the plan's sources, where they are held already."""
         tokenizer = corpus.tokenizer()
         self._bos, self._pad = tokenizer.bos_id, tokenizer.pad_id
         self._plan, self._rows, self._seq_len = plan, rows, cfg.data.seq_len
         self._per_record = corpus.manifest["record_tokens"] // self._seq_len
         self._on_bad_record = on_bad_record if cfg.data.faults == "set_aside" else None
-        self._records = [
+        self._records = records or [
             corpus.records(name, cfg.data.retry_seconds) for name in plan.sources
         ]
         self._languages = np.array(plan.languages, np.int32)

@@ -52,6 +52,10 @@ class Diverged(Exception):  # noqa: N818  an event, not an error
         self.plan, self.rollbacks = plan, rollbacks
 
 
+class DivergedForGoodError(UserError):
+    """A run that stops because it diverges, whatever is tried."""
+
+
 class DivergenceDetector:
     """Looks at each step's metrics, in order; its state is saved with checkpoints."""
 
@@ -156,7 +160,7 @@ def roll_back(
     if len(rollbacks) >= limit:
         counts = collections.Counter(row["source"] for row in rows)
         sources = ", ".join(f"{n} of {name}" for name, n in counts.most_common(5))
-        raise UserError(
+        raise DivergedForGoodError(
             f"training diverges: {event.reason}, after {len(rollbacks)} rollbacks "
             f"(divergence.rollbacks={limit}). The batch: {sources}; its documents are "
             f"in {path}. Lower the stage's schedule.peak or optimizer.clip_norm, or "

@@ -27,14 +27,6 @@ from gamayun_jax.training.step import stage_tokens
 
 def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str, Any]:
     """What the model comes from: config, corpus, curriculum, versions, parents."""
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "gamayun_jax")
-
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed as a package"
-
     tokens_before = origin["tokens"] if origin else 0
     keys = ("documents", "bytes", "tokens")
     return {
@@ -62,9 +54,21 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
         "transitions": {s.name: to_dict(s.transition) for s in cfg.stages},
         "checkpoints": [],
         "events": [],
-        "versions": {p: version(p) for p in packages}
-        | {"python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Package -> its version, of those that decide numbers; and Python's."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "gamayun_jax")
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed as a package"
+
+    return {p: version(p) for p in packages} | {"python": platform.python_version()}
 
 
 def note_versions(

@@ -10,11 +10,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from gamayun_jax.config import UserError
 from gamayun_jax.model.weights import flops_per_token
 from gamayun_jax.training import cluster
 from gamayun_jax.training.chips import chip_of
-from gamayun_jax.training.divergence import Diverged
+from gamayun_jax.training.divergence import Diverged, DivergedForGoodError
 from gamayun_jax.training.meters import OVERHEADS
 from gamayun_jax.training.resume import Run
 from gamayun_jax.training.run_meta import RunMeta
@@ -31,7 +30,7 @@ def read_metrics(run: Run, keep: int = 1) -> None:
 
     Raises:
       Diverged: the run has to go back.
-      UserError: loss or gradient is not finite, where that is not skipped.
+      DivergedForGoodError: loss or gradient is not finite, where that is not skipped.
     """
     cfg, meters = run.cfg, run.meters
     ends = {cfg.stage_start(k + 1) for k in range(len(cfg.stages))}
@@ -45,7 +44,7 @@ def read_metrics(run: Run, keep: int = 1) -> None:
             raise Diverged(*fault, run.plan, run.rollbacks)
         if not np.isfinite(metrics["loss_sum"] + metrics["grad_norm"]):
             last = run.store.latest()
-            raise UserError(
+            raise DivergedForGoodError(
                 f"loss or gradient is not finite at step {step}: lower "
                 f"stages.{cfg.stages[stage].name}.schedule.peak or "
                 f"optimizer.clip_norm; the last checkpoint is "

@@ -48,6 +48,10 @@ NO_RUN = ("compiled", "former", "lost+found")
 FIXED = ("model", "languages", "data.seq_len", "data.batch_size", "seed")
 
 
+class FolderInUseError(UserError):
+    """Another process writes the run folder."""
+
+
 def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted path -> (old, new) of every plain value that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -111,7 +115,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             self._lock.close()
-            raise UserError(
+            raise FolderInUseError(
                 f"run folder {path} is in use by another process: wait for it, or give "
                 "another --workdir"
             ) from e

@@ -135,14 +135,29 @@ def train_step(
       and `skipped`: 1 if loss or gradient were not finite, so that the state is the
       old one but for its step number, and the sums are 0.
     """
-    grads, sums = gradient_sums(state.params, batch, cfg, tables)
-    target_count = jnp.maximum(sums["target_count"], 1.0)
-    grads = jax.tree.map(lambda g: g / target_count, grads)
     # Read at the middle of the step, so that no step has a rate of exactly 0.
     # A float: JAX takes an integer for an int32, and a second stage starts beyond it.
     tokens = float(tokens_before) + (state.step + 0.5) * float(cfg.tokens_per_step)
     begin, end = stage_tokens(cfg, stage, tokens_before)
     rate = optim.learning_rate(cfg.stages[stage].schedule, tokens, begin, end)
+    return update(state, batch, cfg, tables, rate)
+
+
+def update(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    cfg: Config,
+    tables: TokenWeights,
+    rate: jax.Array,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One optimiser step at a given learning rate; see `train_step`.
+
+    Nothing of the stages is in it but what is passed, so that runs with other stages
+    share the program.
+    """
+    grads, sums = gradient_sums(state.params, batch, cfg, tables)
+    target_count = jnp.maximum(sums["target_count"], 1.0)
+    grads = jax.tree.map(lambda g: g / target_count, grads)
     updates, opt_state = optim.make_optimizer(cfg.optimizer).update(
         grads, state.opt_state, state.params
     )
