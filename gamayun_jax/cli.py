@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from gamayun_jax import __version__
-from gamayun_jax.commands import COMMON, Repeated, data, models, train
+from gamayun_jax.commands import COMMON, Repeated, data, models, study, train
 from gamayun_jax.fields import UserError, check_local, nearest
 from gamayun_jax.training import xla
 
@@ -45,6 +45,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "curriculum": data.preview_curriculum,
     "controls": data.make_controls,
     "train": train.train,
+    "study": study.study,
     "plan": train.plan,
     "eval": models.evaluate,
     "align": models.align,

@@ -33,6 +33,7 @@ PARAMETERS = {
     "controls": "config --set --out --arms --check",
     "train": "config --set --workdir --init-from --profile --fresh --distributed "
     "--coordinator --num-processes --process-id --silence",
+    "study": "file --out --plan --side-by-side --keep-runs --arms",
     "plan": "config --set --topology --table --slices --search --price --efficiency "
     "--json --cache",
     "eval": "model --tasks --limit --corpus --languages --batch-size --window --out",
@@ -77,6 +78,10 @@ PARSED = [
     ("train c.py --workdir w --silence 0", None),
     ("train c.py --workdir w --silence nan", None),
     ("train c.py", None),
+    ("study s.py --out o --side-by-side 4 --arms 1M-*",
+     {"file": Path("s.py"), "out": Path("o"), "side_by_side": 4, "arms": "1M-*"}),
+    ("study s.py --out o --side-by-side -1", None),
+    ("study s.py", None),
     ("plan c.py --table a b --price 1.2 --json j --slices 2",
      {"config": Path("c.py"), "table": ["a", "b"], "price": 1.2, "json": Path("j"),
       "slices": 2}),

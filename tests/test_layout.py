@@ -13,7 +13,16 @@ PACKAGE = Path("gamayun_jax")
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.stem.startswith("__"))
 DATA = {"demo_corpus", "demo_tasks"}
 # What the report may read through, of rooms that hold a model: they import no JAX.
-JSON_ONLY = {"data.files", "evaluate.paired", "training.run_folder"}
+JSON_ONLY = {
+    "data.files",
+    "evaluate.paired",
+    "training.run_folder",
+    "study.analysis",
+    "study.design",
+    "study.findings",
+    "study.records",
+    "study.registration",
+}
 # What every room may import. Tables: a corpus, a plan and an evaluation print the same
 # kind as the report, and data may not import the report.
 BASE = {"fields", "corpus_config", "config", "tables"}
@@ -40,8 +49,10 @@ LAWS = {
         "interop",
         "evaluate",
     },
+    "study": {*BASE, "model", "data", "training", "evaluate", "train"},
     "commands": {
         *BASE,
+        "study",
         "model",
         "data",
         "training",
@@ -124,7 +135,7 @@ def test_files_and_functions_are_short(path):
 
 @pytest.mark.parametrize("path", sorted(Path("experiments").rglob("*.py")), ids=str)
 def test_experiments_import_only_config_and_presets(path):
-    assert imports(path) <= {"config", "model.presets"}
+    assert imports(path) <= {"config", "model.presets", "study.design"}
 
 
 def test_only_the_entry_point_imports_cli():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from gamayun_jax.commands import Repeated, in_repository, note
+from gamayun_jax.commands.study import show_study
 from gamayun_jax.config import Config, Count, Finite, UserError, load_config, set_fields
 
 Steps = Annotated[
@@ -186,16 +187,26 @@ def report(runs: list[Path], *, out: Path | None = None) -> None:
     """Make the HTML report of one run, or of several overlaid.
 
     Also prints what each stage changed by language. Folders that `gamayun quantize`
-    wrote are compared with the run that they were made from.
+    wrote are compared with the run that they were made from. Of a study's folder, made
+    or under way, the page is made from its records alone, in STUDY/report.
 
     Examples:
       gamayun report runs/demo
       gamayun report runs/demo runs/no-switch --out runs/compared
+      gamayun report experiments/order
 
     Args:
-      runs (RUN): run folders, and quantised ones.
+      runs (RUN): run folders, and quantised ones; or one study's folder.
       out: folder to write (default: RUN/report).
     """
+    if any((folder / "registration.json").exists() for folder in runs):
+        if len(runs) > 1 or out:
+            raise UserError(
+                "report: a study's folder goes alone, without --out: its page is "
+                "written to report/ inside of it"
+            )
+        show_study(runs[0])
+        return
     from gamayun_jax.report import changes, read_run, report
 
     page = report.write_report(runs, out or runs[0] / "report")

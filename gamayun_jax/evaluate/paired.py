@@ -97,11 +97,7 @@ def estimate(
     parts = np.where(size > 1e-9 * size.max(), parts, 0.0)  # what rounding left
     if not (degrees > 0 and parts.any() and variance >= 0):
         return Estimate(difference, items=items)
-    error = math.sqrt(variance)
-    half = float(special.stdtrit(degrees, 1 - LEVEL / 2)) * error
-    low, high = difference - half, difference + half
-    t = -abs(difference) / error if error else -math.inf if difference else 0.0
-    by_error = min(1.0, 2 * float(special.stdtr(degrees, t)))
+    low, high, by_error = by_t(difference, math.sqrt(variance), degrees)
     p = sign_test(parts)
     if p is None:
         p = by_error
@@ -110,6 +106,18 @@ def estimate(
     elif low <= 0 <= high:
         p = max(p, by_error)
     return Estimate(difference, low, high, p, items)
+
+
+def by_t(difference: float, error: float, degrees: float) -> tuple[float, float, float]:
+    """Ends of the 95 % interval, and the two-sided p, of a difference by Student's t.
+
+    Args:
+      error: the difference's standard error, with so many degrees of freedom.
+    """
+    half = float(special.stdtrit(degrees, 1 - LEVEL / 2)) * error
+    t = -abs(difference) / error if error else -math.inf if difference else 0.0
+    p = min(1.0, 2 * float(special.stdtr(degrees, t)))
+    return difference - half, difference + half, p
 
 
 def estimates(
@@ -181,15 +189,15 @@ def above_baseline(
     return unpaired(math.copysign(gain, share - baseline), error)
 
 
-def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
-    """Which hypotheses fall, the chance of any false one at most `level` (Holm)."""
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values: the chance that any of those up to LEVEL falls falsely is at
+    most LEVEL (Holm)."""
     order = np.argsort(p_values, kind="stable")
-    found = [False] * len(p_values)
+    adjusted, least = [1.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
-        if p_values[i] > level / (len(p_values) - rank):
-            break
-        found[i] = True
-    return found
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = least
+    return adjusted
 
 
 def verdicts(found: Sequence[Estimate], better: Sequence[int]) -> list[str]:
@@ -198,8 +206,8 @@ def verdicts(found: Sequence[Estimate], better: Sequence[int]) -> list[str]:
     Args:
       better: 1 where more is better, -1 where less is.
     """
-    marked = holm([c.p for c in found])
+    adjusted = holm([c.p for c in found])
     return [
-        "same" if not real else "better" if sign * c.value > 0 else "worse"
-        for c, sign, real in zip(found, better, marked, strict=True)
+        "same" if p > LEVEL else "better" if sign * c.value > 0 else "worse"
+        for c, sign, p in zip(found, better, adjusted, strict=True)
     ]

@@ -122,12 +122,17 @@ def percent(x: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """Points joined by a line."""
+    """Points joined by a line.
+
+    Args:
+      area: what they go around is filled instead, so faintly: 0 to 1.
+    """
 
     points: Points
     colour: str = INK
     dash: str = ""
     faint: bool = False
+    area: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,9 +190,9 @@ def boxes(
     return places, -(-count // across) * (above + height + below)
 
 
-def label_width(names: Iterable[str]) -> float:
-    """Points that names of at most 14 characters take, about."""
-    return 9 + 5.4 * min(14, max(map(len, names), default=0))
+def label_width(names: Iterable[str], letters: int = 14) -> float:
+    """Points that names of at most so many characters take, about."""
+    return 9 + 5.4 * min(letters, max(map(len, names), default=0))
 
 
 def dots_chart(
@@ -197,6 +202,7 @@ def dots_chart(
     languages: Iterable[str],
     widths: Sequence[float] | None = None,
     shared: bool = False,
+    letters: int = 14,
 ) -> Markup:
     """Panels side by side, at most four, each with a row for every name.
 
@@ -205,11 +211,12 @@ def dots_chart(
       languages: all of the page, in the order of their colours.
       widths: of the panels, if they are not alike.
       shared: the panels have the same x.
+      letters: most characters of a name.
     """
     colours, step = colours_of(languages), 16.0
     across, height = min(len(panels), 4), step * len(names)
-    rows = [(step * (n + 0.5), name) for n, name in enumerate(names)]
-    margins = (label_width(names), 12.0, 22.0, 22.0)
+    rows = [(step * (n + 0.5), plain(name, letters)) for n, name in enumerate(names)]
+    margins = (label_width(names, letters), 12.0, 22.0, 22.0)
     places, whole = boxes(len(panels), across, WIDTH, height, margins, 18.0, widths)
     limits = [panel.limits(names) for panel in panels]
     if shared:
@@ -222,7 +229,7 @@ def dots_chart(
             "rows": rows, "first": i % across == 0,
             "dots": [
                 (y, dot, colours.get(name.split("/")[0], INK))
-                for y, name in rows
+                for (y, _), name in zip(rows, names, strict=True)
                 for dot in panel.dots.get(name, ())
             ],
         }
@@ -247,7 +254,7 @@ def lines_chart(
     """
     across = min(across, len(panels)) or 1
     ends = label_width(name for p in panels for _, name, _ in p.ends)
-    right = ends + 14 if any(p.ends for p in panels) else 8.0
+    right = ends + 14 if any(p.ends for p in panels) else 13.0
     below = 34.0 if any(p.xlabel for p in panels) else 6.0
     left = 44.0 if any(p.ylabel for p in panels) else 34.0
     margins = (left, right, 20.0, below)
@@ -255,7 +262,8 @@ def lines_chart(
     lines = [line.points for p in panels for line in p.lines]
     begin = min((x for points in lines for x, _ in points), default=0.0)
     end = max((x for points in lines for x, _ in points), default=1.0)
-    if any(len(points) < FEW for points in lines):  # room for half a dot
+    dots = (len(x.points) < FEW and not x.area for p in panels for x in p.lines)
+    if any(dots):  # room for half a dot
         begin, end = begin - 0.02 * (end - begin), end + 0.02 * (end - begin)
     drawn = []
     for i, (panel, (left, top, size)) in enumerate(zip(panels, places, strict=True)):

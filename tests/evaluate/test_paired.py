@@ -171,9 +171,10 @@ def test_300_cells_keep_5_percent_and_show_the_one_that_is_real():
 
 def test_holm():
     p = [0.01, 0.04, 0.03, 0.005]
-    assert paired.holm(p) == [True, False, False, True]  # Holm 1979, worked by hand
-    assert paired.holm([0.2, 0.001, 0.2]) == [False, True, False]
-    assert paired.holm([0.03, 0.001, 0.02]) == [True, True, True]
+    hand = [0.03, 0.06, 0.06, 0.02]  # Holm 1979, worked by hand
+    assert paired.holm(p) == pytest.approx(hand)
+    assert paired.holm([0.2, 0.001, 0.2]) == pytest.approx([0.4, 0.003, 0.4])
+    assert paired.holm([0.03, 0.001, 0.02]) == pytest.approx([0.04, 0.003, 0.04])
     assert paired.holm([]) == []
 
 

@@ -1,0 +1,1 @@
+"""Studies: registered comparisons of runs, over seeds, at equal exposure."""

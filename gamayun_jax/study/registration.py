@@ -1,0 +1,203 @@
+"""A study's arms made and proven before training, and its design frozen with a hash.
+
+The first run of a study writes `registration.json` beside its records: question, arms
+with their whole configs, seeds, outcomes, hypotheses, the rules of the analysis, the
+corpora by their contents, and the SHA-256 of all that. A study that no longer has this
+hash is refused. Paths are left out: the same study goes on on another machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gamayun_jax.config import Config, UserError, to_dict
+from gamayun_jax.data import controls
+from gamayun_jax.data.corpus import Corpus, open_corpus
+from gamayun_jax.data.files import write_json
+from gamayun_jax.data.plan import DataPlan, make_data_plan
+from gamayun_jax.study.analysis import RULES
+from gamayun_jax.study.design import Arm, Study
+from gamayun_jax.training.run_folder import differences
+
+FILE = "registration.json"
+
+
+@dataclass(frozen=True)
+class MadeArm:
+    """An arm with what the corpus made of it.
+
+    Attributes:
+      cfg: the twin's config, where the arm is one.
+      plan: of its first seed; other seeds serve as many examples of each source.
+    """
+
+    arm: Arm
+    cfg: Config
+    corpus: Corpus
+    plan: DataPlan
+
+    @property
+    def name(self) -> str:
+        return self.arm.name
+
+    def plan_of(self, seed: int) -> DataPlan:
+        """The plan of a run."""
+        return make_data_plan(dataclasses.replace(self.cfg, seed=seed), self.corpus)
+
+    def served(self) -> dict[str, int]:
+        """Source -> examples that the whole run serves."""
+        return self.plan.served(self.plan.total_steps)
+
+
+def make_arms(study: Study) -> dict[str, MadeArm]:
+    """Arm's name -> what is made of it, with exposures proven from the plans.
+
+    Raises:
+      UserError: a corpus that is not there, a twin that cannot be made, arms that are
+        declared matched and would serve other examples, an outcome on a held-out set
+        or in a language that an arm's corpus does not have.
+    """
+    corpora: dict[str, Corpus] = {}
+    made: dict[str, MadeArm] = {}
+    bases: dict[str, controls.Base] = {}
+    for arm in study.arms:
+        cfg = arm.config
+        folder = cfg.data.corpus
+        if folder not in corpora:
+            corpora[folder] = open_corpus(Path(folder))
+        corpus = corpora[folder]
+        check_outcomes(study, arm, corpus)
+        if arm.twin:
+            key = json.dumps(to_dict(cfg), sort_keys=True)
+            if key not in bases:
+                bases[key] = controls.plan_base(cfg, corpus)
+            cfg = controls.make_arm(arm.twin, bases[key])
+        cfg = dataclasses.replace(cfg, name=arm.name)
+        made[arm.name] = MadeArm(arm, cfg, corpus, make_data_plan(cfg, corpus))
+    for group in study.matched_groups():
+        check_exposure([made[a.name] for a in group])
+    return made
+
+
+def check_outcomes(study: Study, arm: Arm, corpus: Corpus) -> None:
+    """Raise UserError for an outcome that this arm's corpus has no texts for."""
+    sets = corpus.heldout_sets()
+    for outcome in study.outcomes:
+        for name in outcome.sets:
+            if name not in sets:
+                raise UserError(
+                    f"outcome {outcome.name!r} is on held-out set {name!r}, which the "
+                    f"corpus of arm {arm.name} does not have; it has "
+                    f"{', '.join(sets) or 'none'}"
+                )
+            if not outcome.languages_of(sets[name]):
+                raise UserError(
+                    f"outcome {outcome.name!r} is about languages="
+                    f"{outcome.languages!r}, and held-out set {name!r} has "
+                    f"{', '.join(sets[name])}"
+                )
+
+
+def check_exposure(group: list[MadeArm]) -> None:
+    """Raise UserError unless all arms serve the same examples of every source.
+
+    A source is read in one order from one cursor, so that equal counts are equal
+    examples; a stage that restarts its cursors would break that.
+    """
+    first = group[0]
+    for made in group:
+        if len(group) > 1 and len(made.plan.runs) > 1:
+            raise UserError(
+                f"arm {made.name}: a stage restarts its data cursors, so it does not "
+                "serve the examples of the arms that it is matched with"
+            )
+        wanted, served = first.served(), made.served()
+        for source in dict.fromkeys([*wanted, *served]):
+            if wanted.get(source, 0) != served.get(source, 0):
+                raise UserError(
+                    f"arms {first.name} and {made.name} are declared matched, but "
+                    f"serve {wanted.get(source, 0)} and {served.get(source, 0)} "
+                    f"examples of source {source!r}: make one a twin of the other, or "
+                    "set Study.matched"
+                )
+
+
+def registration(study: Study, made: Mapping[str, MadeArm]) -> dict[str, Any]:
+    """The study's design as plain JSON, with its hash."""
+    design = to_dict(study)
+    for row in design["arms"]:
+        arm = made["-".join(row["levels"].values())]
+        row |= {
+            "config": portable(arm.cfg),
+            "served": arm.served(),
+            "corpus": digest(arm.corpus.contents()),
+            "tokenizer": arm.corpus.manifest["tokenizer"]["fingerprint"],
+        }
+    frozen = {"study": design, "analysis": RULES}
+    return {"sha256": digest(frozen), **frozen}
+
+
+def portable(cfg: Config) -> dict[str, Any]:
+    """A config without what is only of one machine: paths, and what a seed replaces."""
+    plain = to_dict(cfg)
+    del plain["corpus"], plain["seed"], plain["name"], plain["data"]["corpus"]
+    return plain
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def register(folder: Path, study: Study, made: Mapping[str, MadeArm]) -> str:
+    """Freeze the design in a study's folder, or hold it against the frozen one.
+
+    Returns:
+      the hash.
+
+    Raises:
+      UserError: the study has changed since, with the first fields that differ.
+    """
+    now, path = registration(study, made), folder / FILE
+    if not path.exists():
+        write_json(path, now)
+        return now["sha256"]
+    former = read_registration(folder)
+    if former["sha256"] != now["sha256"]:
+        fields = ("study", "analysis")
+        plain = json.loads(json.dumps({k: now[k] for k in fields}))
+        other = differences({k: former[k] for k in fields}, plain)
+        told = "; ".join(f"{k}: {a!r} -> {b!r}"[:200] for k, (a, b) in other.items())
+        raise UserError(
+            f"the study has changed since it was registered in {path}: "
+            f"{told[:600] or 'order of fields'}. Ask a new question in a new folder "
+            "(--out), or take the change back"
+        )
+    return now["sha256"]
+
+
+def read_registration(folder: Path) -> dict[str, Any]:
+    """What `register` wrote; UserError for none, or one that was edited."""
+    path = folder / FILE
+    try:
+        frozen = json.loads(path.read_text("utf-8"))
+        kept = digest({k: frozen[k] for k in ("study", "analysis")})
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: no run of a study began here") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is damaged: take it back from where it is kept"
+        ) from None
+    if kept != frozen.get("sha256"):
+        raise UserError(
+            f"{path} was edited after it was frozen: its contents have the hash "
+            f"{kept[:16]} and it says {str(frozen.get('sha256'))[:16]}"
+        )
+    return frozen

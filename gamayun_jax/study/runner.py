@@ -1,0 +1,310 @@
+"""Running a study: every arm with every seed, until each has its record.
+
+Runs are ordinary ones, in FOLDER/runs/ARM/SEED, so a study can be stopped at any moment
+and goes on; several processes given the same folder share the work, each taking runs
+that no other has (the lock of the run's folder says so). Small runs can be trained side
+by side instead (side_by_side.py), a group at a time. What is done is known by its
+record alone (records.py): run folders may be deleted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fnmatch
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from gamayun_jax.data.files import read_json_lines
+from gamayun_jax.evaluate.heldout import HeldoutEvaluator, Items
+from gamayun_jax.model import sharding
+from gamayun_jax.model.transformer import Transformer, compute_dtype
+from gamayun_jax.model.weights import flops_per_token
+from gamayun_jax.study.curricula import write_curricula
+from gamayun_jax.study.design import Study, with_seed
+from gamayun_jax.study.records import (
+    bits_of,
+    read_records,
+    record_path,
+    write_record,
+    write_units,
+)
+from gamayun_jax.study.registration import MadeArm, digest, make_arms, register
+from gamayun_jax.study.side_by_side import Member, Trained, group_key, train_group
+from gamayun_jax.train import PREEMPTED, train
+from gamayun_jax.training.average import average_meta, average_of
+from gamayun_jax.training.divergence import DivergedForGoodError
+from gamayun_jax.training.lineage import versions
+from gamayun_jax.training.run_folder import FolderInUseError
+
+Log = Callable[[str], None]
+Todo = list[tuple[MadeArm, int]]
+POLL_SECONDS = 10.0  # between looks at runs that other processes make
+
+
+class Progress:
+    """How much of a study is done, and when the rest will be."""
+
+    def __init__(self, study: Study, folder: Path, made: dict[str, MadeArm], log: Log):
+        self._folder, self._log, self._began = folder, log, time.monotonic()
+        self._tokens = {
+            (arm.name, seed): cost(made[arm.name]) for arm, seed in study.runs()
+        }
+        self._before = self._done()
+
+    def _done(self) -> float:
+        return sum(
+            tokens
+            for (arm, seed), tokens in self._tokens.items()
+            if record_path(self._folder, arm, seed).exists()
+        )
+
+    def say(self, text: str) -> None:
+        """A line with the share that is done and the time that the rest will take, at
+        the pace of all processes since this one began."""
+        done, total = self._done(), sum(self._tokens.values())
+        seconds = time.monotonic() - self._began
+        left = ""
+        if done > self._before and done < total:
+            rest = (total - done) * seconds / (done - self._before)
+            left = f", left {datetime.timedelta(seconds=round(rest))}"
+        self._log(f"{text}  [{done / total:.1%} of the study{left}]")
+
+
+def cost(made: MadeArm) -> float:
+    """FLOPs of a run: runs of several sizes are weighed by them."""
+    cfg = made.cfg
+    each = flops_per_token(cfg.model, cfg.data.seq_len)
+    return cfg.total_steps * cfg.tokens_per_step * each
+
+
+def run_study(
+    study: Study,
+    folder: Path,
+    side_by_side: int = 0,
+    keep_runs: bool = False,
+    arms: str = "*",
+    log: Log = print,
+) -> int:
+    """Make every run of a study that has no record yet.
+
+    Args:
+      side_by_side: train up to so many runs in one program; 0: one after the other.
+      arms: glob; only runs of the arms whose names match.
+      keep_runs: keep the folders of finished runs, with their checkpoints.
+
+    Returns:
+      0 when all runs have records, `train.PREEMPTED` if a signal stopped it.
+
+    Raises:
+      UserError: a study that does not fit its corpora or its registration.
+    """
+    made = make_arms(study)
+    folder.mkdir(parents=True, exist_ok=True)
+    sha256 = register(folder, study, made)
+    write_curricula(folder, made)
+    read_records(folder, sha256)
+    log(f"study {study.name}, registered as {sha256[:16]}: {len(study.runs())} runs")
+    progress = Progress(study, folder, made, log)
+    runs = [
+        (made[arm.name], seed)
+        for arm, seed in study.runs()
+        if fnmatch.fnmatchcase(arm.name, arms)
+    ]
+    while todo := [
+        r for r in runs if not record_path(folder, r[0].name, r[1]).exists()
+    ]:
+        if side_by_side:
+            group = next_group(todo, side_by_side)
+            run_group(folder, sha256, group, progress.say)
+            continue
+        taken = False
+        for arm, seed in todo:
+            if record_path(folder, arm.name, seed).exists():
+                continue  # another process has finished it meanwhile
+            try:
+                if run_alone(folder, sha256, arm, seed, keep_runs, log):
+                    return PREEMPTED
+            except FolderInUseError:
+                continue
+            taken = True
+            progress.say(f"{arm.name}, seed {seed}")
+        if not taken:
+            time.sleep(POLL_SECONDS)  # other processes make what is left
+    return 0
+
+
+def run_alone(
+    folder: Path, sha256: str, made: MadeArm, seed: int, keep: bool, log: Log
+) -> int:
+    """An ordinary run and its record; another status than 0 if a signal stopped it."""
+    workdir = folder / "runs" / made.name / str(seed)
+    cfg = with_seed(made.cfg, made.name, seed)
+    begun = time.monotonic()
+    try:
+        if status := train(cfg, workdir, log=lambda text: None):
+            return status
+    except DivergedForGoodError as e:
+        record = head(made, seed, sha256) | {"status": "diverged", "why": str(e)}
+        write_record(folder, record)
+        log(f"{made.name}, seed {seed}: DIVERGED, {e}")
+        return 0
+    seconds = time.monotonic() - begun
+    metrics = [
+        r for r in read_json_lines(workdir / "metrics.jsonl") if r["kind"] == "train"
+    ]
+    served = {
+        name: row["tokens"] // cfg.data.seq_len
+        for name, row in metrics[-1]["sources"].items()
+    }
+    evaluations = [read_evaluation(workdir, cfg.total_steps)]
+    if made.arm.average_tokens:
+        evaluations.append(evaluate_average(made, seed, workdir))
+    curve = [
+        {
+            "step": r["step"],
+            "tokens": r["tokens"],
+            "loss": r["loss"],
+            "languages": {
+                k: round(v["nll"], 4)
+                for k, v in r["languages"].items()
+                if v["nll"] is not None
+            },
+        }
+        for r in metrics
+    ]
+    finish(folder, sha256, made, seed, evaluations, curve, served, seconds, 0)
+    if not keep:
+        shutil.rmtree(workdir)
+    return 0
+
+
+def read_evaluation(workdir: Path, step: int) -> tuple[dict[str, Any], Items]:
+    """What `HeldoutEvaluator.run` gave at a step, from the run's folder."""
+    results = json.loads((workdir / "eval" / f"{step}.json").read_text("utf-8"))
+    items = {
+        path.stem: read_json_lines(path)
+        for path in sorted((workdir / "eval" / f"{step}.items").glob("heldout-*.jsonl"))
+    }
+    return results["sets"], items
+
+
+def evaluate_average(
+    made: MadeArm, seed: int, workdir: Path
+) -> tuple[dict[str, Any], Items]:
+    """The held-out sets by the mean of a run's last checkpoints."""
+    cfg = with_seed(made.cfg, made.name, seed)
+    meta = average_meta(workdir, window=made.arm.average_tokens)
+    params = average_of(workdir, meta)
+    mesh = sharding.make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        model = Transformer(cfg.model, cfg.compute)
+        evaluator = HeldoutEvaluator(cfg, made.corpus, mesh, model)
+        return evaluator.run(jax.device_put(params, sharding.replicated(mesh)))
+
+
+# --- side by side -----------------------------------------------------------------
+
+
+def next_group(todo: Todo, limit: int) -> Todo:
+    """The next runs that can be trained as one program."""
+
+    def key(run: tuple[MadeArm, int]) -> tuple[str, Path]:
+        return group_key(run[0].cfg), run[0].corpus.folder
+
+    return [run for run in todo if key(run) == key(todo[0])][:limit]
+
+
+def run_group(folder: Path, sha256: str, group: Todo, log: Log) -> None:
+    """Train runs side by side and write their records."""
+    members = [
+        Member(with_seed(m.cfg, m.name, seed), m.plan_of(seed), m.arm.average_tokens)
+        for m, seed in group
+    ]
+    log(f"{len(group)} runs side by side: {group[0][0].name} and others")
+    begun = time.monotonic()
+    trained = train_group(members, group[0][0].corpus, log)
+    seconds = (time.monotonic() - begun) / len(group)
+    for (made, seed), member, result in zip(group, members, trained, strict=True):
+        served = member.plan.served(member.plan.total_steps)
+        if why := divergence_of(made, result):
+            record = head(made, seed, sha256) | {"status": "diverged", "why": why}
+            write_record(folder, record)
+            log(f"{made.name}, seed {seed}: DIVERGED, {why}")
+            continue
+        ends = result.evaluations
+        finish(
+            *(folder, sha256, made, seed, ends, result.curve, served, seconds),
+            len(group),
+        )
+
+
+def divergence_of(made: MadeArm, result: Trained) -> str:
+    """Why a run of a group counts as diverged; "" if it does not."""
+    limit = made.cfg.divergence.nonfinite
+    if limit and result.skipped >= limit:
+        return f"loss or gradient of {result.skipped} steps was not finite"
+    return ""
+
+
+# --- records ----------------------------------------------------------------------
+
+
+def head(made: MadeArm, seed: int, sha256: str) -> dict[str, Any]:
+    """The first fields of a record."""
+    return {"arm": made.name, "seed": seed, "sha256": sha256}
+
+
+def finish(
+    folder: Path,
+    sha256: str,
+    made: MadeArm,
+    seed: int,
+    evaluations: Sequence[tuple[dict[str, Any], Items]],
+    curve: list[dict[str, Any]],
+    served: dict[str, int],
+    seconds: float,
+    side_by_side: int,
+) -> None:
+    """Write the record of a run that came to its end.
+
+    Args:
+      evaluations: of the last parameters, and of their average where the arm has one.
+    """
+    cfg, (results, items) = made.cfg, evaluations[-1]
+    corpus = digest(made.corpus.contents())
+    write_units(folder, corpus, items)
+    record = head(made, seed, sha256) | {
+        "status": "done",
+        "corpus": corpus,
+        "steps": cfg.total_steps,
+        "tokens": cfg.total_steps * cfg.tokens_per_step,
+        "served": served,
+        "sets": bits_per_byte(results),
+        "bits": bits_of(items),
+        "curve": curve,
+        "made_with": {
+            "device": jax.devices()[0].device_kind,
+            "dtype": str(compute_dtype(cfg.compute.dtype)),
+            "side_by_side": side_by_side,
+            "seconds": round(seconds, 1),
+            "versions": versions(),
+        },
+    }
+    if len(evaluations) > 1:
+        record["raw"] = bits_per_byte(evaluations[0][0])
+    write_record(folder, record)
+
+
+def bits_per_byte(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Set -> language -> bits per byte."""
+    return {
+        name: {k: round(v["bits_per_byte"], 6) for k, v in part["languages"].items()}
+        for name, part in results.items()
+    }

@@ -1,0 +1,421 @@
+"""Studies from their file to their records: alone, side by side, stopped, shared."""
+
+import dataclasses
+import json
+import threading
+
+import numpy as np
+import pytest
+from conftest import small_config
+
+from gamayun_jax import cli
+from gamayun_jax import config as c
+from gamayun_jax.commands import study as commands
+from gamayun_jax.study import (
+    design,
+    planning,
+    records,
+    registration,
+    runner,
+    side_by_side,
+)
+from gamayun_jax.training.divergence import DivergedForGoodError
+from gamayun_jax.training.optimizer import learning_rate
+from gamayun_jax.training.run_folder import RunFolder
+from gamayun_jax.training.step import stage_tokens
+
+OUTCOMES = (design.Outcome("others", ("udhr",)), design.Outcome("en", ("udhr",), "en"))
+
+
+def one_schedule(cfg):
+    """The small config as twins need it: one schedule, weights that stay."""
+    align, enrich = cfg.stages
+    schedule = dataclasses.replace(align.schedule, decay_tokens=0)
+    last = dataclasses.replace(schedule, decay_tokens=enrich.tokens)
+    mixture = dataclasses.replace(enrich.mixture, ramp="step", ramp_tokens=0)
+    stages = (
+        dataclasses.replace(align, schedule=schedule),
+        dataclasses.replace(
+            align, name="enrich", tokens=enrich.tokens, schedule=last, mixture=mixture
+        ),
+    )
+    checkpoint = c.CheckpointConfig(every_steps=2, keep=2, keep_every_steps=2)
+    return dataclasses.replace(cfg, stages=stages, checkpoint=checkpoint)
+
+
+def small_study(cfg, **changes):
+    """Two arms, two seeds; the twin's measured parameters are an average."""
+    arms = (
+        design.Arm({"order": "staged"}, cfg, (0, 1)),
+        design.Arm({"order": "single"}, cfg, (0, 1), "single", cfg.stages[1].tokens),
+    )
+    hypotheses = (
+        design.Hypothesis("h", "c", {"order": "single"}, {"order": "staged"}),
+    )
+    return design.Study(
+        **{
+            "name": "s",
+            "question": "q?",
+            "arms": arms,
+            "outcomes": OUTCOMES,
+            "primary": "others",
+            "hypotheses": hypotheses,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def base(config):
+    return one_schedule(config)
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """A finished study, its runs made one after the other."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert runner.run_study(small_study(base), folder, keep_runs=True) == 0
+    return folder
+
+
+def test_alone_and_side_by_side_agree(alone, base, tmp_path):
+    """Same examples, rates and averages; numbers but for the order of sums."""
+    study = small_study(base)
+    assert runner.run_study(study, tmp_path, side_by_side=3) == 0
+    one, other = records.read_records(alone), records.read_records(tmp_path)
+    assert (
+        set(one) == set(other) == {(a, s) for a in ("staged", "single") for s in (0, 1)}
+    )
+    for key, record in one.items():
+        twin = other[key]
+        for name in ("served", "steps", "tokens", "sha256", "corpus"):
+            assert record[name] == twin[name], name
+        for point, same in zip(record["curve"], twin["curve"], strict=True):
+            assert point["step"] == same["step"]
+            np.testing.assert_allclose(point["loss"], same["loss"], rtol=1e-4)
+            assert point["languages"].keys() == same["languages"].keys()
+        for part in ("sets", "raw") if key[0] == "single" else ("sets",):
+            for language, value in record[part]["udhr"].items():
+                assert value == pytest.approx(twin[part]["udhr"][language], rel=1e-3)
+    # The average is another model than the last parameters, by far more than rounding.
+    for record in (one["single", 0], other["single", 0]):
+        gaps = [
+            abs(record["sets"]["udhr"][k] / record["raw"]["udhr"][k] - 1)
+            for k in record["raw"]["udhr"]
+        ]
+        assert max(gaps) > 3e-3
+    assert records.read_units(alone) == records.read_units(tmp_path)
+    # Arms share the seed's initialisation and examples; seeds do not.
+    assert one["single", 0]["served"] == one["staged", 0]["served"]
+    assert one["single", 0]["curve"] != one["single", 1]["curve"]
+
+
+def test_bits_per_byte_are_those_of_the_units(alone):
+    (units,) = records.read_units(alone).values()
+    for record in records.read_records(alone).values():
+        for language, bits in record["bits"]["udhr"].items():
+            size = sum(units["udhr"][language]["bytes"])
+            assert sum(bits) / size == pytest.approx(
+                record["sets"]["udhr"][language], abs=1e-3
+            )
+
+
+def test_a_finished_study_trains_nothing(alone, base, monkeypatch):
+    monkeypatch.setattr(runner, "train", None)
+    monkeypatch.setattr(runner, "train_group", None)
+    assert runner.run_study(small_study(base), alone) == 0
+    assert runner.run_study(small_study(base), alone, side_by_side=2) == 0
+
+
+def test_rates_of_all_steps_are_those_of_the_step(base):
+    for stages in (base.stages, base.stages[1:]):
+        cfg = dataclasses.replace(base, stages=stages)
+        rates = side_by_side.rates_of(cfg)
+        assert rates.shape == (cfg.total_steps,)
+        for k in range(cfg.total_steps):
+            stage = cfg.stage_at(k)
+            tokens = (k + 0.5) * cfg.tokens_per_step
+            wanted = learning_rate(
+                cfg.stages[stage].schedule, tokens, *stage_tokens(cfg, stage, 0)
+            )
+            assert float(rates[k]) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_the_registration_is_of_no_machine(alone, base):
+    text = (alone / registration.FILE).read_text()
+    assert base.data.corpus not in text
+    assert str(c.DEMO_CORPUS) not in text
+    frozen = registration.read_registration(alone)
+    assert frozen["sha256"] == records.read_records(alone)["single", 1]["sha256"]
+    assert all(a["served"] for a in frozen["study"]["arms"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(primary="en"), "study.primary: 'others' -> 'en'"),
+        (dict(hypotheses=()), "hypotheses"),
+        (dict(noise=0.1), "study.noise: 0.0 -> 0.1"),
+    ],
+)
+def test_a_changed_study_is_refused(alone, base, change, said):
+    with pytest.raises(c.UserError, match="has changed since it was registered") as e:
+        runner.run_study(small_study(base, **change), alone)
+    assert said in str(e.value)
+
+
+def test_other_arms_rates_and_data_change_the_hash(base):
+    study = small_study(base)
+    hashes = {registration.registration(study, registration.make_arms(study))["sha256"]}
+    peak = dataclasses.replace(
+        base,
+        stages=tuple(
+            dataclasses.replace(s, schedule=dataclasses.replace(s.schedule, peak=1e-3))
+            for s in base.stages
+        ),
+    )
+    more = dataclasses.replace(study.arms[0], seeds=(0, 1, 2))
+    for other in (
+        small_study(peak),
+        small_study(base, arms=(more, study.arms[1])),
+        small_study(base, question="another?"),
+    ):
+        made = registration.make_arms(other)
+        hashes.add(registration.registration(other, made)["sha256"])
+    assert len(hashes) == 4
+
+
+def test_an_edited_registration_is_refused(alone, base, tmp_path):
+    text = (alone / registration.FILE).read_text()
+    (tmp_path / registration.FILE).write_text(text.replace('"q?"', '"r?"'))
+    with pytest.raises(c.UserError, match="was edited after it was frozen"):
+        runner.run_study(small_study(base), tmp_path)
+    (tmp_path / registration.FILE).write_text("{")
+    with pytest.raises(c.UserError, match="registration.json is damaged"):
+        runner.run_study(small_study(base), tmp_path)
+
+
+def test_records_of_another_study_or_run_are_refused(alone, tmp_path):
+    record = records.read_records(alone)["single", 0]
+    records.write_record(tmp_path, record)
+    with pytest.raises(c.UserError, match="belongs to another registration"):
+        records.read_records(tmp_path, "0" * 64)
+    path = records.record_path(tmp_path, "single", 0)
+    path.rename(path.with_name("7.json"))
+    with pytest.raises(c.UserError, match="is the record of arm single, seed 0"):
+        records.read_records(tmp_path)
+    path.with_name("7.json").write_text("[]")
+    with pytest.raises(c.UserError, match="is damaged: delete it"):
+        records.read_records(tmp_path)
+
+
+def test_a_run_that_diverges_is_recorded_as_that(base, tmp_path, monkeypatch):
+    """And the others go on."""
+    made = []
+
+    def train(cfg, workdir, log):
+        made.append(cfg.name)
+        raise DivergedForGoodError("training diverges: of course")
+
+    monkeypatch.setattr(runner, "train", train)
+    said = []
+    assert runner.run_study(small_study(base), tmp_path, log=said.append) == 0
+    assert made == ["staged-0", "single-0", "staged-1", "single-1"]  # seed by seed
+    for record in records.read_records(tmp_path).values():
+        assert record["status"] == "diverged"
+        assert "of course" in record["why"]
+        assert "sets" not in record
+    assert sum("DIVERGED" in line for line in said) == 4
+
+
+def test_a_group_tells_runs_that_diverge(base):
+    arm = design.Arm({"order": "staged"}, base, (0,))
+    made = registration.MadeArm(arm, base, None, None)
+    assert not runner.divergence_of(made, side_by_side.Trained([], [], 2))
+    why = runner.divergence_of(made, side_by_side.Trained([], [], 3))
+    assert "3 steps was not finite" in why
+
+
+def test_a_signal_stops_a_study(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "train", lambda *args, **more: runner.PREEMPTED)
+    assert runner.run_study(small_study(base), tmp_path) == runner.PREEMPTED
+    assert not records.read_records(tmp_path)
+
+
+def test_processes_share_the_runs(base, tmp_path, monkeypatch):
+    """A run that another process makes is left to it, and waited for."""
+    taken = []
+    other = RunFolder(tmp_path / "runs/staged/0")
+
+    def train(cfg, workdir, log):
+        RunFolder(workdir).close()
+        taken.append(cfg.name)
+        raise DivergedForGoodError("not trained here")
+
+    def finish_later():
+        record = {"arm": "staged", "seed": 0, "status": "diverged", "why": "elsewhere"}
+        sha256 = registration.read_registration(tmp_path)["sha256"]
+        records.write_record(tmp_path, record | {"sha256": sha256})
+        other.close()
+
+    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    later = threading.Timer(0.5, finish_later)
+    later.start()
+    assert runner.run_study(small_study(base), tmp_path) == 0
+    later.join()
+    assert sorted(taken) == ["single-0", "single-1", "staged-1"]
+    assert records.read_records(tmp_path)["staged", 0]["why"] == "elsewhere"
+
+
+def test_what_cannot_be_done_side_by_side_is_refused(config):
+    cfg = dataclasses.replace(config, name="resets")
+    with pytest.raises(c.UserError, match=r"resets: .*moments=reset is not done side"):
+        side_by_side.check_members([side_by_side.Member(cfg, None)])
+
+
+# --- bad designs ------------------------------------------------------------------
+
+
+A_BEFORE_B = design.Hypothesis("h", "", {"order": "a"}, {"order": "b"})
+
+
+def arm(levels, seeds=(0, 1), **more):
+    return design.Arm(levels, more.pop("cfg", small_config("x")), seeds, **more)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(arms=()), "arms is empty"),
+        (dict(arms=(arm({"order": "a"}), arm({"order": "a"}))), "two arms are 'a'"),
+        (dict(arms=(arm({"order": "a"}, (0, 0)),)), "each once"),
+        (dict(arms=(arm({"order": "a"}, ()),)), "each once"),
+        (dict(arms=(arm({"order": "a"}), arm({"way": "b"}))), "has the factors way"),
+        (dict(arms=(arm({"order": "a/b"}),)), "becomes part of a file's name"),
+        (dict(arms=(arm({"order": "a"}, average_tokens=9),)), "keep_every_steps"),
+        (dict(primary="english"), "no outcome is called 'english'; there are others"),
+        (dict(matched=("size",)), "matched names 'size', which is no factor"),
+        (
+            dict(hypotheses=(design.Hypothesis("h", "", {"order": "a"}, {}, "z"),)),
+            "no outcome is called 'z'",
+        ),
+        (
+            dict(hypotheses=(design.Hypothesis("h", "", {"order": "z"}, {}),)),
+            "hypothesis 'h': 0 arms have {'order': 'z'}",
+        ),
+        (
+            dict(
+                hypotheses=(design.Hypothesis("h", "", {"order": "a"}, {"order": "a"}),)
+            ),
+            "compares arm a with itself",
+        ),
+        (
+            dict(
+                arms=(arm({"order": "a"}), arm({"order": "b"}, (1, 2))),
+                hypotheses=(A_BEFORE_B,),
+            ),
+            "share 1 seeds",
+        ),
+        (dict(noise=-1.0), "study.noise"),
+    ],
+)
+def test_bad_designs_are_named(change, said):
+    good = dict(
+        name="s",
+        question="q",
+        arms=(arm({"order": "a"}), arm({"order": "b"})),
+        outcomes=OUTCOMES,
+        primary="others",
+        hypotheses=(),
+    )
+    design.Study(**good)
+    with pytest.raises(c.UserError) as e:
+        design.Study(**good | change)
+    assert said in str(e.value)
+
+
+def test_arms_that_are_not_matched_are_named(base):
+    align, enrich = base.stages
+    more = dataclasses.replace(
+        base, stages=(align, dataclasses.replace(enrich, mixture=align.mixture))
+    )
+    arms = (arm({"order": "a"}, cfg=base), arm({"order": "b"}, cfg=more))
+    with pytest.raises(c.UserError, match=r"arms a and b are declared matched, but"):
+        registration.make_arms(small_study(base, arms=arms, hypotheses=()))
+    free = small_study(base, arms=arms, hypotheses=(), matched=None)
+    assert set(registration.make_arms(free)) == {"a", "b"}
+    restarts = dataclasses.replace(
+        enrich, transition=c.TransitionConfig(cursors="restart")
+    )
+    again = dataclasses.replace(base, stages=(align, restarts))
+    arms = (arm({"order": "a"}, cfg=base), arm({"order": "b"}, cfg=again))
+    with pytest.raises(c.UserError, match="arm b: a stage restarts its data cursors"):
+        registration.make_arms(small_study(base, arms=arms, hypotheses=()))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (
+            design.Outcome("o", ("help",)),
+            "set 'help', which the corpus of arm",
+        ),
+        (
+            design.Outcome("o", ("udhr",), "xx"),
+            "languages='xx', and held-out set",
+        ),
+    ],
+)
+def test_outcomes_without_texts_are_named(base, outcome, said):
+    study = small_study(base, outcomes=(outcome,), primary="o", hypotheses=())
+    with pytest.raises(c.UserError, match=said):
+        registration.make_arms(study)
+
+
+# --- the plan and the command -----------------------------------------------------
+
+
+def test_the_plan_says_cost_exposure_and_power(alone, base, tmp_path):
+    study = small_study(base, noise=0.01, worthwhile=0.02)
+    text = planning.plan_text(study, tmp_path)
+    assert "0 of 2" in text
+    assert "equal in every arm: 3 sources" in text
+    # t(.975, 1) + t(.8, 1) = 12.71 + 1.376; times 0.01 / sqrt(2)
+    assert "h: 0.0996 with 2 seeds  UNDERPOWERED for 0.02" in text
+    assert "measure the standard deviation" in planning.plan_text(
+        small_study(base), tmp_path
+    )
+    done = planning.plan_text(small_study(base), alone)
+    assert "2 of 2" in done
+    assert "0.0e+00 FLOPs to do; about 0.0 h left" in done
+
+
+def test_the_command(alone, base, tmp_path, monkeypatch, capsys):
+    """A study file from the command line; wrong ones get one line."""
+    (tmp_path / "base.json").write_text(c.to_json(base))
+    file = tmp_path / "study.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "from gamayun_jax import config as c\n"
+        "from tests.study.test_runner import small_study\n"
+        "def get_study():\n"
+        "    text = (Path(__file__).parent / 'base.json').read_text()\n"
+        "    return small_study(c.from_json(text))\n"
+    )
+    assert cli.main(["study", str(file), "--out", str(alone), "--plan"]) == 0
+    sha256 = registration.read_registration(alone)["sha256"]
+    assert f"registration: {sha256}" in capsys.readouterr().out
+    shown = []
+    monkeypatch.setattr(commands, "show_study", shown.append)
+    assert cli.main(["study", str(file), "--out", str(alone)]) == 0
+    assert shown == [alone]
+    for text, said in (
+        ("x = 1", "does not define get_study"),
+        ("def get_study(): return 1", "returned int, not Study"),
+        ("def get_study(): 1 / 0", "line 1: ZeroDivisionError"),
+    ):
+        file.write_text(text)
+        assert cli.main(["study", str(file), "--out", str(tmp_path / "o")]) == 2
+        assert said in capsys.readouterr().err
+    assert json.loads((alone / registration.FILE).read_text())["sha256"] == sha256
