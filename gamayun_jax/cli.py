@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from gamayun_jax import __version__
 from gamayun_jax.commands import COMMON, Repeated, data, models, study, train
-from gamayun_jax.fields import UserError, check_local, nearest
+from gamayun_jax.fields import LOCAL, UserError, is_local, nearest
 from gamayun_jax.training import xla
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
@@ -72,13 +72,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         """Refuse unknown options first: what else is wrong may come from them."""
-        if self.get_default("command"):
-            known = self._option_string_actions
-            for word in itertools.takewhile(lambda word: word != "--", args):
-                option = word.partition("=")[0]
-                is_option = word.startswith("--") and " " not in word
-                if is_option and not any(k.startswith(option) for k in known):
-                    self.error(f"there is no {option}{did_you_mean(option, known)}")
+        known = self._option_string_actions
+        words = itertools.takewhile(lambda word: word != "--", args)
+        if not self.get_default("command"):  # what follows its name is a command's own
+            words = itertools.takewhile(lambda word: word.startswith("-"), words)
+        for word in words:
+            option = word.partition("=")[0]
+            is_option = word.startswith("--") and " " not in word
+            if is_option and not any(k.startswith(option) for k in known):
+                self.error(f"there is no {option}{did_you_mean(option, known)}")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -191,18 +193,22 @@ def argument(hint: Any) -> dict[str, Any]:
         return dict(choices=args, type=type(args[0]))
     if origin is Annotated:
         return argument(args[0]) | dict(type=bounded(*args))
-    return dict(type=hint, metavar=METAVARS[hint])
+    return dict(type=bounded(hint), metavar=METAVARS[hint])
 
 
 def bounded(
-    kind: type, bound: tuple[str, Callable[[Any], Any]]
+    kind: type, *bounds: tuple[str, Callable[[Any], Any]]
 ) -> Callable[[str], Any]:
-    """An argument type: a value within its bound, as fields of a config have them."""
+    """An argument type: a value within its bounds, as fields of a config have them."""
 
     def parse(text: str) -> Any:
+        if kind is Path and not text:  # pathlib would take it for the current folder
+            raise argparse.ArgumentTypeError("an empty text is given: give a path")
         value = kind(text)
-        if not bound[1](value):
-            raise argparse.ArgumentTypeError(f"{text} must be {bound[0]}")
+        local = [(LOCAL, is_local)] if kind is Path else []
+        for bound, holds in (*local, *bounds):
+            if not holds(value):
+                raise argparse.ArgumentTypeError(f"{text} must be {bound}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in its messages
@@ -215,12 +221,7 @@ def parse(words: Sequence[str]) -> functools.partial[Any]:
         return functools.partial(models.lm_eval, *words[1:])
     check_command(words)
     values = vars(build_parser().parse_args(words))
-    command = values.pop("command")
-    for name, value in values.items():
-        for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, Path):
-                check_local(path, f"{name.strip('_').replace('_', '-')} ")
-    return functools.partial(command, **values)
+    return functools.partial(values.pop("command"), **values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

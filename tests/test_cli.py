@@ -96,6 +96,8 @@ PARSED = [
     ("generate m --prompt a --prompt 'b c' --literal --top-k 3 --min-p 0.1",
      {"model": Path("m"), "prompt": ["a", "b c"], "literal": True, "top_k": 3,
       "min_p": 0.1}),
+    ("generate m --prompt a --max-tokens 0", None),
+    ("generate m --prompt a --top-k -1", None),
     ("generate m --prompt '-- a' --temperature .5",
      {"model": Path("m"), "prompt": ["-- a"], "temperature": 0.5}),
     ("average r o --last 4 --weights 1-sqrt --until 9",
@@ -113,6 +115,8 @@ PARSED = [
     ("report -- -a", {"runs": [Path("-a")]}),
     ("report", None),
     ("report a -x", None),
+    ("report ''", None),
+    ("train c.py --workdir=", None),
 ]  # fmt: skip
 
 
@@ -163,6 +167,8 @@ def test_a_command_line_is_read(line, values, capsys):
         ("inspect x", "there is no command inspect: did you mean corpus inspect?"),
         ("train c.py --workdri w", "there is no --workdri: did you mean --workdir?"),
         ("eval m --language=ru --taks x", "there is no --taks: did you mean --tasks?"),
+        ("--hlep", "there is no --hlep: did you mean --help?"),
+        ("--verison eval m --tasks x", "there is no --verison: did you mean --version"),
     ],
 )
 def test_a_mistyped_word_gets_a_suggestion(line, message, capsys):
@@ -273,7 +279,7 @@ def path_arguments():
             for a in dict.fromkeys([*needed, action]):
                 value = "gs://bucket/x.png" if a is action else "x"
                 words += [*a.option_strings[:1], value]
-            argument = action.dest.strip("_")
+            argument = [*action.option_strings, action.metavar][0]
             yield pytest.param(words, argument, id=f"{name} {argument}")
 
 
@@ -284,10 +290,30 @@ def test_every_path_at_a_bucket_is_refused(words, name, tmp_path, monkeypatch, c
     more = ["--topology", "v5e:2x2"] if words[0] == "plan" else []
     assert cli.main([*words, *more]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith(f"gamayun: {name.replace('_', '-')} gs:/bucket/x.png must")
+    assert error.startswith(f"gamayun: error: argument {name}: gs://bucket/x.png must")
     assert "mount the bucket" in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+WRITTEN = {"--out", "--workdir", "--json"}
+
+
+@pytest.mark.parametrize(
+    ("words", "name"), [p for p in path_arguments() if WRITTEN & {p.values[1]}]
+)
+def test_what_cannot_be_written_is_refused_before_the_work(
+    words, name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for path in ("file/x.png", "file/y/x.png"):
+        args = [path if "bucket" in word else word for word in words]
+        assert cli.main(args) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"gamayun: error: argument {name}: {path} must be a f")
+        assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

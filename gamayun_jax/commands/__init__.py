@@ -7,6 +7,7 @@ wrong arguments answer at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,26 @@ from gamayun_jax.config import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 FORMATS = (".png", ".svg", ".pdf")  # of pictures that matplotlib writes
+
+
+def can_write(folder: Path) -> bool:
+    """Whether files can be written into a folder, which may have to be made."""
+    folder = folder.absolute()
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
+# What a command writes in the end is looked at before the work begins.
+Folder = Annotated[Path, ("a folder that can be made and written", can_write)]
+File = Annotated[
+    Path,
+    (
+        "a file in a folder that can be made and written",
+        lambda p: not p.is_dir() and can_write(p.parent),
+    ),
+]
 Picture = Annotated[
-    Path, (f"named {', '.join(FORMATS)}", lambda p: p.suffix.lower() in FORMATS)
+    File, (f"named {', '.join(FORMATS)}", lambda p: p.suffix.lower() in FORMATS)
 ]
 Repeated = Annotated[Sequence[str], "append"]  # an option that may be given many times
 # Help of parameters that several commands share; a docstring may say something else.

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from gamayun_jax.commands import Picture, Repeated, in_repository, note
+from gamayun_jax.commands import File, Folder, Picture, Repeated, in_repository, note
 from gamayun_jax.config import Config, Count, UserError, load_config
 
 
 def build_corpus(
-    config: Path, *, out: Path, workers: Count | None = None, set_: Repeated = ()
+    config: Path, *, out: Folder, workers: Count | None = None, set_: Repeated = ()
 ) -> None:
     """Make a corpus folder: clean, deduplicate and tokenise documents.
 
@@ -51,7 +51,7 @@ def inspect_corpus(folder: Path) -> None:
 
 
 def download_debian(
-    *, out: Path, work: Path | None = None, languages: list[str] | None = None
+    *, out: Folder, work: Path | None = None, languages: list[str] | None = None
 ) -> None:
     """Make documents in 12 languages from public packages.
 
@@ -64,7 +64,9 @@ def download_debian(
     recipe("debian").build_full(out, work or out / "downloads", languages)
 
 
-def build_tasks(*, out: Path, work: Path | None = None, embedded: bool = False) -> None:
+def build_tasks(
+    *, out: Folder, work: Path | None = None, embedded: bool = False
+) -> None:
     """Make test items with a right answer, in 12 languages, from public packages.
 
     Downloads the packages (apt, npm). Writes into OUT a YAML file and a file of items
@@ -90,7 +92,7 @@ def recipe(name: str) -> Any:
     return importlib.import_module(f"recipes.demo_data.{name}")
 
 
-def train_tokenizer(config: Path, *, out: Path, set_: Repeated = ()) -> None:
+def train_tokenizer(config: Path, *, out: File, set_: Repeated = ()) -> None:
     """Train a SentencePiece model on the documents that CONFIG names.
 
     Writes the model file OUT.
@@ -179,6 +181,7 @@ def preview_curriculum(
         points = lineage.share_points(cfg, plan, first)
         stages = lineage.stage_spans(cfg, first)
         figure = figures.curriculum_figure(points, cfg.languages, stages)
+        out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
         print(f"picture: {out}")
 
@@ -186,7 +189,7 @@ def preview_curriculum(
 def make_controls(
     config: Path,
     *,
-    out: Path | None = None,
+    out: Folder | None = None,
     arms: list[Literal["single", "reversed", "ramped"]] | None = None,
     check: list[Path] | None = None,
     set_: Repeated = (),

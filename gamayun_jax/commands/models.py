@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gamayun_jax.commands import Repeated, note
-from gamayun_jax.config import Count, UserError
+from gamayun_jax.commands import Folder, Repeated, note
+from gamayun_jax.config import Count, UserError, Whole
 from gamayun_jax.data import files
 
 
@@ -26,7 +26,7 @@ def evaluate(
     languages: list[str] | None = None,
     batch_size: Count | None = None,
     window: Count | None = None,
-    out: Path | None = None,
+    out: Folder | None = None,
 ) -> None:
     """Evaluate a model by language, on held-out text or on tasks.
 
@@ -102,7 +102,7 @@ def task_bars() -> Iterator[Any]:
 def align(
     model: Path,
     *,
-    out: Path | None = None,
+    out: Folder | None = None,
     corpus: Path | None = None,
     languages: list[str] | None = None,
     eval_: Path | None = None,
@@ -130,7 +130,7 @@ def align(
 def compare(
     models: list[Path],
     *,
-    out: Path,
+    out: Folder,
     tasks: list[str] | None = None,
     limit: Count = 0,
     languages: list[str] | None = None,
@@ -151,6 +151,8 @@ def compare(
     from gamayun_jax.evaluate import results, stored_model
     from gamayun_jax.report import compare
 
+    if len(models) < 2:
+        raise UserError(f"{models[0]} alone: give at least two models to compare")
     chosen = []
     if not all(results.is_result(m) for m in models):
         chosen = load_tasks(tasks or ["all"], languages, limit)
@@ -167,9 +169,9 @@ def generate(
     prompt: Repeated = (),
     interactive: bool = False,
     literal: bool = False,
-    max_tokens: int = 128,
+    max_tokens: Count = 128,
     temperature: float = 0.0,
-    top_k: int = 0,
+    top_k: Whole = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
@@ -286,6 +288,7 @@ def quantize(
     """
     import jax
 
+    from gamayun_jax.data.corpus import open_corpus
     from gamayun_jax.evaluate import results, stored_model
     from gamayun_jax.inference import quantize
     from gamayun_jax.interop import load_model
@@ -300,6 +303,8 @@ def quantize(
             f"{model} was not trained on a corpus here: give --corpus, a corpus "
             "folder with held-out sets, or --no-eval"
         )
+    if not no_eval:  # refused before the folder is written
+        open_corpus(corpus or cfg.data.corpus)
     tokenizer = open_tokenizer(model, meta.tokenizer, corpus or cfg.data.corpus)
     small = jax.jit(quantize.quantize, static_argnums=1)(params, bits)
     save_model(small, dataclasses.replace(meta, bits=bits), tokenizer, out)

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from gamayun_jax.commands import Repeated, in_repository, note
+from gamayun_jax.commands import File, Folder, Repeated, in_repository, note
 from gamayun_jax.commands.study import show_study
 from gamayun_jax.config import Config, Count, Finite, UserError, load_config, set_fields
+from gamayun_jax.data.files import write_text
 
 Steps = Annotated[
     str, ("FIRST:LAST, such as 10:13", re.compile(r"\d+(:\d+)?").fullmatch)
@@ -18,7 +19,7 @@ Steps = Annotated[
 
 
 def demo(
-    *, workdir: Path = Path("runs/demo"), long: Finite = 1.0, set_: Repeated = ()
+    *, workdir: Folder = Path("runs/demo"), long: Finite = 1.0, set_: Repeated = ()
 ) -> int:
     """Run the whole path on the embedded corpus: build, train, report. Minutes.
 
@@ -70,7 +71,7 @@ def lengthen(cfg: Config, factor: float) -> Config:
 def train(
     config: Path,
     *,
-    workdir: Path,
+    workdir: Folder,
     init_from: Path | None = None,
     profile: Steps | None = None,
     fresh: bool = False,
@@ -131,7 +132,7 @@ def plan(
     search: bool = False,
     price: Finite = 0.0,
     efficiency: Finite = 0.6,
-    json_: Path | None = None,
+    json_: File | None = None,
     cache: Path = Path("build/plan"),
     set_: Repeated = (),
 ) -> None:
@@ -158,6 +159,8 @@ def plan(
     """
     if bool(topology) == bool(table):
         raise UserError("give either --topology or --table")
+    if table and (search or slices > 1):
+        raise UserError("--search and --slices go with --topology (N*CHIP:AxB: slices)")
     # Only described devices are used: whatever is at hand stays free for others.
     os.environ["JAX_PLATFORMS"] = "cpu"
     # JAX's own cache cannot read back what was compiled for absent devices.
@@ -180,10 +183,10 @@ def plan(
         plans = [made]
         print(plan_text.format_plan(made))
     if json_:
-        json_.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+        write_text(json_, json.dumps(plans, indent=1) + "\n")
 
 
-def report(runs: list[Path], *, out: Path | None = None) -> None:
+def report(runs: list[Path], *, out: Folder | None = None) -> None:
     """Make the HTML report of one run, or of several overlaid.
 
     Also prints what each stage changed by language. Folders that `gamayun quantize`

@@ -27,11 +27,13 @@ from gamayun_jax.evaluate.results import (
 )
 from gamayun_jax.evaluate.run_tasks import Watch, run_all
 from gamayun_jax.evaluate.tasks import Task
+from gamayun_jax.interop.huggingface import is_hf_folder
 from gamayun_jax.interop.load_model import LoadedModel, load_params
 from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, compute_dtype
 from gamayun_jax.model.weights import parameter_count
+from gamayun_jax.training.run_folder import find_checkpoint
 
 
 def versions() -> dict[str, str]:
@@ -167,16 +169,19 @@ def evaluate_each(
     Raises:
       UserError: a result folder of a former version, or a model that cannot be read.
     """
+    for path in models:  # before hours of evaluating the others
+        if (path / "eval.json").is_file() and not is_result(path):
+            raise UserError(
+                f"{path} has no items/, written by a former version without tasks: run "
+                "`gamayun eval --out` again"
+            )
+        if not is_result(path) and not is_hf_folder(path):
+            find_checkpoint(path)
     folders = []
     for number, path in enumerate(models):
         if is_result(path):
             folders.append(path)
             continue
-        if (path / "eval.json").is_file():
-            raise UserError(
-                f"{path} has no items/, written by a former version without tasks: run "
-                "`gamayun eval --out` again"
-            )
         folder = out / f"{number}-{plain_name(path).replace(' ', '-')}"
         folders.append(folder)
         if is_result(folder):

@@ -151,10 +151,9 @@ def load_task(
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
         if str(name) not in known_tasks():
-            known = ", ".join(known_tasks())
             raise UserError(
-                f"there is no task {str(name)!r}{near(str(name), known_tasks())}: "
-                f"choose from {known}, or give the path of a YAML file"
+                f"there is no task {str(name)!r}{near(str(name), known_tasks())}: give "
+                "the name of an embedded one, or the path of a YAML file"
             )
     task, text = read_description(path)
     files = data_files(path, task.data, languages)

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from gamayun_jax.config import ModelConfig, RopeScaling, UserError
 from gamayun_jax.data.files import first_line
-from gamayun_jax.fields import JSONFloat, decode
+from gamayun_jax.fields import JSONFloat, decode, to_dict
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -193,6 +193,10 @@ def config_from_hf(data: Mapping[str, Any], where: str = "config.json") -> Model
       UserError: one line with everything in it that is unsupported, or the first field
         that is missing or of another type.
     """
+    if "model_type" not in data:
+        raise UserError(
+            f"{where} lacks 'model_type': it is not of a model in Hugging Face's format"
+        )
     try:
         found = unsupported(data)
     except (TypeError, AttributeError, KeyError, ValueError, IndexError) as e:
@@ -242,20 +246,15 @@ def config_to_hf(cfg: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     Written as transformers 4.43 and later read it, 5.x included.
 
     Raises:
-      UserError: no supported architecture has both QK-norm and QKV biases.
+      UserError: a field of the model that this architecture does not have.
     """
-    if cfg.qk_norm and cfg.qkv_bias:
-        raise UserError(
-            "model.qk_norm and model.qkv_bias together exist in no architecture of "
-            "transformers that could be exported: train with one of them"
-        )
     kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
     data = {theirs: getattr(cfg, ours) for ours, (theirs, _) in FIELDS.items()}
     scaling = cfg.rope_scaling and {
         "rope_type": "llama3",
         **{name: getattr(cfg.rope_scaling, k) for k, name in SCALING.items()},
     }
-    return {
+    written = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         **data,
@@ -268,3 +267,11 @@ def config_to_hf(cfg: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "torch_dtype": dtype,
         **({"mlp_bias": False} if kind == "llama" else {"use_sliding_window": False}),
     }
+    read = to_dict(config_from_hf(written))
+    if lost := [k for k, value in to_dict(cfg).items() if read[k] != value]:
+        raise UserError(
+            f"model.{lost[0]}={getattr(cfg, lost[0])} has no place in the config.json "
+            f"of {ARCHITECTURES[kind]}, the nearest architecture: such a model is not "
+            "one of those that transformers reads"
+        )
+    return written

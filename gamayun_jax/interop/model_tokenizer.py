@@ -52,9 +52,8 @@ def open_tokenizer(
             f"trained with ({fingerprint[:12]}): give the right one"
         )
     raise UserError(
-        f"{path} has no tokenizer, nor has "
-        f"{' or '.join(str(p) for p in places if p != path) or 'its corpus'}: copy the "
-        "run's tokenizer.model (or tokenizer.json) there"
+        f"there is no tokenizer in {' or '.join(map(str, places))}: copy the run's "
+        "tokenizer.model (or tokenizer.json) there"
     )
 
 

@@ -187,13 +187,16 @@ def table(
     """The best plan of the config's own mesh for each of "[SLICES*]TOPOLOGY".
 
     The fastest of what `search` compiles, so never slower than the config's own.
+
+    Raises:
+      UserError: an unknown topology, no compiler, or nothing fits any of them.
     """
     wanted = []
     for name in names:
         m = re.fullmatch(r"(?:([1-9]\d*)\*)?(.*)", name)
         assert m  # it matches anything
-        chip_name(m[2])
         wanted.append((m[2], int(m[1] or 1)))
+        aot.topology_devices(*wanted[-1])  # no compiler, or none of its topologies
     plans: list[dict[str, Any]] = []
     for topology, slices in wanted:
         try:

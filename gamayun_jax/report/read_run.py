@@ -179,6 +179,12 @@ def read_run(folder: Path) -> Run:
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is damaged ({e}): restore or delete it") from e
 
+    known = load(config), load(lineage)
+    if "model_type" in known[0]:
+        raise UserError(
+            f"{folder} is a model in Hugging Face's format, which has no records: "
+            "`gamayun eval` scores it"
+        )
     lines = list(json_lines(path.read_bytes() if path.is_file() else b""))
     metrics = [r for _, r in lines if r is not None and r.get("kind") == "train"]
     unread = [n for n, (line, r) in enumerate(lines, 1) if r is None and line.strip()]
@@ -189,7 +195,6 @@ def read_run(folder: Path) -> Run:
     evals.sort(key=lambda e: num(e, "step") or 0.0)
     name = plain(folder.resolve().name)
     goodput = load(folder / "goodput.json")
-    known = load(config), load(lineage)
     return Run(folder, name, *known, metrics, evals, unread, goodput)
 
 

@@ -69,6 +69,18 @@ def trained(config, tmp_path_factory):
     return folder
 
 
+def test_a_corpus_that_is_not_there_is_met_before_the_folder_is_written(
+    trained, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    words = ["quantize", str(trained), str(out), "--corpus", str(tmp_path / "none")]
+    assert cli.main(words) == 2
+    told = capsys.readouterr()
+    assert "there is no corpus in" in told.err
+    assert not told.out
+    assert not out.exists()
+
+
 @pytest.mark.slow
 def test_the_command_line(trained, tmp_path, capfd):
     """Quantise, evaluate before and after, generate from the result."""
@@ -127,7 +139,7 @@ def test_another_tokenizer_is_refused(trained, tmp_path, config):
     assert good.vocab_size == 512
     with pytest.raises(UserError, match="another tokenizer"):
         open_tokenizer(trained, "0", corpus)
-    with pytest.raises(UserError, match="has no tokenizer, nor has.*none"):
+    with pytest.raises(UserError, match="no tokenizer in .* or .*none: copy"):
         open_tokenizer(tmp_path, "0", tmp_path / "none")
     shutil.copy(corpus / "tokenizer.model", tmp_path)
     step = tmp_path / "checkpoints" / "13"

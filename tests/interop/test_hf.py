@@ -337,6 +337,7 @@ def test_gamayun_is_a_qwen3():
         ({"auto_map": {"AutoModel": "x.py"}}, "auto_map"),
         ({"hidden_size": "big"}, "hidden_size"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"model_type": None}, "architecture None"),
         ({"num_key_value_heads": 5}, "num_kv_heads"),
     ],
 )  # fmt: skip
@@ -373,8 +374,21 @@ def test_every_key_is_used_harmless_or_named():
 
 
 def test_no_architecture_has_both_features():
-    with pytest.raises(UserError, match="qk_norm"):
+    with pytest.raises(UserError, match=r"model\.qkv_bias=True has no place"):
         hf_config.config_to_hf(dataclasses.replace(SMALL, qk_norm=True, qkv_bias=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("norm_eps", 0.5), ("init_std", 0.5), ("tie_embeddings", False)]
+)
+def test_no_field_of_a_model_is_lost_in_an_export(name, value, monkeypatch):
+    cfg = dataclasses.replace(CASES["llama"], **{name: value})
+    assert hf_config.config_from_hf(hf_config.config_to_hf(cfg)) == cfg
+    monkeypatch.delitem(hf_config.FIELDS, name)  # as if it had been forgotten
+    default = ModelConfig.__dataclass_fields__[name].default
+    hf_config.config_to_hf(dataclasses.replace(cfg, **{name: default}))
+    with pytest.raises(UserError, match=rf"model\.{name}={value} has no place"):
+        hf_config.config_to_hf(cfg)
 
 
 # --- weights --------------------------------------------------------------------

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 import time
 import typing
 
@@ -19,7 +20,7 @@ from gamayun_jax.model import presets, sharding
 from gamayun_jax.model.weights import flops_per_token, parameter_count
 from gamayun_jax.plan import aot, choices, roofline
 from gamayun_jax.plan import text as plan_text
-from gamayun_jax.plan.topology import TOPOLOGIES, chip_name
+from gamayun_jax.plan.topology import TOPOLOGIES, chip_name, topology_devices
 from gamayun_jax.training.chips import CHIPS, GIB
 
 # JAX's own cache cannot read back what was compiled for absent devices.
@@ -69,6 +70,19 @@ def test_the_command_without_or_with_a_wrong_topology(capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error.startswith("gamayun: --topology 'v9:2x2' is unknown")
     assert error.count("\n") == 1
+    for more in (["--search"], ["--slices", "2"]):  # they would change nothing
+        words = ["plan", "experiments/stage1.py", "--table", "v5e:4x4", *more]
+        assert cli.main(words) == 2
+        assert "go with --topology" in capsys.readouterr().err
+
+
+def test_a_table_without_the_compiler_does_not_say_that_nothing_fits(
+    stage1, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.setattr(aot, "topology_devices", topology_devices.__wrapped__)
+    with pytest.raises(UserError, match="needs the TPU compiler"):
+        choices.table(stage1, ["v5e:4x4"])
 
 
 # --- arithmetic -------------------------------------------------------------------

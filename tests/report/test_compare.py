@@ -109,6 +109,22 @@ def test_refuses_what_does_not_compare(tmp_path):
         results.read_results(tmp_path)
 
 
+def test_a_model_that_is_not_there_is_met_before_others_are_evaluated(
+    tmp_path, monkeypatch, capsys
+):
+    def evaluate_model(*_, **__):
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(stored_model, "evaluate_model", evaluate_model)
+    (tmp_path / "run/checkpoints/1/meta").mkdir(parents=True)
+    models, out = ["compare", str(tmp_path / "run")], ["--out", str(tmp_path / "out")]
+    for more, message in ([], "at least two"), (["nowhere"], "nowhere has no check"):
+        assert cli.main([*models, *more, *out]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
 def test_held_out_sets_alone_compare(tmp_path):
     """What `gamayun eval --out` writes without tasks: sets and their units."""
     rng = np.random.default_rng(0)

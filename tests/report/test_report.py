@@ -331,6 +331,9 @@ def test_no_run(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="is no run folder.*give the --workdir"):
             report.write_report([folder], tmp_path / "out")
+    model = write_run(tmp_path / "m", {"config.json": {"model_type": "qwen3"}})
+    with pytest.raises(UserError, match="is a model in Hugging Face's format"):
+        report.write_report([model], tmp_path / "out")
     folder = write_run(tmp_path / "r", {"config.json": {}})
     (folder / "lineage.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"lineage\.json is damaged.*restore"):
