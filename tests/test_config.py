@@ -26,7 +26,7 @@ from gamayun_jax.config import (
 from gamayun_jax.model import presets
 from gamayun_jax.model.weights import parameter_count
 
-EXPERIMENTS = ("tiny", "tiny_no_switch", "stage1", "stage2")
+EXPERIMENTS = ("tiny", "stage1", "stage2")
 PRESETS = ("gamayun_1p5b", "llama3p2_1b", "qwen2p5_1p5b", "qwen3_1p7b", "tiny")
 
 

@@ -1,8 +1,6 @@
-"""The learning rate of each size, tuned on the single-phase arm alone, and frozen.
+"""Lower peaks than those of tuning.py, whose best stood at the lower end of its grid.
 
-    gamayun study experiments/order/tuning.py --out experiments/order/tuning
-
-Its seed is none of the study's (study.py), which takes the best peak of each size.
+    gamayun study experiments/order/tuning_lower.py --out experiments/order/tuning_lower
 """
 
 import dataclasses

@@ -195,7 +195,7 @@ def report(runs: list[Path], *, out: Folder | None = None) -> None:
 
     Examples:
       gamayun report runs/demo
-      gamayun report runs/demo runs/no-switch --out runs/compared
+      gamayun report runs/demo runs/single --out runs/compared
       gamayun report experiments/order
 
     Args:

@@ -102,7 +102,7 @@ def registered_section(f: Findings) -> Markup:
             if k != study["primary"]
         ),
         matched_text(study["matched"]),
-        f"Exclusions: {study['exclusions']}.",
+        f"Exclusions: {study['exclusions'].rstrip('.')}.",
         *(f"Hypothesis {h['name']}: {h['claim']}" for h in study["hypotheses"]),
         *study["notes"],
         f"SHA-256 of all this and of every arm's config: {f.frozen['sha256']}",

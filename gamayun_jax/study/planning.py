@@ -8,7 +8,7 @@ from gamayun_jax.data.control_files import ledger_text
 from gamayun_jax.study.analysis import smallest_effect
 from gamayun_jax.study.design import Hypothesis, Study
 from gamayun_jax.study.records import read_records
-from gamayun_jax.study.registration import MadeArm, make_arms, registration
+from gamayun_jax.study.registration import MadeArm, make_arms, register
 from gamayun_jax.study.runner import cost
 from gamayun_jax.tables import Table
 
@@ -20,7 +20,7 @@ def plan_text(study: Study, folder: Path) -> str:
       folder: of the study; its records, where there are some, say how long runs take.
     """
     made = make_arms(study)
-    sha256 = registration(study, made)["sha256"]
+    sha256 = register(folder, study, made, write=False)
     records = read_records(folder)
     parts = [f"{study.name}: {study.question}", f"registration: {sha256}"]
     parts.append(cost_text(study, made, records))

@@ -21,6 +21,7 @@ from gamayun_jax.data import controls
 from gamayun_jax.data.corpus import Corpus, open_corpus
 from gamayun_jax.data.files import write_json
 from gamayun_jax.data.plan import DataPlan, make_data_plan
+from gamayun_jax.fields import decode
 from gamayun_jax.study.analysis import RULES
 from gamayun_jax.study.design import Arm, Study
 from gamayun_jax.training.run_folder import differences
@@ -156,8 +157,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def register(folder: Path, study: Study, made: Mapping[str, MadeArm]) -> str:
+def register(
+    folder: Path, study: Study, made: Mapping[str, MadeArm], write: bool = True
+) -> str:
     """Freeze the design in a study's folder, or hold it against the frozen one.
+
+    Fields of a config that a later release has added are no change while they are at
+    their defaults.
+
+    Args:
+      write: whether to freeze it, where that is not done yet.
 
     Returns:
       the hash.
@@ -167,20 +176,28 @@ def register(folder: Path, study: Study, made: Mapping[str, MadeArm]) -> str:
     """
     now, path = registration(study, made), folder / FILE
     if not path.exists():
-        write_json(path, now)
+        if write:
+            write_json(path, now)
         return now["sha256"]
     former = read_registration(folder)
-    if former["sha256"] != now["sha256"]:
-        fields = ("study", "analysis")
-        plain = json.loads(json.dumps({k: now[k] for k in fields}))
-        other = differences({k: former[k] for k in fields}, plain)
+    fields = ("study", "analysis")
+    plain = json.loads(json.dumps({k: now[k] for k in fields}))
+    if other := differences(completed({k: former[k] for k in fields}), plain):
         told = "; ".join(f"{k}: {a!r} -> {b!r}"[:200] for k, (a, b) in other.items())
         raise UserError(
-            f"the study has changed since it was registered in {path}: "
-            f"{told[:600] or 'order of fields'}. Ask a new question in a new folder "
-            "(--out), or take the change back"
+            f"the study has changed since it was registered in {path}: {told[:600]}. "
+            "Ask a new question in a new folder (--out), or take the change back"
         )
-    return now["sha256"]
+    return former["sha256"]
+
+
+def completed(frozen: dict[str, Any]) -> dict[str, Any]:
+    """A registration with the fields that its configs have in this release."""
+    arms = []
+    for arm in frozen["study"]["arms"]:
+        cfg = decode({**arm["config"], "name": "arm"}, Config, "config")
+        arms.append({**arm, "config": json.loads(json.dumps(portable(cfg)))})
+    return {**frozen, "study": {**frozen["study"], "arms": arms}}
 
 
 def read_registration(folder: Path) -> dict[str, Any]:

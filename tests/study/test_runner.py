@@ -195,6 +195,24 @@ def test_an_edited_registration_is_refused(alone, base, tmp_path):
         runner.run_study(small_study(base), tmp_path)
 
 
+def test_a_field_that_a_later_release_adds_is_no_change(base, tmp_path):
+    """While it is at its default; the hash stays the registered one."""
+    study = small_study(base)
+    made = registration.make_arms(study)
+    frozen = registration.registration(study, made)
+    plain = json.loads(json.dumps({k: frozen[k] for k in ("study", "analysis")}))
+    for arm in plain["study"]["arms"]:
+        del arm["config"]["optimizer"]["ema_tokens"]
+    sha256 = registration.digest(plain)
+    (tmp_path / registration.FILE).write_text(json.dumps({"sha256": sha256, **plain}))
+    assert registration.register(tmp_path, study, made) == sha256
+    assert f"registration: {sha256}" in planning.plan_text(study, tmp_path)
+    optimizer = dataclasses.replace(base.optimizer, ema_tokens=4096)
+    changed = small_study(dataclasses.replace(base, optimizer=optimizer))
+    with pytest.raises(c.UserError, match="ema_tokens: 0 -> 4096"):
+        registration.register(tmp_path, changed, registration.make_arms(changed))
+
+
 def test_records_of_another_study_or_run_are_refused(alone, tmp_path):
     record = records.read_records(alone)["single", 0]
     records.write_record(tmp_path, record)
