@@ -1,6 +1,6 @@
 """Lower peaks than those of tuning.py, whose best stood at the lower end of its grid.
 
-    gamayun study experiments/order/tuning_lower.py --out experiments/order/tuning_lower
+gamayun study experiments/order/tuning_lower.py --out experiments/order/tuning_lower
 """
 
 import dataclasses

@@ -25,6 +25,8 @@ GPU_FLAGS = {
     "the layer before",
 }
 
+GPU_MEMORY = "0.93"  # share of a GPU's memory that JAX may take
+
 
 def set_flags(
     environment: MutableMapping[str, str] = os.environ,
@@ -32,11 +34,13 @@ def set_flags(
 ) -> None:
     """Set the flags of the platform at hand, before JAX looks for devices.
 
-    What the user has put into XLA_FLAGS stands behind ours, so that it decides.
+    What the user has put into XLA_FLAGS stands behind ours, so that it decides; so does
+    a share of the GPU's memory that is given already, of which JAX takes 75 %.
     """
     if driver.exists():
         former = environment.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = " ".join([*GPU_FLAGS, former]).strip()
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
 
 
 def skip_absent_tpu(

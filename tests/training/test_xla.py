@@ -19,6 +19,10 @@ def test_flags_only_where_they_belong(tmp_path):
     flags = environment["XLA_FLAGS"].split()
     assert flags[:-1] == list(xla.GPU_FLAGS)
     assert flags[-1] == "--xla_gpu_enable_pipelined_all_gather=false"
+    assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == xla.GPU_MEMORY
+    own = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}
+    xla.set_flags(own, tmp_path)
+    assert own["XLA_PYTHON_CLIENT_MEM_FRACTION"] == ".5"
 
 
 def test_the_compiler_knows_the_flags():
