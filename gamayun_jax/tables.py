@@ -55,6 +55,9 @@ class Table:
     def text(self, notes: bool = True, marks: bool = False, width: int = 100) -> str:
         """Aligned columns; a table that is too wide goes on below itself.
 
+        A heading that comes again ("change") says what it is of by the column before
+        it, which it stays beside.
+
         Args:
           notes: show the small print.
           marks: show verdicts: + better, - worse.
@@ -75,12 +78,18 @@ class Table:
             size = max(map(len, (head, *texts)))
             align = str.ljust if i in self.left else str.rjust
             columns.append([align(text, size) for text in (head, *texts)])
+        groups: list[list[list[str]]] = []
+        for head, column in zip(self.heads[1:], columns[1:], strict=True):
+            if groups and self.heads.count(head) > 1:
+                groups[-1].append(column)
+            else:
+                groups.append([column])
         blocks = [columns[:1]]
-        for column in columns[1:]:
-            wide = sum(len(c[0]) + 2 for c in blocks[-1]) + len(column[0]) > width
+        for group in groups:
+            wide = sum(len(c[0]) + 2 for c in (*blocks[-1], *group)) - 2 > width
             if wide and len(blocks[-1]) > 1:
                 blocks.append(columns[:1])
-            blocks[-1] = [*blocks[-1], column]
+            blocks[-1] = [*blocks[-1], *group]
         return "\n".join(
             "  ".join(line).rstrip() for b in blocks for line in zip(*b, strict=True)
         )

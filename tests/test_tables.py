@@ -35,6 +35,17 @@ def test_what_is_too_wide_goes_on_below():
     assert len(TABLE.text(width=1).splitlines()) == 8
 
 
+def test_a_heading_that_comes_again_stays_beside_the_column_before_it():
+    heads = ["language", "help", "change", "udhr", "change", "quiz"]
+    table = Table(heads, [["en", "1.0", "+0.1", "2.0", "+0.2", "3.0"]])
+    for width in range(8, 40):
+        lines = table.text(width=width).splitlines()
+        words = [line.split()[1:] for line in lines[::2]]
+        assert sum(words, []) == heads[1:]
+        assert all(found[0] != "change" for found in words)
+        assert max(map(len, lines)) <= max(width, len("language  help  change"))
+
+
 def test_markdown():
     lines = TABLE.markdown().splitlines()
     assert lines[:3] == ["| language | bits | items |", "| --- | --- | --- |",

@@ -52,8 +52,8 @@ class Scale:
     ):
         from matplotlib.ticker import MaxNLocator
 
-        if not high > low:
-            low, high = low - max(0.5, abs(low)), high + max(0.5, abs(high))
+        if not high > low:  # all alike: from 0, as shares and bits have none below
+            low, high = sorted((0.0, 2.0 * low or 1.0))
         self.low, self.high, self.size, self._upwards = low, high, size, upwards
         at = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
         shown = [float(x) for x in at if low <= x <= high]
@@ -109,6 +109,8 @@ class Panel:
         values = [v for d in dots for v in (d.x, d.low, d.high) if v is not None]
         values += [] if self.line is None else [self.line]
         low, high = min(values, default=0.0), max(values, default=1.0)
+        if low == high == self.line and not self.dashed:  # no change at all
+            return low - 0.5, high + 0.5
         room = 0.05 * (high - low)
         if any(d.look == "bar" for d in dots):
             return low, high + 3 * room

@@ -19,9 +19,21 @@ def test_a_scale_has_round_numbers_with_as_many_digits_as_they_need():
     assert [text for _, text in upwards.ticks] == ["−3", "−2", "−1", "0", "1"]
 
 
-@pytest.mark.parametrize("value", [0.0, 5.0, -1e17, 1e-12])
-def test_a_scale_of_one_value_has_it_in_the_middle(value):
-    assert charts.Scale(value, value, 100.0, 4)(value) == 50.0
+@pytest.mark.parametrize("value", [5.0, -1e17, 1e-12])
+def test_a_scale_of_one_value_has_it_in_the_middle_and_begins_at_0(value):
+    scale = charts.Scale(value, value, 100.0, 4)
+    assert (scale(0.0), scale(value)) == (0.0 if value > 0 else 100.0, 50.0)
+
+
+def test_values_that_are_all_0_have_none_below_but_changes_of_0_have():
+    shares = charts.Panel("", {"en": [charts.Dot(0.0)]}, None, form=charts.percent)
+    changes = charts.Panel("", {"en": [charts.Dot(0.0)]})
+    for panel, numbers in (
+        (shares, ["0 %", "25 %", "50 %", "75 %", "100 %"]),
+        (changes, ["−0.50", "−0.25", "0.00", "0.25", "0.50"]),
+    ):
+        scale = charts.Scale(*panel.limits(["en"]), 100.0, 4, panel.form)
+        assert [text for _, text in scale.ticks] == numbers
 
 
 def test_names_at_the_ends_of_lines_do_not_overlap():
