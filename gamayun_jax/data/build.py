@@ -100,8 +100,9 @@ def find_former(out: Path, fingerprint: str) -> bool:
             if former.get("cleaning", 1) != CLEANING:
                 raise UserError(
                     f"{out} holds {what} of another recipe (a version of this program "
-                    "with other rules for cleaning text): train on it as it is, or "
-                    "give another --out to build by the present rules"
+                    "with other rules for cleaning text): train on it as it is with "
+                    "`gamayun train`; or delete it, or give another --out, to build "
+                    "by the present rules"
                 )
             raise UserError(
                 f"{out} holds {what} of another recipe (config or input files "
