@@ -26,6 +26,7 @@ JSON_ONLY = {
 # What every room may import. Tables: a corpus, a plan and an evaluation print the same
 # kind as the report, and data may not import the report.
 BASE = {"fields", "corpus_config", "config", "tables"}
+HOUSE = {*BASE, "model", "data", "training", "inference", "interop", "evaluate"}
 # Room (or module of the top floor) -> rooms and modules that it may import.
 LAWS = {
     "fields": set(),
@@ -36,33 +37,13 @@ LAWS = {
     "data": BASE,
     "training": {*BASE, "model", "data"},
     "inference": {*BASE, "model", "data", "training"},
-    "interop": {*BASE, "model", "data", "training", "inference"},
-    "evaluate": {*BASE, "model", "data", "training", "inference", "interop"},
+    "interop": HOUSE - {"interop", "evaluate"},
+    "evaluate": HOUSE - {"evaluate"},
     "report": {*BASE, *JSON_ONLY},
     "plan": {*BASE, "model", "data", "training"},
-    "train": {
-        *BASE,
-        "model",
-        "data",
-        "training",
-        "inference",
-        "interop",
-        "evaluate",
-    },
-    "study": {*BASE, "model", "data", "training", "evaluate", "train"},
-    "commands": {
-        *BASE,
-        "study",
-        "model",
-        "data",
-        "training",
-        "inference",
-        "interop",
-        "evaluate",
-        "report",
-        "plan",
-        "train",
-    },
+    "train": HOUSE,
+    "study": HOUSE - {"inference", "interop"} | {"train"},
+    "commands": HOUSE | {"report", "plan", "train", "study"},
     "cli": {*BASE, "training", "commands"},
 }
 LINES, FUNCTION_LINES = 450, 80

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,20 +31,14 @@ from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, compute_dtype
 from gamayun_jax.model.weights import parameter_count
+from gamayun_jax.training.lineage import versions
 from gamayun_jax.training.run_folder import find_checkpoint
 
-
-def versions() -> dict[str, str]:
-    """What computed the results."""
-    names = ("gamayun_jax", "jax", "jaxlib", "flax", "numpy", "sentencepiece")
-    found = {"python": platform.python_version()}
-    for name in (*names, "tokenizers", "sacrebleu"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    device = jax.devices()[0]
-    return {**found, "device": f"{jax.device_count()} x {device.device_kind}"}
+# What decides an evaluation's numbers.
+PACKAGES = (
+    "gamayun_jax", "jax", "jaxlib", "flax", "numpy", "sentencepiece", "tokenizers",
+    "sacrebleu",
+)  # fmt: skip
 
 
 def evaluate_heldout(
@@ -135,7 +127,10 @@ def evaluate_model(
         "step": meta.step,
         "tokens": meta.tokens,
         "window": window,
-        "versions": versions(),
+        "versions": {
+            **versions(PACKAGES),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        },
         "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
     }
     items: Items = {}

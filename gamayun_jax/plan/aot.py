@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from gamayun_jax.plan.text import mesh_name
 from gamayun_jax.plan.topology import TOPOLOGIES, chip_name, topology_devices
 from gamayun_jax.training import step
 from gamayun_jax.training.chips import CHIPS, GIB, Chip
+from gamayun_jax.training.ticker import ticker
 
 TICK_SECONDS = 30.0
 UNITS = {"": 1.0, "B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
@@ -167,19 +167,13 @@ def progress(log: Callable[[str], None] | None, what: str) -> Iterator[None]:
         yield
         return
     log(f"{what}: compiling, which takes minutes")
-    done, start = threading.Event(), time.monotonic()
+    start = time.monotonic()
 
-    def tick() -> None:
-        while not done.wait(TICK_SECONDS):
-            log(f"{what}: still compiling after {time.monotonic() - start:.0f} s")
+    def tell() -> None:
+        log(f"{what}: still compiling after {time.monotonic() - start:.0f} s")
 
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
+    with ticker(TICK_SECONDS, tell):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 # --- the plan ---------------------------------------------------------------------

@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from gamayun_jax.training.corpus_changes import corpus_changes
 from gamayun_jax.training.run_folder import find_checkpoint
 from gamayun_jax.training.run_meta import RunMeta
 from gamayun_jax.training.step import stage_tokens
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "gamayun_jax")
 
 
 def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str, Any]:
@@ -58,17 +60,15 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
     }
 
 
-def versions() -> dict[str, str]:
-    """Package -> its version, of those that decide numbers; and Python's."""
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "gamayun_jax")
-
-    def version(name: str) -> str:
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Package -> its version, by default of those that decide a run; and Python's."""
+    known = {"python": platform.python_version()}
+    for name in packages:
         try:
-            return importlib.metadata.version(name)
+            known[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            return "not installed as a package"
-
-    return {p: version(p) for p in packages} | {"python": platform.python_version()}
+            known[name] = "not installed as a package"
+    return known
 
 
 def note_versions(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.model.weights import weights_of
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.run_meta import RunMeta
+from gamayun_jax.training.ticker import ticker
 
 
 def save_model(params: Any, meta: RunMeta, tokenizer: TextCoder, out: Path) -> None:
@@ -67,16 +67,5 @@ def freed_memory_given_back() -> Iterator[None]:
     except (OSError, AttributeError):
         yield
         return
-    done = threading.Event()
-
-    def run() -> None:
-        while not done.wait(0.05):
-            trim(0)
-
-    thread = threading.Thread(target=run, name="malloc_trim", daemon=True)
-    thread.start()
-    try:
+    with ticker(0.05, lambda: trim(0)):
         yield
-    finally:
-        done.set()
-        thread.join()

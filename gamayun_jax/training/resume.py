@@ -59,9 +59,9 @@ from gamayun_jax.training.step import (
 Log = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setting:
-    """What a run is given: its config, devices, data and folder."""
+    """What a run is given and keeps: its config, devices, data and folder."""
 
     cfg: Config
     mesh: Mesh
@@ -85,15 +85,10 @@ class Start(NamedTuple):
 
 
 @dataclass
-class Run:
-    """A run under way. `state`, `step` and `lineage` change as it goes on."""
+class Run(Setting):
+    """A run under way in its setting; `state`, `step` and `lineage` change."""
 
-    cfg: Config
-    mesh: Mesh
-    corpus: Corpus
     plan: DataPlan
-    folder: RunFolder
-    store: Checkpoints
     abstract: TrainState
     state: TrainState
     step: int  # optimiser steps that are done
@@ -103,7 +98,6 @@ class Run:
     meters: Meters
     detector: DivergenceDetector
     bad_records: BadRecordLog
-    log: Log
     began: float  # time.perf_counter() of this process when the run began to start
 
     @property
@@ -193,12 +187,8 @@ def start_or_resume(setting: Setting, rollbacks: list[dict[str, Any]]) -> Run:
         (meta.interval, meta.times, meta.watch) if meta else (None, None, None)
     )
     run = Run(
-        cfg=cfg,
-        mesh=setting.mesh,
-        corpus=corpus,
+        **vars(setting),
         plan=begin.plan,
-        folder=folder,
-        store=setting.store,
         abstract=abstract,
         state=begin_ema(begin.state, abstract),
         step=begin.step,
@@ -208,7 +198,6 @@ def start_or_resume(setting: Setting, rollbacks: list[dict[str, Any]]) -> Run:
         meters=Meters(len(cfg.languages), began, sums, times),
         detector=DivergenceDetector(cfg.divergence, losses),
         bad_records=BadRecordLog(folder.path, jax.process_index()),
-        log=setting.log,
         began=began,
     )
     begin_records(run)

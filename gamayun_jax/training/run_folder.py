@@ -143,7 +143,12 @@ class RunFolder:
                 f"run folder {self.path} has a checkpoint of step {max(steps)}: leave "
                 "--fresh out to go on from it, or give another --workdir"
             )
-        found = [p for pattern in RECORDS for p in sorted(self.path.glob(pattern))]
+        found = [
+            p
+            for pattern in RECORDS
+            for p in sorted(self.path.glob(pattern))
+            if not p.is_dir() or any(p.iterdir())
+        ]
         if not (self.writer and found):
             return None
         number = 1
@@ -153,7 +158,7 @@ class RunFolder:
         # The lineage last: until then the next start is told the same as this one.
         for path in sorted(found, key=lambda p: p.name == "lineage.json"):
             path.rename(place / path.name)
-        (self.path / "eval").mkdir()
+        (self.path / "eval").mkdir(exist_ok=True)
         return place
 
     def write_config(self, cfg: Config) -> None:

@@ -271,6 +271,13 @@ def test_fresh_moves_the_records_aside(small, straight, tmp_path):
     assert (run / "notes.txt").read_text() == "mine"
 
 
+def test_fresh_where_nothing_was_recorded_moves_nothing(small, tmp_path):
+    """A start that was refused leaves empty folders."""
+    with contextlib.closing(RunFolder(tmp_path / "run")) as folder:
+        assert folder.begin_afresh() is None
+        assert sorted(p.name for p in folder.path.iterdir()) == [".lock", "eval"]
+
+
 def test_a_newest_checkpoint_that_is_gone_is_said(small, straight, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(straight, run)
