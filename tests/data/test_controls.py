@@ -264,10 +264,12 @@ def test_counts_of_the_whole_path_at_full_size():
 def test_files_load_and_are_the_arms(name, tmp_path, capsys):
     """Also after a round trip through JSON, and with a --set of the base."""
     path, out = Path(f"experiments/{name}.py"), tmp_path / "deep" / "er"
-    words = ["controls", str(path), "--out", str(out), "--set", "seed=7"]
+    changes = ["seed=7", "data.corpus=not/built"]
+    words = ["controls", str(path), "--out", str(out)]
+    words += [w for change in changes for w in ("--set", change)]
     assert cli.main(words) == 0
     table, said = capsys.readouterr()
-    cfg = c.load_config(path, ["seed=7"])
+    cfg = c.load_config(path, changes)
     base = controls.plan_base(cfg, unbuilt_plan(cfg)[0])
     assert sorted(p.stem for p in out.iterdir()) == sorted(controls.ARMS)
     for arm in controls.ARMS:
