@@ -374,6 +374,18 @@ class Config:
         """First step of stage number `stage`."""
         return sum(self.stage_steps()[:stage])
 
+    def ends_record(self, step: int) -> bool:
+        """Whether a record of training ends with step number `step` (from 1).
+
+        One does every log.every_steps from a stage's first step on, and with the
+        stage's last; a remainder of less than half of that joins the record before it,
+        since the mean of a few steps would look like a spike.
+        """
+        stage, every = self.stage_at(step - 1), self.log.every_steps
+        left = self.stage_start(stage + 1) - step
+        done = step - self.stage_start(stage)
+        return not left or (done % every == 0 and 2 * left >= every)
+
 
 def language_domain(
     languages: Mapping[str, float], domains: Mapping[str, float]

@@ -1,6 +1,7 @@
 """Overrides are typed, errors name the field, JSON round-trips."""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from gamayun_jax.config import (
     ModelConfig,
     OptimizerConfig,
     RopeScaling,
+    ScheduleConfig,
     UserError,
     from_json,
     load_config,
@@ -151,6 +153,33 @@ def test_bad_overrides_are_one_line(wide_config, override, message):
         set_fields(wide_config, [override])
     assert message in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 50])
+def test_records_begin_with_a_stage_and_none_is_of_few_steps(
+    wide_config, replace, every
+):
+    """Each is of `every` steps, to within a half at a stage's end."""
+    data, steps = wide_config.data, (51, 1, 120, 26)
+    stages = tuple(
+        dataclasses.replace(
+            wide_config.stages[0],
+            name=f"s{n}",
+            tokens=n * data.batch_size * data.seq_len,
+            schedule=ScheduleConfig(peak=1e-3),
+        )
+        for n in steps
+    )
+    cfg = dataclasses.replace(
+        wide_config, stages=stages, log=LogConfig(every_steps=every)
+    )
+    ends = [k for k in range(1, cfg.total_steps + 1) if cfg.ends_record(k)]
+    starts = {cfg.stage_start(k) for k in range(len(steps))}
+    assert starts | {cfg.total_steps} <= {0, *ends}
+    for begin, end in itertools.pairwise([0, *ends]):
+        assert cfg.stage_at(begin) == cfg.stage_at(end - 1)
+        least = min(steps[cfg.stage_at(begin)], every / 2)
+        assert least <= end - begin < 1.5 * every + 1
 
 
 # Section -> field -> what a config file may say by mistake, and what is said of it.

@@ -144,7 +144,7 @@ def run_steps(
         if shares_NK[:, k].any():
             averages = averages or jax.tree.map(jnp.zeros_like, states.params)
             averages = blend(averages, states.params, shares_NK[:, k])
-        due = [is_recorded(m.cfg, k + 1) for m in members]
+        due = [m.cfg.ends_record(k + 1) for m in members]
         if not any(due):
             continue
         read = jax.device_get(sums)
@@ -156,16 +156,10 @@ def run_steps(
             if due[n]:
                 curve.append(curve_point(cfg, k + 1, pending[n]))
                 pending[n] = None
-        if (k + 1) % cfg.log.every_steps == 0:
+        if all(due):
             mean = np.mean([c[-1]["loss"] for c in curves])
             log(f"step {k + 1}/{cfg.total_steps}, mean loss {mean:.4f}")
     return states.params, averages, curves, skipped
-
-
-def is_recorded(cfg: Config, steps: int) -> bool:
-    """Whether a run writes a record after so many steps."""
-    ends = itertools.accumulate(cfg.stage_steps())
-    return steps % cfg.log.every_steps == 0 or steps in ends
 
 
 def vmapped_update(

@@ -33,7 +33,6 @@ def read_metrics(run: Run, keep: int = 1) -> None:
       DivergedForGoodError: loss or gradient is not finite, where that is not skipped.
     """
     cfg, meters = run.cfg, run.meters
-    ends = {cfg.stage_start(k + 1) for k in range(len(cfg.stages))}
     while len(meters.in_flight) > keep:
         step, metrics = meters.in_flight.pop(0)
         with meters.timer.measure("wait"):
@@ -52,7 +51,7 @@ def read_metrics(run: Run, keep: int = 1) -> None:
             )
         meters.accumulator.add(metrics)
         run.store.check()
-        if step % cfg.log.every_steps == 0 or step in ends:
+        if cfg.ends_record(step):
             write_record(run, step)
             meters.begin_record()
 
