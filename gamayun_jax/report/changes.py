@@ -23,6 +23,7 @@ from gamayun_jax.evaluate.paired import (
     verdicts,
 )
 from gamayun_jax.report.charts import Dot, Panel, dots_chart
+from gamayun_jax.report.colours import language_cell
 from gamayun_jax.report.formats import fixed, interval_text, plain
 from gamayun_jax.report.html import block, section
 from gamayun_jax.report.read_run import Evaluation, Run, entries, get, label_of, num
@@ -244,7 +245,7 @@ def change_table(boundary: Boundary, languages: Sequence[str]) -> Table:
     rows = []
     order = order_of(boundary.changes, languages)
     for i, language in enumerate(order):
-        row = [Cell(plain(language, 20), value=i)]
+        row = [language_cell(i, language, language == MACRO)]
         for of_test in tests.values():
             if c := of_test.get(language):
                 arrow = f"{fixed(c.before)} → {fixed(c.after)}"

@@ -6,13 +6,13 @@ as a picture (figures.py). Sizes are in points, as there.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gamayun_jax.report.colours import colours_of
 from gamayun_jax.report.formats import fixed, plain
-from gamayun_jax.report.html import LIGHT, block
+from gamayun_jax.report.html import block
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -22,12 +22,6 @@ WIDTH = 684.0  # of a figure as wide as the page
 INK = "var(--fg)"
 FEW = 30  # points of a line that are dots too
 DASHES = ("", "7 3", "2 3", "7 3 2 3")  # of runs
-
-
-def colours_of(languages: Iterable[str]) -> dict[str, str]:
-    """Language -> its colour in both modes of the page, by its place among them."""
-    names = itertools.cycle(f"var(--c{i})" for i in range(len(LIGHT)))
-    return dict(zip(languages, names, strict=False))
 
 
 class Scale:
@@ -210,7 +204,7 @@ def dots_chart(
 
     Args:
       names: languages, sources or means, from top to bottom.
-      languages: all of the page, in the order of their colours.
+      languages: the names among them that have a colour.
       widths: of the panels, if they are not alike.
       shared: the panels have the same x.
       letters: most characters of a name.

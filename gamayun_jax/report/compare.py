@@ -22,6 +22,7 @@ from gamayun_jax.report.changes import (
     item_differences,
 )
 from gamayun_jax.report.charts import Panel, dots_chart, percent
+from gamayun_jax.report.colours import language_cell
 from gamayun_jax.report.formats import error_text, metric_text, plain
 from gamayun_jax.report.html import GLOSSARY, block, section, write_page
 from gamayun_jax.report.read_run import Evaluation
@@ -167,7 +168,7 @@ def task_table(c: Comparison, name: str) -> Table:
     scale, digits = (1, 3) if task["kind"] == "perplexity" else (100, 1)
     rows = []
     for i, language in enumerate(c.languages(name)):
-        row = [Cell(plain(language, 20), value=i)]
+        row = [language_cell(i, language, language == MACRO)]
         for n in range(len(labels)):
             result = c.value(n, name, language)
             value = result.get(task["metric"])

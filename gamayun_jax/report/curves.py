@@ -14,10 +14,10 @@ from gamayun_jax.report.charts import (
     LinePanel,
     Panel,
     Points,
-    colours_of,
     dots_chart,
     lines_chart,
 )
+from gamayun_jax.report.colours import colours_of
 from gamayun_jax.report.formats import plain, short
 from gamayun_jax.report.read_run import Run, get, num, rows, seconds_of
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 import io
-import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gamayun_jax.report.colours import LIGHT, colour_number
 from gamayun_jax.report.formats import plain, short
-from gamayun_jax.report.html import LIGHT, block
+from gamayun_jax.report.html import block
 from gamayun_jax.report.read_run import Span, entries, num, spans
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ def to_svg(figure: Any, title: str) -> Markup:
 
 
 def colours_of(languages: Iterable[str]) -> dict[str, str]:
-    """Language -> its colour on white, by its place among the languages."""
-    return dict(zip(languages, itertools.cycle(LIGHT), strict=False))
+    """Language -> its colour on white."""
+    return {k: LIGHT[colour_number(k)] for k in languages}
 
 
 def label_width(names: Iterable[str]) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.data.files import write_text
+from gamayun_jax.report.colours import DARK, LIGHT
 from gamayun_jax.report.formats import plain
 
 if TYPE_CHECKING:
@@ -21,17 +22,6 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 TEMPLATES = Path(__file__).parent / "templates"
-# Of languages, in the order of the config: on white, and on black.
-# fmt: off
-LIGHT = (
-    "#3566d6", "#d93a35", "#14866d", "#9a4fc4", "#dd7a00", "#0b93b8", "#c9307f",
-    "#708a12", "#8c5a35", "#66788f", "#b89000", "#4a3fb0",
-)
-DARK = (
-    "#7ba4ff", "#ff7d75", "#3fcbaa", "#cb93f0", "#ffa94a", "#4fcdf0", "#ff85bd",
-    "#b3cf54", "#d1a27c", "#a9b9cc", "#ecc94b", "#a79dff",
-)
-# fmt: on
 GLOSSARY = {
     "change, difference": "Of the same items, scored twice; its 95 % interval is for "
     "that one number alone. Where items are not at hand, the errors of both are "

@@ -283,7 +283,7 @@ def head_parts(runs: Sequence[Run]) -> Iterable[Markup]:
 
 
 def languages_shown(runs: Sequence[Run], quantised: Iterable[Any]) -> list[str]:
-    """All languages of a page, in the order of their colours."""
+    """All languages of a page."""
     known = [k for r in runs for k in r.languages if k != "und"]
     for record in quantised:
         evals = rows(record, "evals")

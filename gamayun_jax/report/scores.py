@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from gamayun_jax.evaluate.paired import MACRO, Estimate
 from gamayun_jax.report.changes import BITS, Change, changes_between
 from gamayun_jax.report.charts import Dot, Panel, dots_chart
+from gamayun_jax.report.colours import language_cell
 from gamayun_jax.report.formats import fixed, plain
-from gamayun_jax.report.html import LIGHT
 from gamayun_jax.report.read_run import (
     BASELINES,
     Evaluation,
@@ -77,7 +77,7 @@ def score_table(
     """Bits per byte by language, with the means over languages and over units.
 
     Args:
-      languages: all of the page, in the order of their colours.
+      languages: all of the page.
       baselines: names of BASELINES: add the last evaluation's, accuracy and parity, and
         what the average of the parameters gives, where the run kept one.
     """
@@ -93,8 +93,7 @@ def score_table(
 
     def row_of(i: int, language: str) -> list[Cell]:
         is_mean = i >= len(shown)
-        colour = None if is_mean else languages.index(language) % len(LIGHT)
-        row = [Cell(plain(language, 20), value=i, colour=colour)]
+        row = [language_cell(i, language, is_mean)]
         last: dict[str, Any] = {}
         for c in columns:
             last = score(c.evaluation, name, language)

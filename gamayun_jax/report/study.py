@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.data.files import read_json
-from gamayun_jax.report.charts import colours_of
+from gamayun_jax.report.colours import colours_of
 from gamayun_jax.report.formats import plain
 from gamayun_jax.report.html import GLOSSARY, block, section, write_page
 from gamayun_jax.report.study_figures import (

@@ -15,11 +15,11 @@ from gamayun_jax.report.charts import (
     LinePanel,
     Panel,
     Points,
-    colours_of,
     dots_chart,
     lines_chart,
     percent,
 )
+from gamayun_jax.report.colours import arm_colours, colours_of
 from gamayun_jax.report.curves import late_limits
 from gamayun_jax.report.formats import plain, short
 from gamayun_jax.report.html import block
@@ -33,7 +33,7 @@ LETTERS = 28  # of an arm's name
 
 
 def languages_of(f: Findings) -> list[str]:
-    """All languages of the page, in the order of their colours."""
+    """All languages of the page."""
     known = (k for a in f.arms for k in a.plan["config"]["languages"])
     return list(dict.fromkeys([*known, *f.known_languages()]))
 
@@ -204,7 +204,7 @@ def curve_of(arm: ArmRuns, language: str = "") -> Points:
 def curve_charts(f: Findings) -> tuple[dict[str, str], list[Markup]]:
     """Arm's levels but size -> its colour, and learning curves: the mean over languages
     for each size, and every language at the last one."""
-    colours = colours_of(alike(f))
+    colours = arm_colours(alike(f))
     by_size: dict[str, dict[str, ArmRuns]] = {}
     for name, arms in alike(f).items():
         for arm in arms:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.evaluate.paired import MACRO, above_baseline, unpaired, verdicts
 from gamayun_jax.report.charts import Dot, Panel, Points, dots_chart, percent
+from gamayun_jax.report.colours import language_cell
 from gamayun_jax.report.curves import panels_chart
 from gamayun_jax.report.formats import error_text, metric_text, plain
 from gamayun_jax.report.html import block, section
@@ -112,7 +113,7 @@ def tasks_table(
     better = beyond_baseline(tasks)
 
     def row_of(i: int, language: str) -> list[Cell]:
-        row = [Cell(plain(language, 20), value=i)]
+        row = [language_cell(i, language, language == MACRO)]
         for name, task in tasks.items():
             where = (MACRO,) if language == MACRO else ("languages", language)
             result = entries(task, *where)
