@@ -179,7 +179,7 @@ def test_stopped_after_a_rollback_and_resumed(strict, poison, tmp_path):
     assert train.train(strict, straight, log=quiet) == 0
 
     def log(text):
-        if "step 8/" in text:
+        if "step 11/" in text:
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert train.train(strict, run, log=log) == train.PREEMPTED

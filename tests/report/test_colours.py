@@ -1,4 +1,4 @@
-"""Colours of languages are fixed, legible, and apart for every kind of colour vision."""
+"""Colours of languages: fixed, legible, and apart for every kind of colour vision."""
 
 import itertools
 
