@@ -68,6 +68,7 @@ def ours(scan: bool, ema: bool) -> Callable[[], Any]:
     from gamayun_jax import config as c
     from gamayun_jax.data.loader import make_batch
     from gamayun_jax.data.token_weights import make_token_weights
+    from gamayun_jax.data.tokenizer import Boundaries
     from gamayun_jax.model import sharding
     from gamayun_jax.model.loss import TokenWeights
     from gamayun_jax.training import step
@@ -106,7 +107,7 @@ def ours(scan: bool, ema: bool) -> Callable[[], Any]:
             cfg, mesh, step.abstract_state(cfg, mesh), 0, TokenWeights(*weights), 0
         )
     languages = np.arange(B, dtype=np.int32) % len(names)
-    batch = make_batch(tokens(), languages, 1, 0)
+    batch = make_batch(tokens(), languages, Boundaries(1, 2, 0))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
 
     def one() -> None:

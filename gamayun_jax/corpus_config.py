@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gamayun_jax.fields import Count, LocalPath, Part, Share, Whole
+from gamayun_jax.fields import (
+    Count,
+    LocalPath,
+    Part,
+    Share,
+    UserError,
+    Whole,
+)
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,24 @@ class HeldoutConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """SentencePiece training. `shares`: language -> share of the training bytes."""
+    """SentencePiece training, or a ready tokenizer.
 
-    vocab_size: Count
+    `model`: a SentencePiece .model of ours, or a folder with the tokenizer of an
+    imported model: Hugging Face's, or a run folder. `shares`: language -> share of the
+    training bytes.
+    """
+
+    vocab_size: Whole = 0  # 0: the ready tokenizer's
     shares: Mapping[str, Share] = field(default_factory=dict)  # empty: equal shares
     sample_bytes: Count = 200_000_000  # text given to the trainer, all languages
-    model: LocalPath = ""  # path of a ready model: nothing is trained
+    model: LocalPath = ""  # path of a ready tokenizer: nothing is trained
+
+    def __post_init__(self):
+        if not self.vocab_size and not self.model:
+            raise UserError(
+                "corpus.tokenizer.vocab_size=0: give the size of the vocabulary to "
+                "train, or a ready tokenizer (corpus.tokenizer.model)"
+            )
 
 
 @dataclass(frozen=True)

@@ -199,10 +199,10 @@ def generate(
       repetition_penalty: above 1, tokens that were seen become less likely.
       seed: seed of the draws.
     """
+    from gamayun_jax.data.model_tokenizer import open_tokenizer
     from gamayun_jax.inference.generator import Generator
     from gamayun_jax.inference.sampling import Sampling
     from gamayun_jax.interop import load_model
-    from gamayun_jax.interop.model_tokenizer import open_tokenizer
 
     chosen = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     if not prompt and not interactive:
@@ -289,10 +289,10 @@ def quantize(
     import jax
 
     from gamayun_jax.data.corpus import open_corpus
+    from gamayun_jax.data.model_tokenizer import open_tokenizer
     from gamayun_jax.evaluate import results, stored_model
     from gamayun_jax.inference import quantize
     from gamayun_jax.interop import load_model
-    from gamayun_jax.interop.model_tokenizer import open_tokenizer
     from gamayun_jax.report import scores
     from gamayun_jax.training.model_folder import save_model
 
@@ -352,7 +352,7 @@ def average(
         1-sqrt decay over the window.
       until (STEP): take no checkpoint after this step.
     """
-    from gamayun_jax.interop.model_tokenizer import open_tokenizer
+    from gamayun_jax.data.model_tokenizer import open_tokenizer
     from gamayun_jax.training.average import average_meta, average_of
     from gamayun_jax.training.model_folder import save_model
 

@@ -38,8 +38,8 @@ from gamayun_jax.data.files import atomic, lock, read_json, write_json
 from gamayun_jax.data.heldout_sets import HeldoutSet, read_heldout, write_heldout
 from gamayun_jax.data.inputs import expand
 from gamayun_jax.data.inspect_corpus import told_damage
+from gamayun_jax.data.model_tokenizer import folder_tokenizer, given_tokenizer
 from gamayun_jax.data.recipe import check_model, check_recipe, recipe_of
-from gamayun_jax.data.tokenizer import Tokenizer
 from gamayun_jax.data.worker_pool import Pool
 
 
@@ -108,7 +108,7 @@ def find_former(out: Path, fingerprint: str) -> bool:
                 f"{out} holds {what} of another recipe (config or input files "
                 "differ): give another --out, or delete it first"
             )
-    for name in ("sources", "heldout", "rejected", "tokenizer.model"):
+    for name in ("sources", "heldout", "rejected", "tokenizer.model", "tokenizer.json"):
         if (out / name).exists():
             raise UserError(
                 f"{out} has {name!r} in it, but no corpus: give another --out"
@@ -144,12 +144,11 @@ def make(
         for name, row in counts.items()
     }
     model = out / "tokenizer.model"
-    if not model.exists():
-        if corpus.tokenizer.model:
-            Tokenizer(corpus.tokenizer.model).save(model)
-        else:
-            list(pool.run(fit_tokenizer, [(corpus, scanned, model)]))
-    tokenizer = Tokenizer(model)
+    if corpus.tokenizer.model:
+        given_tokenizer(Path(corpus.tokenizer.model)).write(out)
+    elif not model.exists():
+        list(pool.run(fit_tokenizer, [(corpus, scanned, model)]))
+    tokenizer = folder_tokenizer(out)
     shards = plan_shards(scanned, corpus.shard_bytes)
     tokenise_all(corpus, out, sources, shards, tokenizer.vocab_size, pool)
     return {
@@ -287,7 +286,7 @@ def tokenise_all(
         for number, shard in enumerate(shards):
             file = f"sources/{name}/{number:05d}.arrayrecord"
             marker = out / ".work" / "shards" / name / f"{number:05d}.json"
-            job = (out / "tokenizer.model", shard.parts, cfg.record_tokens, out / file)
+            job = (out, shard.parts, cfg.record_tokens, out / file)
             jobs.append((*job, marker))
             sizes.append(shard.bytes)
             places.append((name, file, marker))

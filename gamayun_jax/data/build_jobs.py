@@ -40,8 +40,8 @@ from gamayun_jax.data.documents import (
 )
 from gamayun_jax.data.files import atomic, file_sha256, sync, write_json
 from gamayun_jax.data.inputs import read_input
+from gamayun_jax.data.model_tokenizer import folder_tokenizer
 from gamayun_jax.data.records import check_shard
-from gamayun_jax.data.tokenizer import Tokenizer
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 BATCH_BYTES = 1_000_000  # text given to the tokenizer at a time
@@ -335,12 +335,18 @@ def plan_shards(
 
 
 def tokenise(
-    model: Path, parts: Sequence[Part], record_tokens: int, shard: Path, marker: Path
+    folder: Path, parts: Sequence[Part], record_tokens: int, shard: Path, marker: Path
 ) -> dict[str, Any]:
-    """Write one shard, then its token counts (<marker>.npy), then `marker` (JSON)."""
+    """Write one shard, then its token counts (<marker>.npy), then `marker` (JSON).
+
+    Args:
+      folder: of the corpus, with its tokenizer.
+    """
     if marker.exists() and shard.exists():
         return json.loads(marker.read_text("utf-8"))
-    tokenizer = Tokenizer(model)
+    tokenizer = folder_tokenizer(folder)
+    start, end, pad = tokenizer.boundaries
+    shared = start == end  # one token between two documents
     dtype = token_dtype(tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     info = {"documents": 0, "characters": 0, "bytes": 0, "tokens": 0, "records": 0}
@@ -349,11 +355,10 @@ def tokenise(
         writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         try:
             for texts in batched(t for part in parts for t in chunk_texts(*part)):
-                tokens: list[int] = []
+                tokens = [start] if shared and not info["tokens"] else []
                 for ids in tokenizer.encode_batch(texts):
-                    tokens.append(tokenizer.bos_id)
-                    tokens += ids
-                    tokens.append(tokenizer.eos_id)
+                    tokens += ids if shared else (start, *ids)
+                    tokens.append(end)
                 new = np.array(tokens, dtype)
                 counts += np.bincount(new, minlength=len(counts))
                 info["documents"] += len(texts)
@@ -369,7 +374,7 @@ def tokenise(
                 stream = stream[whole * record_tokens :]
             if len(stream) > 1:  # a single token is the last record's last
                 missing = record_tokens + 1 - len(stream)
-                padding = np.full(missing, tokenizer.pad_id, dtype)
+                padding = np.full(missing, pad, dtype)
                 writer.write(np.concatenate([stream, padding]).tobytes())
                 info["records"] += 1
         finally:

@@ -3,14 +3,15 @@
 A corpus folder:
 
   manifest.json                      what it holds; written last
-  tokenizer.model
+  tokenizer.model                    or an imported model's tokenizer.json, ...
   sources/<lang>/<domain>/00000.arrayrecord ...
   sources/<lang>/<domain>/token_counts.npy        int64[V], counts of each token
   heldout/<set>.<lang>.jsonl                      {"id", "text"}
   rejected/<lang>.<domain>.jsonl                  what was left out, and why
 
-A document's tokens are [BOS, ..., EOS]. The documents of a shard make one stream,
-cut into records of `record_tokens + 1` tokens with stride `record_tokens`: a
+A document's tokens are [BOS, ..., EOS]; by a tokenizer that writes no BOS, [..., EOS]
+and an EOS before the first (tokenizer.Boundaries). The documents of a shard make one
+stream, cut into records of `record_tokens + 1` tokens with stride `record_tokens`: a
 record's last token comes again as the next one's first, so that every token but a
 shard's first is the target once. The tail is padded. Tokens are little-endian uint16,
 or uint32 if the vocabulary has more than 65,536 pieces.
@@ -28,8 +29,9 @@ import numpy as np
 
 from gamayun_jax.config import Config, UserError, check_local
 from gamayun_jax.data.files import file_sha256, read_json, read_json_lines, unreadable
+from gamayun_jax.data.model_tokenizer import folder_tokenizer
 from gamayun_jax.data.records import COPY_AGAIN, Records, check_shard
-from gamayun_jax.data.tokenizer import Tokenizer, read_tokenizer
+from gamayun_jax.data.tokenizer import TextCoder
 
 FORMAT = 1
 
@@ -90,15 +92,22 @@ class Corpus:
             },
         }
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextCoder:
         """The tokenizer that it was made with; UserError if the file is another."""
-        tokenizer = read_tokenizer(self.folder / "tokenizer.model")
+        tokenizer = folder_tokenizer(self.folder)
         if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
             raise UserError(
-                f"{self.folder}/tokenizer.model is not the one that the corpus was "
+                f"the tokenizer in {self.folder} is not the one that the corpus was "
                 "made with: put the right one back, or build the corpus again"
             )
         return tokenizer
+
+    def text_tokens(self, source: str) -> int:
+        """Tokens of a source's text, without what parts its documents."""
+        info = self.sources[source]
+        start, end, _ = self.tokenizer().boundaries
+        starts = len(info.shards) if start == end else info.documents
+        return info.tokens - info.documents - starts
 
     def heldout_sets(self) -> dict[str, list[str]]:
         """Name of each held-out set -> its languages."""

@@ -76,10 +76,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, "utf-8")
 
 
+def json_text(data: Any) -> str:
+    """Raises ValueError for NaN and infinities, which JSON does not have."""
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, data: Any) -> None:
     """Raises ValueError for NaN and infinities, which JSON does not have."""
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, json_text(data))
 
 
 def json_lines(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

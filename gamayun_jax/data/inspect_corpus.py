@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gamayun_jax.config import UserError
 from gamayun_jax.data.corpus import Corpus, open_corpus
 from gamayun_jax.data.files import file_sha256
@@ -28,7 +26,7 @@ def verify(corpus: Corpus) -> None:
                 f"{what}: found {found}, the manifest says {expected}: {COPY_AGAIN}"
             )
 
-    tokenizer = corpus.tokenizer()
+    boundaries = corpus.tokenizer().boundaries
     for name, languages in corpus.heldout_sets().items():
         for language in languages:
             path = corpus.folder / "heldout" / f"{name}.{language}.jsonl"
@@ -36,15 +34,15 @@ def verify(corpus: Corpus) -> None:
             corpus.heldout(name, language)
             expect(path, file_sha256(path), row["sha256"])
     for name, source in corpus.manifest["sources"].items():
-        tokens = -source["records"] + len(source["shards"])  # repeated tokens
+        tokens = len(source["shards"])  # a shard's first token is no target
         documents = 0
         for row in source["shards"]:
             path = corpus.folder / row["file"]
             expect(path, file_sha256(path), row["sha256"])
         for record in corpus.records(name):
             expect(name, len(record), corpus.manifest["record_tokens"] + 1)
-            tokens += int(np.count_nonzero(record != tokenizer.pad_id))
-            documents += int(np.count_nonzero(record[:-1] == tokenizer.bos_id))
+            tokens += boundaries.tokens(record)
+            documents += boundaries.documents(record)
         expect(f"tokens of {name}", tokens, source["tokens"])
         expect(f"documents of {name}", documents, source["documents"])
         counts = corpus.token_counts(name)

@@ -10,8 +10,8 @@ A batch is a dict of arrays [B, T], B rows over all hosts:
   positions        int32  of each input in its document (0 where a row cuts into one)
   segment_ids      int32  number of the document in the row, from 1; 0 is padding
   language         int32  index into Config.languages
-  loss_mask        float32 1 where the target counts: not padding, and not the first
-                   token of another document (targets never cross documents)
+  loss_mask        float32 1 where the target counts: not padding, and not the BOS of
+                   another document (targets never cross documents)
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from gamayun_jax.config import Config
 from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.plan import DataPlan
 from gamayun_jax.data.records import BadRecordError
+from gamayun_jax.data.tokenizer import Boundaries
 
 OnBadRecord = Callable[[str, str, int, str], None]  # (source, shard, record, reason)
 
@@ -50,7 +51,7 @@ def example_order(
 
 
 def make_batch(
-    tokens: np.ndarray, language: np.ndarray, bos: int, pad: int
+    tokens: np.ndarray, language: np.ndarray, boundaries: Boundaries
 ) -> dict[str, np.ndarray]:
     """Records int32 [B, T + 1] and languages int32 [B] to a batch (see the module)."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -58,7 +59,7 @@ def make_batch(
     # Documents are much longer than a token, so both arrays are written in runs, one
     # per document, instead of by scans over all tokens. A row that cuts into a
     # document begins a run too: segment 1 at position 0, not padding.
-    begins = inputs == bos
+    begins = inputs == boundaries.start
     begins[:, 0] = True
     starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=B * T)
@@ -68,17 +69,21 @@ def make_batch(
     segment_ids = np.repeat(number.astype(np.int32), lengths).reshape(B, T)
     places = np.arange(B * T, dtype=np.int32)
     positions = (places - np.repeat(starts.astype(np.int32), lengths)).reshape(B, T)
-    padding = inputs == pad
+    padded = boundaries.pads(inputs, targets)
+    padding = padded & (inputs == boundaries.pad)
     if padding.any():
         positions[padding] = 0
         segment_ids[padding] = 0
+    counts = ~padded
+    if boundaries.start != boundaries.end:
+        counts &= targets != boundaries.start
     return {
         "inputs": inputs,
         "targets": targets,
         "positions": positions,
         "segment_ids": segment_ids,
         "language": np.repeat(language.astype(np.int32), T).reshape(B, T),
-        "loss_mask": ((targets != pad) & (targets != bos)).astype(np.float32),
+        "loss_mask": counts.astype(np.float32),
     }
 
 
@@ -101,8 +106,7 @@ class LocalBatches:
         records: Sequence[Any] | None = None,
     ):
         """`records`: of each of the plan's sources, where they are held already."""
-        tokenizer = corpus.tokenizer()
-        self._bos, self._pad = tokenizer.bos_id, tokenizer.pad_id
+        self._boundaries = corpus.tokenizer().boundaries
         self._plan, self._rows, self._seq_len = plan, rows, cfg.data.seq_len
         self._per_record = corpus.manifest["record_tokens"] // self._seq_len
         self._on_bad_record = on_bad_record if cfg.data.faults == "set_aside" else None
@@ -138,8 +142,8 @@ class LocalBatches:
                 self._on_bad_record(
                     self._plan.sources[source], e.shard, e.record, e.reason
                 )
-                tokens[row] = self._pad
-        return make_batch(tokens, self._languages[sources], self._bos, self._pad)
+                tokens[row] = self._boundaries.pad
+        return make_batch(tokens, self._languages[sources], self._boundaries)
 
 
 def local_batches(

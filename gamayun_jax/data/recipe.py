@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from gamayun_jax.data.corpus import FORMAT
 from gamayun_jax.data.documents import Input
 from gamayun_jax.data.files import file_sha256
 from gamayun_jax.data.heldout_sets import HeldoutSet
-from gamayun_jax.data.tokenizer import Tokenizer
+from gamayun_jax.data.hf_tokenizer import HFTokenizer
+from gamayun_jax.data.model_tokenizer import given_tokenizer, model_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -62,11 +64,12 @@ def check_model(cfg: CorpusConfig) -> None:
     """Raise UserError if a ready tokenizer is not one that the config describes."""
     if not cfg.tokenizer.model:
         return
-    size = Tokenizer(cfg.tokenizer.model).vocab_size
-    if size != cfg.tokenizer.vocab_size:
+    size = given_tokenizer(Path(cfg.tokenizer.model)).vocab_size
+    if cfg.tokenizer.vocab_size not in (0, size):
         raise UserError(
             f"tokenizer {cfg.tokenizer.model} has {size} pieces, but "
-            f"corpus.tokenizer.vocab_size={cfg.tokenizer.vocab_size}: set it to that"
+            f"corpus.tokenizer.vocab_size={cfg.tokenizer.vocab_size}: set it to that, "
+            "or leave it out"
         )
 
 
@@ -101,9 +104,19 @@ def recipe_of(
         for path in item.files
     ]
     others = [path for spec in corpus.heldout for path in spec.files.values()]
-    others += [model] if model else []
+    imported = given_tokenizer(Path(model)) if model else None
+    if isinstance(imported, HFTokenizer):
+        # What is written of it, so that a folder and its import make one corpus.
+        written = {k: text.encode() for k, text in imported.contents().items()}
+    else:
+        written = {}
+        others += [str(model_file(Path(model)))] if model else []
     files += [(Path(path).name, path) for path in others]
     described = describe_inputs(files)
+    described += [
+        {"file": k, "sha256": hashlib.sha256(v).hexdigest(), "bytes": len(v)}
+        for k, v in written.items()
+    ]
     recipe = {
         "format": FORMAT,
         "cleaning": CLEANING,

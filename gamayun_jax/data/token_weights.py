@@ -93,10 +93,10 @@ def build_token_weights(
       UserError: see make_token_weights; names the stage.
     """
     size: dict[str, list[int]] = {name: [0, 0] for name in cfg.languages}
-    for source in corpus.sources.values():
+    for name, source in corpus.sources.items():
         size[source.language][0] += source.bytes
-        # Without each document's BOS and EOS, which spell nothing.
-        size[source.language][1] += source.tokens - 2 * source.documents
+        # Without what parts documents, which spells nothing.
+        size[source.language][1] += corpus.text_tokens(name)
     byte_lengths = np.zeros(cfg.model.vocab_size, np.int32)
     known = corpus.tokenizer().byte_lengths()
     byte_lengths[: len(known)] = known

@@ -11,11 +11,10 @@ Hugging Face export writes it, gives the same tokens.)
 from __future__ import annotations
 
 import codecs
-import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import sentencepiece
@@ -26,6 +25,35 @@ from gamayun_jax.data.files import atomic
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 FIXED_PIECES = ("\n", "\t")  # whole tokens of their own, never part of another
 PROBE = "  a b\r\n\n\t\0 e\u0301 \u00e9 日本 \U0001f468\u200d\U0001f469 <s><0x0A> x  "
+
+
+class Boundaries(NamedTuple):
+    """The tokens by which a corpus's stream is parted into documents.
+
+    A document is [start, ..., end] where the tokenizer writes a BOS; where it writes
+    none, `start` and `end` are one token, which stands once between two documents:
+    the target that ends one, and the context of the other's first token.
+    """
+
+    start: int
+    end: int
+    pad: int  # after the last document; may be `end`
+
+    def pads(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """bool: which targets are padding; no document is empty."""
+        padded = targets == self.pad
+        return padded & (inputs == self.end) if self.pad == self.end else padded
+
+    def tokens(self, record: np.ndarray) -> int:
+        """Number of targets in int[N + 1] that are no padding."""
+        inputs, targets = record[:-1], record[1:]
+        return len(targets) - int(np.count_nonzero(self.pads(inputs, targets)))
+
+    def documents(self, record: np.ndarray) -> int:
+        """Number of documents that begin in the inputs of int[N + 1]."""
+        inputs, targets = record[:-1], record[1:]
+        begins = (inputs == self.start) & ~self.pads(inputs, targets)
+        return int(np.count_nonzero(begins))
 
 
 class TextCoder(Protocol):
@@ -44,6 +72,7 @@ class TextCoder(Protocol):
       eos_id: ends a text; the first of `stop_ids`.
       stop_ids: any of them ends a generated text.
       pad_id: what rows are filled up with.
+      boundaries: what parts documents in a corpus.
       fingerprint: SHA-256 of the tokenizer's file.
     """
 
@@ -53,6 +82,7 @@ class TextCoder(Protocol):
     eos_id: int
     stop_ids: tuple[int, ...]
     pad_id: int
+    boundaries: Boundaries
     fingerprint: str
 
     @property
@@ -146,6 +176,7 @@ class Tokenizer:
         self.stop_ids: tuple[int, ...] = (self.eos_id,)
         # A model without padding: with byte fallback, no text ever gives unk.
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.unk_id
+        self.boundaries = Boundaries(self.bos_id, self.eos_id, self.pad_id)
         self.pieces = [sp.id_to_piece(i) for i in range(self.vocab_size)]
         self._spelled = [self._bytes_of(i) for i in range(self.vocab_size)]
         mark = SPACE.encode()
@@ -226,20 +257,6 @@ class Tokenizer:
         """Write the model file, whole or not at all."""
         with atomic(Path(path)) as temporary:
             temporary.write_bytes(self.model)
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """`Tokenizer(path)`, made once of the same file in this process and shared."""
-    try:
-        model = path.read_bytes()
-    except OSError:
-        return Tokenizer(path)  # raises the error that says why
-    return _made(path, model)
-
-
-@functools.lru_cache(maxsize=4)
-def _made(path: Path, model: bytes) -> Tokenizer:
-    return Tokenizer(path)
 
 
 def join_bytes(spelled: Sequence[bytes], ids: Iterable[int]) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 import sentencepiece
 
 from gamayun_jax.config import TokenizerConfig, UserError
-from gamayun_jax.data.tokenizer import FIXED_PIECES, Tokenizer
+from gamayun_jax.data.tokenizer import FIXED_PIECES, TextCoder, Tokenizer
 from gamayun_jax.tables import Table
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -191,7 +191,7 @@ def cut_sentence(sentence: str) -> Iterable[str]:
 
 
 def report(
-    tokenizer: Tokenizer, texts_by_language: Mapping[str, Iterable[str]]
+    tokenizer: TextCoder, texts_by_language: Mapping[str, Iterable[str]]
 ) -> list[dict[str, Any]]:
     """One row per language: how much text a token carries, and tokens per word."""
     rows = []

@@ -18,6 +18,7 @@ from gamayun_jax.config import UserError
 
 
 def start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core's
     # No worker outlives its parent: one that is killed can't tell them to end.
     parent = multiprocessing.parent_process()
     assert parent is not None

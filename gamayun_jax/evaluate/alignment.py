@@ -31,13 +31,13 @@ from gamayun_jax.config import Config, UserError
 from gamayun_jax.data.corpus import Corpus, open_corpus
 from gamayun_jax.data.files import write_json
 from gamayun_jax.data.heldout_sets import subsample_units
+from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.demo_corpus import HELDOUT, heldout_files
 from gamayun_jax.evaluate.heldout import HeldoutEvaluator
 from gamayun_jax.evaluate.results import read_items
 from gamayun_jax.evaluate.scoring import batches, pack, sum_over_batches, windows
 from gamayun_jax.interop.load_model import load_params
-from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
 

@@ -347,10 +347,10 @@ def unigram_bits(corpus: Corpus) -> dict[str, np.ndarray]:
     """Language -> bits of each id by its add-one smoothed frequency, float64 [V]."""
     totals: dict[str, np.ndarray] = {}
     tokenizer = corpus.tokenizer()
-    special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+    special = [*tokenizer.boundaries]
     for name, source in corpus.sources.items():
         counts = corpus.token_counts(name).astype(np.float64)
-        # BOS begins and EOS ends every document; neither is ever a target here.
+        # What parts documents is never a target here.
         counts[special] = 0
         totals[source.language] = totals.get(source.language, 0) + counts
     return {

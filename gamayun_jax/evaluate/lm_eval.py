@@ -27,13 +27,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gamayun_jax.config import UserError, check_local
+from gamayun_jax.data.hf_tokenizer import HFTokenizer
+from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.evaluate.loglikelihood import Request, Scorer
 from gamayun_jax.inference.generator import Generator
 from gamayun_jax.inference.sampling import Sampling
 from gamayun_jax.interop import huggingface
-from gamayun_jax.interop.hf_tokenizer import HFTokenizer, write_tokenizer
+from gamayun_jax.interop.export_tokenizer import write_tokenizer
 from gamayun_jax.interop.load_model import load_params
-from gamayun_jax.interop.model_tokenizer import open_tokenizer
 
 MAX_NEW = 256  # tokens to generate where the task says nothing, as in --model hf
 

@@ -13,6 +13,7 @@ import jax
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data.corpus import open_corpus
+from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.evaluate.heldout import HeldoutEvaluator, Items
 from gamayun_jax.evaluate.loglikelihood import Scorer
@@ -27,7 +28,6 @@ from gamayun_jax.evaluate.run_tasks import Watch, run_all
 from gamayun_jax.evaluate.tasks import Task
 from gamayun_jax.interop.huggingface import is_hf_folder
 from gamayun_jax.interop.load_model import LoadedModel, load_params
-from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, compute_dtype
 from gamayun_jax.model.weights import parameter_count

@@ -23,7 +23,7 @@ from flax import traverse_util
 
 from gamayun_jax.config import ModelConfig, UserError
 from gamayun_jax.data import files
-from gamayun_jax.interop.hf_tokenizer import read_object
+from gamayun_jax.data.hf_tokenizer import read_object
 from gamayun_jax.model.weights import WEIGHTS, size_of, weights_of
 
 # Tables that old files hold and every model computes for itself.

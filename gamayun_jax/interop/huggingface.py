@@ -29,21 +29,20 @@ from gamayun_jax.config import (
     to_json,
 )
 from gamayun_jax.data import files
-from gamayun_jax.data.tokenizer import Tokenizer
-from gamayun_jax.interop.hf_config import config_from_hf, config_to_hf, unknown_keys
-from gamayun_jax.interop.hf_tokenizer import (
+from gamayun_jax.data.hf_tokenizer import (
     TOKENIZER_FILES,
     HFTokenizer,
     read_object,
-    write_tokenizer,
 )
-from gamayun_jax.interop.hf_weights import DTYPES, read_weights, write_weights
-from gamayun_jax.interop.model_card import model_card
-from gamayun_jax.interop.model_tokenizer import (
+from gamayun_jax.data.model_tokenizer import (
     check_vocabulary,
-    fingerprint_of,
     open_tokenizer,
 )
+from gamayun_jax.data.tokenizer import Tokenizer
+from gamayun_jax.interop.export_tokenizer import fingerprint_of, write_tokenizer
+from gamayun_jax.interop.hf_config import config_from_hf, config_to_hf, unknown_keys
+from gamayun_jax.interop.hf_weights import DTYPES, read_weights, write_weights
+from gamayun_jax.interop.model_card import model_card
 from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import abstract_params, parameter_count
 from gamayun_jax.training.checkpoint import Checkpoints

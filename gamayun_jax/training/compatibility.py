@@ -69,7 +69,7 @@ def check_corpus(cfg: Config, corpus: Corpus) -> None:
             f"model.vocab_size={cfg.model.vocab_size}: use the tokenizer that the "
             "config was made for, or raise model.vocab_size"
         )
-    if size != cfg.corpus.tokenizer.vocab_size:
+    if cfg.corpus.tokenizer.vocab_size not in (0, size):
         raise UserError(
             f"corpus {corpus.folder} was made with another tokenizer ({size} pieces) "
             f"than the config's (corpus.tokenizer.vocab_size="

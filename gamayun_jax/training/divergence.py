@@ -209,7 +209,7 @@ def describe(
                 "position": position,
                 "shard": shard,
                 "record": inside,
-                "documents": int(np.count_nonzero(tokens == tokenizer.bos_id)),
+                "documents": tokenizer.boundaries.documents(tokens),
                 "text": tokenizer.decode(tokens.tolist())[:300],
             }
         )

@@ -117,10 +117,11 @@ def documents_of(built, source):
         begin += size
         for a, b in itertools.pairwise(shard):
             assert a[-1] == b[0], "a record's last token is the next one's first"
-        stream = np.concatenate([*(r[:-1] for r in shard), shard[-1][-1:]])
-        stream = stream[stream != t.pad_id]
-        starts = np.flatnonzero(stream == t.bos_id)
-        for document in np.split(stream, starts)[1:]:
-            assert document[-1] == t.eos_id
+        targets = np.concatenate([r[1:] for r in shard])
+        targets = targets[: sum(t.boundaries.tokens(r) for r in shard)]
+        assert shard[0][0] == t.boundaries.start
+        ends = np.flatnonzero(targets == t.boundaries.end) + 1
+        assert ends[-1] == len(targets)
+        for document in np.split(targets, ends[:-1]):
             texts.append(t.decode(document.tolist()))
     return texts

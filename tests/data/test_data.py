@@ -19,6 +19,7 @@ from gamayun_jax.data import loader
 from gamayun_jax.data.continuity import fingerprint
 from gamayun_jax.data.loader import host_rows, local_batches, make_batch
 from gamayun_jax.data.plan import Skipped, make_data_plan, mixture_notes
+from gamayun_jax.data.tokenizer import Boundaries
 from gamayun_jax.model import sharding
 from gamayun_jax.training.compatibility import check_past
 from gamayun_jax.training.corpus_changes import check_contents, corpus_changes
@@ -39,7 +40,8 @@ BOS, PAD, EOS = 1, 0, 2
 def test_a_batch_by_hand(rows, padding):
     tokens = np.array(rows, np.int32)
     tokens[-1, 9 - padding :] = PAD
-    batch = make_batch(tokens, np.arange(len(rows), dtype=np.int32), BOS, PAD)
+    languages = np.arange(len(rows), dtype=np.int32)
+    batch = make_batch(tokens, languages, Boundaries(BOS, EOS, PAD))
     for r, row in enumerate(tokens.tolist()):
         segment, position = 1, -1
         for t in range(8):

@@ -28,9 +28,10 @@ from test_hf import random_params, write_folder
 from test_imported import byte_level
 
 from gamayun_jax.config import DEMO_CORPUS, ModelConfig, UserError
+from gamayun_jax.data.hf_tokenizer import HFTokenizer
 from gamayun_jax.data.tokenizer import Tokenizer
 from gamayun_jax.evaluate.tasks import encode_pair
-from gamayun_jax.interop.hf_tokenizer import HFTokenizer, write_tokenizer
+from gamayun_jax.interop.export_tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness has its own
 torch.set_num_threads(1)

@@ -11,9 +11,9 @@ import pytest
 
 from gamayun_jax import cli, train
 from gamayun_jax.config import UserError
+from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.evaluate import stored_model
 from gamayun_jax.inference import quantize
-from gamayun_jax.interop.model_tokenizer import open_tokenizer
 
 SHAPES = {  # one matrix of each kind, stacked over 2 layers but for the embedding
     "embedding": (50, 128), "q": (2, 128, 4, 16), "o": (2, 4, 64, 48),

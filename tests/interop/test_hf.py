@@ -23,9 +23,10 @@ from conftest import meta_of
 
 from gamayun_jax import config as c
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
+from gamayun_jax.data.hf_tokenizer import HFTokenizer
 from gamayun_jax.data.tokenizer import Tokenizer
-from gamayun_jax.interop import hf_config, hf_weights, huggingface, model_tokenizer
-from gamayun_jax.interop.hf_tokenizer import HFTokenizer, to_tokenizers
+from gamayun_jax.interop import export_tokenizer, hf_config, hf_weights, huggingface
+from gamayun_jax.interop.export_tokenizer import to_tokenizers
 from gamayun_jax.model import presets, sharding
 from gamayun_jax.model.transformer import Transformer, logits
 from gamayun_jax.model.weights import abstract_params, parameter_count, parameter_path
@@ -842,7 +843,7 @@ def test_out_and_in_again(trained, config, corpus, tmp_path):
     text = (out / "tokenizer.json").read_text()
     (out / "tokenizer.json").write_text(text.replace('"<unk>"', '"<unknown>"'))
     assert (
-        model_tokenizer.fingerprint_of(out, HFTokenizer(out))
+        export_tokenizer.fingerprint_of(out, HFTokenizer(out))
         == HFTokenizer(out).fingerprint
     )
     (out / "tokenizer.json").write_text(text)
@@ -913,7 +914,7 @@ def test_refuses_a_quantised_checkpoint(tmp_path):
 
 def test_merges_prefer_the_left_of_equal_pairs(both):
     """Of two ways to build a piece, the one that comes first in a text."""
-    from gamayun_jax.interop.hf_tokenizer import merges_of
+    from gamayun_jax.interop.export_tokenizer import merges_of
 
     assert merges_of([("a", -1), ("b", -2), ("ab", -3), ("ba", -4), ("aba", -5)]) == [
         ("a", "b"), ("b", "a"), ("ab", "a"), ("a", "ba"),

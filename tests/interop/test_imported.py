@@ -21,11 +21,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from gamayun_jax import cli
 from gamayun_jax.config import UserError
+from gamayun_jax.data.hf_tokenizer import HFTokenizer
+from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.data.tokenizer import TextStream, Tokenizer
 from gamayun_jax.evaluate import heldout, results, stored_model, tasks
 from gamayun_jax.interop import load_model
-from gamayun_jax.interop.hf_tokenizer import HFTokenizer
-from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer
 

@@ -16,10 +16,10 @@ import pytest
 
 from gamayun_jax import train
 from gamayun_jax.config import ComputeConfig
+from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.evaluate import heldout
 from gamayun_jax.inference.generator import Generator
 from gamayun_jax.interop import huggingface, load_model
-from gamayun_jax.interop.model_tokenizer import open_tokenizer
 from gamayun_jax.model import transformer as model_module
 
 SOURCE = os.environ.get("LLAMA_CPP")

@@ -1,14 +1,15 @@
-"""The tokenizer that belongs to a model, whatever it is stored as."""
+"""The tokenizer of a folder or a model, whatever it is stored as."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from gamayun_jax.config import ModelConfig, UserError
+from gamayun_jax.data.hf_tokenizer import SETTINGS, HFTokenizer
 from gamayun_jax.data.tokenizer import Tokenizer
-from gamayun_jax.interop.hf_tokenizer import HFTokenizer, read_object, to_tokenizers
 
 
 def open_tokenizer(
@@ -81,19 +82,57 @@ def check_vocabulary(
         )
 
 
-def fingerprint_of(folder: Path, tokenizer: HFTokenizer | None) -> str | None:
-    """What says which tokenizer a folder's model has.
+def given_tokenizer(path: Path) -> Tokenizer | HFTokenizer:
+    """The tokenizer that `corpus.tokenizer.model` names: a .model file, or a folder
+    with a tokenizer.json or one of our tokenizer.model.
 
-    A folder that `export_hf` wrote has ours twice: it is the SentencePiece model that
-    corpora are made with, as long as tokenizer.json still says the same.
+    An exported folder of ours has both; the SentencePiece model is the one that
+    corpora are made with.
+
+    Raises:
+      UserError: there is none, or it cannot part documents.
     """
-    path = folder / "tokenizer.model"
-    if tokenizer is None or not path.is_file():
-        return None if tokenizer is None else tokenizer.fingerprint
     try:
-        ours = Tokenizer(path)
-        same = json.loads(to_tokenizers(ours).to_str())
-    except UserError:  # another's, which loses text
-        return tokenizer.fingerprint
-    equal = same == read_object(folder / "tokenizer.json")
-    return (ours if equal else tokenizer).fingerprint
+        return Tokenizer(model_file(path))
+    except UserError:  # none, or another's, which loses text
+        if not (path / "tokenizer.json").is_file():
+            raise
+    tokenizer = HFTokenizer(path)
+    if len(tokenizer.prefix_ids) > 1:
+        raise UserError(
+            f"{path}: its tokenizer writes {len(tokenizer.prefix_ids)} tokens before a "
+            "text, documents of a corpus begin with one: correct the post-processor "
+            "of tokenizer.json"
+        )
+    for i in {*tokenizer.boundaries}:
+        name = tokenizer.token_text(i)
+        if i in tokenizer.encode(name):
+            raise UserError(
+                f"{path}: a text that has {name!r} in it is read as that token, which "
+                'parts documents: set its "special" to true in tokenizer.json'
+            )
+    return tokenizer
+
+
+def model_file(path: Path) -> Path:
+    """The SentencePiece model that a path is or, being a folder, may have."""
+    return path / "tokenizer.model" if path.is_dir() else path
+
+
+def folder_tokenizer(folder: Path) -> Tokenizer | HFTokenizer:
+    """The tokenizer of a corpus folder, made once of the same files in this process
+    and shared."""
+    names = ("tokenizer.json", *SETTINGS)
+    if (folder / names[0]).is_file():
+        paths = [folder / name for name in names if (folder / name).is_file()]
+        return _made(HFTokenizer, folder, *(path.read_bytes() for path in paths))
+    path = folder / "tokenizer.model"
+    try:
+        return _made(Tokenizer, path, path.read_bytes())
+    except OSError:
+        return Tokenizer(path)  # raises the error that says why
+
+
+@functools.lru_cache(maxsize=4)
+def _made(kind: Callable[[Path], Any], path: Path, *contents: bytes) -> Any:
+    return kind(path)

@@ -1,9 +1,7 @@
-"""Tokenizers of Hugging Face folders: imported ones, and the export of our own.
+"""Tokenizers of Hugging Face folders, read through the `tokenizers` library.
 
-`HFTokenizer` reads any tokenizer.json through the `tokenizers` library and has the
-interface of `tokenizer.Tokenizer`, so that evaluation and generation run on either.
-`write_tokenizer` writes a SentencePiece model as a tokenizer.json that gives the same
-ids and needs no code of its own.
+`HFTokenizer` reads any tokenizer.json and has the interface of `tokenizer.Tokenizer`,
+so that corpora, evaluation and generation are made with either.
 """
 
 from __future__ import annotations
@@ -15,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, decoders, models, processors
+from tokenizers import AddedToken
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
-from gamayun_jax.data.tokenizer import FIXED_PIECES, SPACE, Tokenizer, join_bytes
+from gamayun_jax.data.tokenizer import SPACE, Boundaries, join_bytes
 
 # What a Hugging Face folder keeps of its tokenizer; copied as they are.
 TOKENIZER_FILES = (
@@ -68,6 +65,9 @@ QWEN_WORDS = (
     r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END_OF_TEXT = "<|endoftext|>"
+# What ends a turn of a chat, not a document; and what ends documents of such models.
+TURN_ENDS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>"}
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 # Tokens that a class of transformers 5 has where the folder names none.
 CLASS_TOKENS: dict[str, dict[str, str]] = {
     "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"},
@@ -262,6 +262,16 @@ class HFTokenizer:
             self.bos_id = self.prefix_ids[0]
         self.start_id = (*self.prefix_ids[-1:], *begins, *ends)[0]
         self.pad_id = (find("pad") or ends)[0]
+        self.boundaries = self._find_boundaries()
+
+    def _find_boundaries(self) -> Boundaries:
+        """BOS where it is written before a text, and what ends a document: EOS, or the
+        end-of-text token of a model whose EOS ends a turn of a chat."""
+        end, special = self.eos_id, self._tok.get_added_tokens_decoder()
+        if end in special and special[end].content in TURN_ENDS:
+            numbers = {t.content: i for i, t in special.items() if t.special}
+            end = next((numbers[t] for t in DOCUMENT_ENDS if t in numbers), end)
+        return Boundaries((*self.prefix_ids, end)[0], end, end)
 
     def _spell(self, data: dict[str, Any], where: str) -> list[bytes]:
         """The bytes that each id spells; none for control tokens and unused ids."""
@@ -319,6 +329,10 @@ class HFTokenizer:
             raise UserError(f"a text to tokenise is not valid Unicode: {e}") from e
         return [x.ids for x in found]
 
+    def token_text(self, i: int) -> str:
+        """How the vocabulary writes an id, such as "<|endoftext|>"; "" for none."""
+        return self._tok.id_to_token(i) or ""
+
     def spell(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids spell; control tokens spell nothing."""
         return join_bytes(self._spelled, ids)
@@ -329,8 +343,12 @@ class HFTokenizer:
 
     def write(self, folder: Path) -> None:
         """Files in `folder` from which the same tokenizer can be read."""
+        for name, text in self.contents().items():
+            files.write_text(folder / name, text)
+
+    def contents(self) -> dict[str, str]:
+        """Name -> text of the files that `write` writes."""
         _, text, settings = self._source
-        files.write_text(folder / "tokenizer.json", text)
         config = settings.get("config.json", {})
         kept = {k: v for k, v in settings.items() if k != "config.json"}
         if self._class:  # which the model's architecture may have decided
@@ -342,97 +360,10 @@ class HFTokenizer:
             **ids,
             **kept.get("generation_config.json", {}),
         }
-        for name, values in kept.items():
-            files.write_json(folder / name, values)
+        return {"tokenizer.json": text} | {
+            name: files.json_text(values) for name, values in sorted(kept.items())
+        }
 
     def byte_lengths(self) -> np.ndarray:
         """int32[V]: UTF-8 bytes that each id spells; 0 for control tokens."""
         return np.array([len(s) for s in self._spelled], np.int32)
-
-
-def is_period(piece: str, n: int) -> bool:
-    """Whether each character of `piece` comes again `n` characters later."""
-    return piece[n:] == piece[: len(piece) - n]
-
-
-def merges_of(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    """The merges that build these (piece, score), best first.
-
-    SentencePiece takes the merge whose result scores best and, of equal ones, the
-    leftmost; a merge list ranks pairs. Two pairs with the same result can overlap only
-    where a piece repeats itself with a period: the pair whose left part is the period
-    is then the left one, so it must come first.
-    """
-    known = {piece for piece, _ in pieces}
-    merges = []
-    for piece, _ in sorted(pieces, key=lambda p: -p[1]):
-        splits = [n for n in range(1, len(piece)) if {piece[:n], piece[n:]} <= known]
-        splits.sort(key=lambda n: (not is_period(piece, n), -n))
-        merges += [(piece[:n], piece[n:]) for n in splits]
-    return merges
-
-
-def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The same pieces as a BPE of the `tokenizers` library; spaces are spaces.
-
-    SentencePiece writes a space as U+2581. Here pieces have real spaces and there is
-    no normaliser, so that a literal U+2581 is spelled by its bytes, as our tokenizer
-    does it.
-
-    Raises:
-      UserError: not a BPE model.
-    """
-    sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
-    vocab: dict[str, int] = {}
-    pieces: list[tuple[str, float]] = []
-    special: list[str] = []
-    for i, piece in enumerate(tokenizer.pieces):
-        control = sp.is_control(i) or sp.is_unknown(i)
-        if sp.is_unused(i):
-            raise UserError("the tokenizer has unused pieces: it cannot be exported")
-        if not control and not sp.is_byte(i):
-            piece = piece.replace(SPACE, " ")
-            if piece not in FIXED_PIECES:
-                pieces.append((piece, sp.get_score(i)))
-        special += [piece] if control else []
-        vocab[piece] = i
-    model = models.BPE(
-        vocab=vocab,
-        merges=merges_of(pieces),
-        unk_token=tokenizer.pieces[tokenizer.unk_id],
-        byte_fallback=True,
-    )
-    out = tokenizers.Tokenizer(model)
-    out.add_special_tokens([AddedToken(s, normalized=False) for s in special])
-    out.add_tokens([AddedToken(s, normalized=False) for s in FIXED_PIECES])
-    bos = tokenizer.pieces[tokenizer.start_id]
-    out.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A $B",
-        special_tokens=[(bos, tokenizer.start_id)],
-    )
-    out.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return out
-
-
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_len: int) -> None:
-    """tokenizer.model, tokenizer.json and tokenizer_config.json.
-
-    `AutoTokenizer` begins texts with BOS, as the model was trained; without special
-    tokens its ids are ours.
-    """
-    tokenizer.save(folder / "tokenizer.model")
-    files.write_text(folder / "tokenizer.json", to_tokenizers(tokenizer).to_str())
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_len,
-        "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False,  # read by llama.cpp's converter
-        # A text that spells <s> is not the token <s>.
-        "split_special_tokens": True,
-        **{
-            f"{kind}_token": tokenizer.pieces[getattr(tokenizer, f"{kind}_id")]
-            for kind in ("bos", "eos", "pad", "unk")
-        },
-    }
-    files.write_json(folder / "tokenizer_config.json", config)
