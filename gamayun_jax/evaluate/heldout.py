@@ -146,7 +146,7 @@ def add_scores(model, loss_chunk, params, sums_N2, batch):
 
     All evaluators of a process share the program.
     """
-    x_BTD, _ = model.apply(
+    x_BTD = model.apply(
         {"params": params}, batch["inputs"], batch["positions"], batch["segment_ids"]
     )
     scores = token_scores(x_BTD, unembedding(params), batch["targets"], loss_chunk)

@@ -136,7 +136,7 @@ class Scorer:
 
         def step(params, batch):
             self.compilations += 1  # runs when it is traced
-            x_BTD, _ = model.apply(
+            x_BTD: Any = model.apply(
                 {"params": params},
                 batch["tokens"],
                 batch["positions"],

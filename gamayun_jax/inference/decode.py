@@ -145,6 +145,7 @@ class Decoder:
             ids_BT = jnp.where(valid_BT, tokens_BT, V)
             rows_B1 = jnp.arange(B)[:, None]
             seen_BV = seen_BV.at[rows_B1, ids_BT].set(True, mode="drop")
+        # As attention's two matrix products take them: no step transposes a cache.
         axes = ("batch", "kv_heads", None, None)
         k_BKHS, v_BKSH = (
             nn.with_logical_constraint(jnp.zeros((B, K, *rest), self.dtype), axes)

@@ -24,8 +24,6 @@ from gamayun_jax.model import ops
 from gamayun_jax.model.attention import OUTPUT, attention, self_attention
 from gamayun_jax.model.weights import WEIGHTS
 
-Cache = dict[str, jax.Array]
-
 
 class Remat(NamedTuple):
     """What the backward pass keeps of a layer's forward pass besides its input.
@@ -241,10 +239,9 @@ class Transformer(nn.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array,
-        cache: Cache | None = None,
         contexts_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states after the final norm, and the updated cache.
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D] in the compute dtype.
 
         Args:
           tokens_BT: int32 ids.
@@ -252,10 +249,6 @@ class Transformer(nn.Module):
           segment_ids_BT: int32; tokens see only their own segment; 0 is padding.
           contexts_BT: int32, a second segment that a token sees: a context that several
             continuations in a row share.
-          cache: from `init_cache`; the T new tokens are written at its `index`.
-
-        Returns:
-          x_BTD in the compute dtype, and the new cache (None without one).
         """
         cfg = self.cfg
         embedding_VD = _matrix(self, "embedding")
@@ -266,21 +259,9 @@ class Transformer(nn.Module):
         self.sow("intermediates", "embedded", x_BTD)
 
         cos_BT1H, sin_BT1H = rope_angles(cfg, positions_BT)
-
-        offset: jax.Array | int = 0
-        kv_segments_BS = segment_ids_BT
-        layer_caches = None
-        if cache is not None:
-            offset = cache["index"]
-            kv_segments_BS = jax.lax.dynamic_update_slice(
-                cache["segment_ids"], segment_ids_BT, (0, offset)
-            )
-            layer_caches = (cache["k"], cache["v"])
-        segments = (segment_ids_BT, kv_segments_BS, offset, contexts_BT)
-        context = (cos_BT1H, sin_BT1H, segments)
-
+        segments = (segment_ids_BT, segment_ids_BT, 0, contexts_BT)
         block = Block
-        if self.compute.remat != "none" and cache is None:
+        if self.compute.remat != "none":
             block = nn.remat(  # type: ignore[assignment]
                 Block,
                 policy=REMATS[self.compute.remat].policy,
@@ -288,21 +269,16 @@ class Transformer(nn.Module):
             )
         # The parameters are stacked over layers in both cases, so that checkpoints
         # and exports do not depend on how the loop was compiled.
-        x_BTD, layer_caches = nn.scan(
+        x_BTD, _ = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=cfg.num_layers,
             unroll=1 if self.compute.scan_layers else cfg.num_layers,
-        )(cfg, self.compute, name="layers")(x_BTD, layer_caches, *context)
+        )(cfg, self.compute, name="layers")(x_BTD, None, cos_BT1H, sin_BT1H, segments)
 
-        x_BTD = norm(cfg, "final_norm")(x_BTD)
-        if cache is None:
-            return x_BTD, None
-        k, v = layer_caches
-        index = offset + tokens_BT.shape[1]
-        return x_BTD, dict(k=k, v=v, segment_ids=kv_segments_BS, index=index)
+        return norm(cfg, "final_norm")(x_BTD)
 
 
 def hidden_states(
@@ -317,7 +293,7 @@ def hidden_states(
 
     One after another they are the `output_hidden_states` of transformers.
     """
-    (x_BTD, _), kept = model.apply(
+    x_BTD, kept = model.apply(
         {"params": params},
         tokens_BT,
         positions_BT,
@@ -327,23 +303,6 @@ def hidden_states(
     (embedded_BTD,) = kept["intermediates"]["embedded"]
     (hidden_LBTD,) = kept["intermediates"]["layers"]["hidden"]
     return embedded_BTD[None], hidden_LBTD[:-1], x_BTD[None]
-
-
-def init_cache(
-    cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
-) -> Cache:
-    """An empty key-value cache: k [L, B, K, H, S], v [L, B, K, S, H].
-
-    Slots are filled in order. The layouts are those of the two matrix products of
-    attention, so that a decoding step does not transpose what is there already.
-    """
-    shape = (cfg.num_layers, batch, cfg.num_kv_heads)
-    return dict(
-        k=jnp.zeros((*shape, cfg.head_dim, slots), dtype),
-        v=jnp.zeros((*shape, slots, cfg.head_dim), dtype),
-        segment_ids=jnp.zeros((batch, slots), jnp.int32),
-        index=jnp.zeros((), jnp.int32),
-    )
 
 
 def unembedding(params: dict[str, Any]) -> jax.Array:

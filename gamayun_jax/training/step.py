@@ -76,7 +76,7 @@ def begin_ema(state: TrainState, abstract: TrainState) -> TrainState:
 
 def loss_sums(params, batch, cfg: Config, tables: TokenWeights):
     """`weighted_loss` of one (micro)batch: its loss_sum, and all sums."""
-    x_BTD, _ = Transformer(cfg.model, cfg.compute).apply(
+    x_BTD: Any = Transformer(cfg.model, cfg.compute).apply(
         {"params": params}, batch["inputs"], batch["positions"], batch["segment_ids"]
     )
     return weighted_loss(

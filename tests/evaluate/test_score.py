@@ -46,7 +46,7 @@ def scorer(shape=(1, 1, 1), window=None):
 def forward(params, ids_1T):
     model, T = Transformer(WIDE, FLOAT32), ids_1T.shape[1]
     ones = jnp.ones_like(ids_1T)
-    x, _ = model.apply({"params": params}, ids_1T, jnp.arange(T)[None], ones)
+    x = model.apply({"params": params}, ids_1T, jnp.arange(T)[None], ones)
     return jax.nn.log_softmax(logits(params, x)[0], -1)
 
 

@@ -68,7 +68,7 @@ def full_forward(cfg):
     def run(params, tokens_BT):
         positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         ones = jnp.ones_like(tokens_BT)
-        x_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT, ones)
+        x_BTD = model.apply({"params": params}, tokens_BT, positions_BT, ones)
         return logits(params, x_BTD)
 
     return run

@@ -82,7 +82,7 @@ def write_folder(cfg, params, folder, **options):
 @functools.cache
 def forward(cfg):
     def apply(params, tokens_BT, positions_BT, segments_BT):
-        x_BTD, _ = Transformer(cfg, FLOAT32).apply(
+        x_BTD = Transformer(cfg, FLOAT32).apply(
             {"params": params}, tokens_BT, positions_BT, segments_BT
         )
         return logits(params, x_BTD)

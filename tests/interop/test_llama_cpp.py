@@ -97,7 +97,7 @@ def test_the_same_logits(both):
     ids = [tokenizer.bos_id, *tokenizer.encode("Все люди рождаются свободными")][:40]
     tokens_BT = np.array([ids], np.int32)
     positions_BT = np.arange(len(ids), dtype=np.int32)[None]
-    x_BTD, _ = model_module.Transformer(cfg, ComputeConfig(dtype="float32")).apply(
+    x_BTD = model_module.Transformer(cfg, ComputeConfig(dtype="float32")).apply(
         {"params": params}, tokens_BT, positions_BT, np.ones_like(tokens_BT)
     )
     expected = np.asarray(model_module.logits(params, x_BTD))[0]

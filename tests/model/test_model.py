@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of
 
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
+from gamayun_jax.inference.decode import Decoder
 from gamayun_jax.model import ops, presets
 from gamayun_jax.model.transformer import (
     Transformer,
-    init_cache,
     logits,
     rope_angles,
     rope_frequencies,
@@ -65,14 +66,13 @@ def forward(model):
     """The jitted logits of a model, compiled once per shape of the tokens."""
 
     def apply(params, *args):
-        x_BTD, cache = model.apply({"params": params}, *args)
-        return logits(params, x_BTD), cache
+        return logits(params, model.apply({"params": params}, *args))
 
     return jax.jit(apply)
 
 
 def run(model, params, *args):
-    return np.asarray(forward(model)(params, *args)[0])
+    return np.asarray(forward(model)(params, *args))
 
 
 def inputs(cfg, B=2, T=20, seed=0):
@@ -222,22 +222,25 @@ def test_every_earlier_token_matters():
 @pytest.mark.parametrize("pieces", [(1,) * 12, (7, 1, 4)])
 def test_the_cache_equals_the_full_forward(pieces):
     cfg = VARIANTS["all"]
-    model, params = make(cfg)
+    _, params = make(cfg)
     tokens, positions, segments = inputs(cfg, T=12)
     segments = segments.copy()
     segments[0, :3] = 0  # left padding in the first row
     positions = np.maximum(positions - np.array([[3], [0]], np.int32), 0)
-    cache, at, found = init_cache(cfg, 2, 16), 0, []
+    decoder = Decoder(cfg, params, mesh_of((1, 1, 1)), FLOAT32)
+    k_BKHS, v_BKSH = (jnp.zeros((2, cfg.num_kv_heads, *s)) for s in ((6, 16), (16, 6)))
+    state = dict(caches=[(k_BKHS, v_BKSH)] * cfg.num_layers, index=0)
+    state["segments"] = jnp.zeros((2, 16), jnp.int32)
+    at, want = 0, [reference(cfg, params, tokens[b, s:]) for b, s in ((0, 3), (1, 0))]
     for n in pieces:
         part = [a[:, at : at + n] for a in (tokens, positions, segments)]
-        out, cache = forward(model)(params, *part, cache)
-        found.append(np.asarray(out))
+        got_BV, state = jax.jit(decoder._forward)(decoder.weights, *part, state)
         at += n
-    assert cache["index"] == 12
-    got = np.concatenate(found, axis=1)
-    for b, start in ((0, 3), (1, 0)):
-        want = reference(cfg, params, tokens[b, start:])
-        assert np.abs(got[b, start:] - want).max() < 1e-4 * np.abs(want).max()
+        for row, start, logits_TV in zip(got_BV, (3, 0), want, strict=True):
+            if at > start:  # else it is padding still
+                error = np.abs(row - logits_TV[at - start - 1]).max()
+                assert error < 1e-4 * np.abs(logits_TV).max()
+    assert state["index"] == 12
 
 
 @pytest.mark.parametrize(
@@ -261,7 +264,7 @@ def loss_and_gradients(compute):
     model = Transformer(SMALL, compute)
 
     def loss(params, tokens, *rest):
-        x_BTD, _ = model.apply({"params": params}, tokens, *rest)
+        x_BTD = model.apply({"params": params}, tokens, *rest)
         log_probs = jax.nn.log_softmax(logits(params, x_BTD[:, :-1]))
         return -jnp.mean(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1))
 
