@@ -566,4 +566,10 @@ def test_corpus_inspect_and_tokenizer_report(config, capsys):
     assert cli.main(["corpus", "inspect", config.data.corpus]) == 0
     assert "tr/help" in capsys.readouterr().out
     assert cli.main(["tokenizer", "report", config.data.corpus]) == 0
-    assert "bytes/token" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "bytes/token" in out
+    assert "Gini" in out
+    model = f"{config.data.corpus}/tokenizer.model"
+    both = ["--model", model, config.data.corpus]
+    assert cli.main(["tokenizer", "report", config.data.corpus, *both]) == 0
+    assert f"{model}: bytes/token" in capsys.readouterr().out

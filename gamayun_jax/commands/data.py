@@ -108,28 +108,28 @@ def train_tokenizer(config: Path, *, out: File, set_: Repeated = ()) -> None:
     print(build.train_tokenizer(load_config(config, set_).corpus, out))
 
 
-def report_tokenizer(corpus: Path, *, model: Path | None = None) -> None:
-    """Print bytes and characters per token by language, on a corpus's held-out sets.
+def report_tokenizer(corpus: Path, *, model: list[Path] | None = None) -> None:
+    """Print what a text costs by language in tokens, on a corpus's held-out sets.
+
+    Bytes and characters per token, tokens per word, the share of tokens that are parts
+    of a character, and on parallel sets how uneven the languages' costs are. Several
+    tokenizers are shown side by side.
 
     Example:
-      gamayun tokenizer report build/demo-corpus --model build/demo.model
+      gamayun tokenizer report build/demo-corpus --model Qwen3-1.7B build/demo.model
 
     Args:
       corpus: corpus folder, only read.
-      model: model file to report on (default: the corpus's own).
+      model: .model files, and folders of imported models, to report on (default: the
+        corpus's own tokenizer).
     """
-    from gamayun_jax.data import tokenizer
+    from gamayun_jax.data import fertility
     from gamayun_jax.data.corpus import open_corpus
-    from gamayun_jax.data.tokenizer_training import format_report, report
+    from gamayun_jax.data.model_tokenizer import given_tokenizer
 
     texts = open_corpus(corpus)
-    tokens = tokenizer.Tokenizer(model) if model else texts.tokenizer()
-    for name, languages in texts.heldout_sets().items():
-        by_language = {
-            k: [text for _, text in texts.heldout(name, k)] for k in languages
-        }
-        print(f"held-out set {name}")
-        print(format_report(report(tokens, by_language)))
+    given = {str(path): given_tokenizer(path) for path in model or ()}
+    print(fertility.compare(texts, given or {"of the corpus": texts.tokenizer()}))
 
 
 def preview_curriculum(

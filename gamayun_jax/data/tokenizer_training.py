@@ -1,4 +1,4 @@
-"""Training a tokenizer on a share of each language's text, and its fertility."""
+"""Training a tokenizer on a share of each language's text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
 from gamayun_jax.config import TokenizerConfig, UserError
-from gamayun_jax.data.tokenizer import FIXED_PIECES, TextCoder, Tokenizer
-from gamayun_jax.tables import Table
+from gamayun_jax.data.tokenizer import FIXED_PIECES, Tokenizer
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 RESERVED = 4 + 256 + len(FIXED_PIECES) + 1  # ids that no text has to earn (1: space)
@@ -25,9 +23,6 @@ BREAKS = re.compile("[\0\n\t\u2047\u2581\u2585]")
 MAX_SENTENCE = 1000
 CHARACTER_COVERAGE = 0.9995
 MAX_REPEATS = 4  # of a language that has too little text for its share
-# A word, roughly, also where words are not separated: one character of Han or kana,
-# or a run of other letters and digits.
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u9fff]+")
 
 
 def shares_of(cfg: TokenizerConfig, languages: Sequence[str]) -> dict[str, float]:
@@ -188,39 +183,3 @@ def cut_sentence(sentence: str) -> Iterable[str]:
         yield sentence[begin:end]
         begin = end
     yield sentence[begin:]
-
-
-def report(
-    tokenizer: TextCoder, texts_by_language: Mapping[str, Iterable[str]]
-) -> list[dict[str, Any]]:
-    """One row per language: how much text a token carries, and tokens per word."""
-    rows = []
-    for language, texts in texts_by_language.items():
-        size = characters = words = tokens = 0
-        for text in texts:
-            size += len(text.encode())
-            characters += len(text)
-            words += len(WORD.findall(text))
-            tokens += len(tokenizer.encode(text))
-        rows.append(
-            {
-                "language": language,
-                "bytes": size,
-                "tokens": tokens,
-                "bytes_per_token": size / max(tokens, 1),
-                "characters_per_token": characters / max(tokens, 1),
-                "tokens_per_word": tokens / max(words, 1),
-            }
-        )
-    return rows
-
-
-def format_report(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The rows of `report` as a table."""
-    heads = ("language", "bytes", "tokens", "bytes/token", "chars/token", "tokens/word")
-    ratios = ("bytes_per_token", "characters_per_token", "tokens_per_word")
-    body = []
-    for row in rows:
-        sizes = (f"{row[k]:,}" for k in ("bytes", "tokens"))
-        body.append([row["language"], *sizes, *(f"{row[k]:.2f}" for k in ratios)])
-    return Table(heads, body).text()

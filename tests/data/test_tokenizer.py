@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gamayun_jax.config import TokenizerConfig, UserError
+from gamayun_jax.data import fertility
 from gamayun_jax.data import tokenizer_training as training
 from gamayun_jax.data.tokenizer import Tokenizer
 
@@ -225,13 +226,23 @@ def test_bad_ids_and_surrogates(trained):
 
 
 def test_report(trained):
-    rows = training.report(trained, TEXTS)
+    rows = fertility.report(trained, TEXTS)
     assert [r["language"] for r in rows] == list(TEXTS)
     for row in rows:
         assert row["bytes"] == sum(len(t.encode()) for t in TEXTS[row["language"]])
         assert row["bytes_per_token"] * row["tokens"] == pytest.approx(row["bytes"])
     assert rows[2]["bytes_per_token"] > rows[2]["characters_per_token"]
-    table = training.format_report(rows).splitlines()
+    table = fertility.format_report(rows).splitlines()
     assert len(table) == 4
     assert len({len(line) for line in table}) == 1
-    assert training.report(trained, {"en": []})[0]["tokens"] == 0
+    assert fertility.report(trained, {"en": []})[0]["tokens"] == 0
+    euro = fertility.report(trained, {"en": ["\u20ac\u20ac"]})[0]
+    assert (euro["tokens"], euro["byte_pieces"]) == (6, 1.0)
+
+
+def test_uneven_costs_by_hand():
+    assert fertility.gini([3, 3, 3]) == 0
+    assert fertility.gini([0, 0, 0, 1]) == pytest.approx(3 / 4)
+    costs = [1.0, 2.0, 7.0]  # |differences| 1, 6, 5, each twice, over 2 n^2 mean
+    assert fertility.gini(costs) == pytest.approx(24 / (2 * 9 * 10 / 3))
+    assert fertility.gini([10 * x for x in costs]) == fertility.gini(costs)

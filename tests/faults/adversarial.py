@@ -14,7 +14,7 @@ from pathlib import Path
 import zstandard
 
 from gamayun_jax.config import DEMO_CORPUS, TokenizerConfig
-from gamayun_jax.data import cleaning, contamination, tokenizer_training
+from gamayun_jax.data import cleaning, contamination, fertility, tokenizer_training
 from gamayun_jax.evaluate import task_metrics
 from recipes.demo_data import decontaminate, extract_text, tasks
 
@@ -89,7 +89,7 @@ def main(names):
             extract_text.unwrap(t.split("\n"), k) for k in ("en", "zh")
         ],
         "descriptions": descriptions,
-        "report": lambda t: tokenizer_training.report(
+        "report": lambda t: fertility.report(
             model(), {"en": [cleaning.clean(t)]}
         ),
         "train": lambda t: tokenizer_training.train(
