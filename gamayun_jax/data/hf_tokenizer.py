@@ -1,24 +1,23 @@
 """Tokenizers of Hugging Face folders, read through the `tokenizers` library.
 
-`HFTokenizer` reads any tokenizer.json and has the interface of `tokenizer.Tokenizer`,
-so that corpora, evaluation and generation are made with either.
+`HFTokenizer` reads any tokenizer.json, so that corpora, evaluation and generation are
+made with it as with our own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import AddedToken
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
-from gamayun_jax.data.tokenizer import SPACE, Boundaries, join_bytes
+from gamayun_jax.data.tokenizer import SPACE, Boundaries, TextCoder
 
 # What a Hugging Face folder keeps of its tokenizer; copied as they are.
 TOKENIZER_FILES = (
@@ -132,7 +131,7 @@ def added_token(value: Any, special: bool = True) -> AddedToken:
     )
 
 
-class HFTokenizer:
+class HFTokenizer(TextCoder):
     """The tokenizer of a Hugging Face folder. Picklable.
 
     `encode_prompt` gives the ids of `AutoTokenizer(folder)(text)`. What it writes
@@ -257,7 +256,7 @@ class HFTokenizer:
         self.eos_id = ends[0]
         self.stop_ids = tuple(ends)
         # config.json may name a BOS that the tokenizer knows nothing of (Qwen).
-        self.bos_id: int | None = begins[0] if begins and told else None
+        self.bos_id = begins[0] if begins and told else None
         if self.prefix_ids:
             self.bos_id = self.prefix_ids[0]
         self.start_id = (*self.prefix_ids[-1:], *begins, *ends)[0]
@@ -296,10 +295,6 @@ class HFTokenizer:
                 spelled[i] = b"" if added.special else added.content.encode()
         return spelled
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, without BOS and EOS; control tokens in the text are text."""
-        return self.encode_batch([text])[0]
-
     def encode_prompt(self, text: str, literal: bool = False) -> list[int]:
         """The ids of `AutoTokenizer(folder)(text)`.
 
@@ -318,11 +313,6 @@ class HFTokenizer:
             self._tok.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without BOS and EOS.
-
-        Raises:
-          UserError: a text with lone surrogates, which has no bytes.
-        """
         try:
             found = self._tok.encode_batch_fast(list(texts), add_special_tokens=False)
         except (UnicodeError, TypeError) as e:
@@ -333,16 +323,7 @@ class HFTokenizer:
         """How the vocabulary writes an id, such as "<|endoftext|>"; "" for none."""
         return self._tok.id_to_token(i) or ""
 
-    def spell(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids spell; control tokens spell nothing."""
-        return join_bytes(self._spelled, ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of these bytes; a character cut in the middle shows as U+FFFD."""
-        return self.spell(ids).decode("utf-8", "replace")
-
     def write(self, folder: Path) -> None:
-        """Files in `folder` from which the same tokenizer can be read."""
         for name, text in self.contents().items():
             files.write_text(folder / name, text)
 
@@ -363,7 +344,3 @@ class HFTokenizer:
         return {"tokenizer.json": text} | {
             name: files.json_text(values) for name, values in sorted(kept.items())
         }
-
-    def byte_lengths(self) -> np.ndarray:
-        """int32[V]: UTF-8 bytes that each id spells; 0 for control tokens."""
-        return np.array([len(s) for s in self._spelled], np.int32)

@@ -14,7 +14,7 @@ import codecs
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -56,10 +56,10 @@ class Boundaries(NamedTuple):
         return int(np.count_nonzero(begins))
 
 
-class TextCoder(Protocol):
-    """The interface of a tokenizer for evaluation, generation and export.
+class TextCoder:
+    """A tokenizer for corpora, evaluation, generation and export.
 
-    Two classes have it: `Tokenizer` below, and `hf_tokenizer.HFTokenizer` for imported
+    There are two: `Tokenizer` below, and `hf_tokenizer.HFTokenizer` for imported
     models. `model_tokenizer.open_tokenizer` gives the one that belongs to a model.
 
     Attributes:
@@ -77,6 +77,7 @@ class TextCoder(Protocol):
     """
 
     vocab_size: int
+    bos_id: int | None
     prefix_ids: tuple[int, ...]
     start_id: int
     eos_id: int
@@ -84,37 +85,45 @@ class TextCoder(Protocol):
     pad_id: int
     boundaries: Boundaries
     fingerprint: str
+    _spelled: list[bytes]  # by each id; nothing by control tokens
 
-    @property
-    def bos_id(self) -> int | None: ...
     def encode(self, text: str) -> list[int]:
         """Token ids, without BOS and EOS; control tokens in the text are text."""
-        ...
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, as `encode` gives them.
+
+        Raises:
+          UserError: a text with lone surrogates, which has no bytes.
+        """
+        raise NotImplementedError
 
     def encode_prompt(self, text: str, literal: bool = False) -> list[int]:
         """Ids of a prompt as `AutoTokenizer` gives them: with what is written before a
         text, and control tokens in it read as such unless it is `literal`."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without BOS and EOS."""
-        ...
+        raise NotImplementedError
 
     def spell(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids spell; control tokens spell nothing."""
-        ...
+        """The bytes that ids spell; UserError if one is outside the vocabulary."""
+        parts = []
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise UserError(f"token id {i} is outside 0..{self.vocab_size - 1}")
+            parts.append(self._spelled[i])
+        return b"".join(parts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these bytes; a character cut in the middle shows as U+FFFD."""
-        ...
+        return self.spell(ids).decode("utf-8", "replace")
 
     def byte_lengths(self) -> np.ndarray:
         """int32[V]: UTF-8 bytes that each id spells; 0 for control tokens."""
-        ...
+        return np.array([len(s) for s in self._spelled], np.int32)
 
     def write(self, folder: Path) -> None:
         """Files in `folder` from which the same tokenizer can be read."""
-        ...
+        raise NotImplementedError
 
 
 class TextStream:
@@ -133,12 +142,14 @@ class TextStream:
         return self._decoder.decode(self._tokenizer.spell(known), last)
 
 
-class Tokenizer:
+class Tokenizer(TextCoder):
     """A SentencePiece model, read from a file or from its bytes. Picklable.
 
     Raises:
       UserError: no such file, not a SentencePiece model, or one that loses text.
     """
+
+    bos_id: int
 
     def __init__(self, model: str | Path | bytes):
         if isinstance(model, bytes):
@@ -171,9 +182,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{name} has no BOS or no EOS piece: both are needed")
-        self.prefix_ids: tuple[int, ...] = (self.bos_id,)
-        self.start_id: int = self.bos_id
-        self.stop_ids: tuple[int, ...] = (self.eos_id,)
+        self.prefix_ids, self.stop_ids = (self.bos_id,), (self.eos_id,)
+        self.start_id = self.bos_id
         # A model without padding: with byte fallback, no text ever gives unk.
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.unk_id
         self.boundaries = Boundaries(self.bos_id, self.eos_id, self.pad_id)
@@ -207,21 +217,12 @@ class Tokenizer:
     def __setstate__(self, model: bytes) -> None:
         Tokenizer.__init__(self, model)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, without BOS and EOS."""
-        return self.encode_batch([text])[0]
-
     def encode_prompt(self, text: str, literal: bool = False) -> list[int]:
         """Token ids from BOS on. A text that spells a control token is text always, as
         in the folder that `export-hf` writes."""
         return [self.bos_id, *self.encode(text)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without BOS and EOS.
-
-        Raises:
-          UserError: a text with lone surrogates, which has no bytes.
-        """
         try:
             if not any(SPACE in text for text in texts):
                 return self._sp.encode(list(texts), num_threads=1)
@@ -237,33 +238,10 @@ class Tokenizer:
             ids += part
         return ids
 
-    def spell(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids spell; those of no text (BOS, EOS, padding) spell none."""
-        return join_bytes(self._spelled, ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of these bytes; a character cut in the middle shows as U+FFFD."""
-        return self.spell(ids).decode("utf-8", "replace")
-
-    def byte_lengths(self) -> np.ndarray:
-        """int32[V]: UTF-8 bytes that each id spells; 0 for BOS, EOS, padding, unk."""
-        return np.array([len(s) for s in self._spelled], np.int32)
-
     def write(self, folder: Path) -> None:
-        """Files in `folder` from which the same tokenizer can be read."""
         self.save(folder / "tokenizer.model")
 
     def save(self, path: str | Path) -> None:
         """Write the model file, whole or not at all."""
         with atomic(Path(path)) as temporary:
             temporary.write_bytes(self.model)
-
-
-def join_bytes(spelled: Sequence[bytes], ids: Iterable[int]) -> bytes:
-    """The bytes that ids spell, joined; UserError if one is outside the table."""
-    parts = []
-    for i in ids:
-        if not 0 <= i < len(spelled):
-            raise UserError(f"token id {i} is outside 0..{len(spelled) - 1}")
-        parts.append(spelled[i])
-    return b"".join(parts)
