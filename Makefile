@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Memory in huge pages, as the command asks for by itself (docs/speed.md): here for tests.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help setup demo demo-long test test-slow soak lint corpus tasks clean
 .DEFAULT_GOAL = help

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gamayun_jax import huge_pages
 from gamayun_jax.config import UserError
 
 
@@ -71,7 +72,8 @@ class Pool:
                 yield i, function(*job)
             return
         try:
-            # Ctrl-C is this process's to handle: those it starts inherit the mask.
+            # Those that it starts inherit this. Ctrl-C is this process's to handle.
+            os.environ.update(huge_pages.changes())
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 futures = {

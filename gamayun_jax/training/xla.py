@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 PCI = Path("/sys/bus/pci/devices")
@@ -43,6 +43,25 @@ def set_flags(
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
 
 
+def only_cpus(
+    environment: Mapping[str, str] = os.environ,
+    pci: Path = PCI,
+    drivers: Sequence[Path] = GPU_DRIVERS,
+) -> bool:
+    """Whether JAX will compute on CPUs: it is told to, or nothing else is at hand."""
+    if "JAX_PLATFORMS" in environment:
+        return environment["JAX_PLATFORMS"] == "cpu"
+
+    def read(path: Path) -> str:
+        return path.read_text().strip() if path.exists() else ""
+
+    tpu = any(
+        read(device / "vendor") == GOOGLE and read(device / "device") != GOOGLE_NETWORK
+        for device in pci.glob("*")
+    )
+    return not (tpu or any(driver.exists() for driver in drivers))
+
+
 def skip_absent_tpu(
     environment: MutableMapping[str, str] = os.environ,
     pci: Path = PCI,
@@ -53,17 +72,7 @@ def skip_absent_tpu(
 
     Must come before JAX is imported. What the user has put into JAX_PLATFORMS stays.
     """
-    if "JAX_PLATFORMS" in environment or importlib.util.find_spec("libtpu") is None:
-        return
-
-    def read(path: Path) -> str:
-        return path.read_text().strip() if path.exists() else ""
-
-    tpu = any(
-        read(device / "vendor") == GOOGLE and read(device / "device") != GOOGLE_NETWORK
-        for device in pci.glob("*")
-    )
-    if not (tpu or any(driver.exists() for driver in drivers)):
+    if importlib.util.find_spec("libtpu") and only_cpus(environment, pci, drivers):
         environment["JAX_PLATFORMS"] = "cpu"
 
 
