@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 MANY = 120  # rows of a figure
 WORDS = {
-    "difference": "Outcome of the first arm minus the second's, in bits per byte, seed "
-    "by seed: below 0, the first is better. Solid: the mean with its 95 % interval; "
+    "difference": "Outcome of the first arm minus the second's, in bits, seed by seed: "
+    "below 0, the first is better. Solid: the mean with its 95 % interval; "
     "open: single seeds.",
     "interval": "Resamples seeds, languages and texts together: it speaks of others "
     "of the same kinds, too. It is for one comparison alone.",
@@ -54,6 +54,8 @@ WORDS = {
     "smallest effect": "The difference that so many seeds would have shown with 80 % "
     "power, at the spread over seeds that was seen.",
     "bits per byte": GLOSSARY["bits per byte"],
+    "bits per question": "Bits that the right choice takes among a question's choices: "
+    "0 where the model is sure of it, log2 of their number by chance.",
 }
 
 
@@ -126,7 +128,7 @@ def verdict_section(f: Findings) -> Markup:
         "Verdicts",
         "The registered hypotheses, those that were not borne out included.",
         block("notes", [sentence(f, c) for c in f.hypotheses]),
-        forest("Registered differences", f.hypotheses, names),
+        forest(f, "Registered differences", f.hypotheses, names),
         block("table", hypothesis_table(f)),
     )
 
@@ -188,7 +190,7 @@ def exploratory_section(f: Findings) -> Markup:
         title, names = f"{outcome.name}: {len(found)} pairs", [*map(pair_text, found)]
         content = [block("table", exploratory_table(found))]
         if len(found) <= MANY:
-            content.insert(0, forest(title, found, names, letters=44))
+            content.insert(0, forest(f, title, found, names, letters=44))
         parts.append(block("folded", title, content))
     if f.averages:
         table = block("table", exploratory_table(f.averages))

@@ -115,6 +115,7 @@ def curricula_grid(f: Findings, curricula: Mapping[str, Any]) -> Markup:
 
 
 def forest(
+    f: Findings,
     title: str,
     found: Iterable[Compared],
     names: Sequence[str],
@@ -130,7 +131,7 @@ def forest(
     for c, name in zip(found, names, strict=True):
         panels.setdefault(c.outcome, {}).setdefault(name, []).extend(dots_of(c))
     drawn = [
-        Panel(f"bits per byte, {plain(outcome, 20)}", dots)
+        Panel(f"{f.unit(outcome)}, {plain(outcome, 20)}", dots)
         for outcome, dots in panels.items()
     ]
     shown = list(dict.fromkeys(names))

@@ -15,7 +15,7 @@ from gamayun_jax.report.formats import fixed, interval_text, plain, short
 from gamayun_jax.report.read_run import entries, get, num, rows
 from gamayun_jax.study import findings
 from gamayun_jax.study.analysis import CONTRADICTED, SUPPORTED, smallest_effect
-from gamayun_jax.study.findings import ArmRuns, Compared, Findings
+from gamayun_jax.study.findings import PER_BYTE, ArmRuns, Compared, Findings
 from gamayun_jax.tables import Cell, Table
 
 MARKS = {SUPPORTED: "better", CONTRADICTED: "worse"}
@@ -75,7 +75,7 @@ def sentence(f: Findings, c: Compared) -> str:
     told = [f"{c.name}: {c.verdict.upper()}. {c.claim.rstrip('.')}:"]
     if not d.n:
         return f"{told[0]} no pair of runs to compare."
-    told.append(f"{pair_text(c)} is {fixed(e.value, '+.4f')} bits per byte")
+    told.append(f"{pair_text(c)} is {fixed(e.value, '+.4f')} {f.unit(c.outcome)}")
     if e.low is not None:
         told.append(f"(95 %: {interval_text(e, digits=4)})")
     told.append(f"over {d.n} seeds")
@@ -128,7 +128,11 @@ def noise_table(f: Findings) -> Table:
             sd = "" if r["sd"] is None else f"sd {r['sd']:.4f}"
             cells.append(Cell(fixed(r["mean"], ".4f"), sd, value=r["mean"]))
         body.append(cells)
-    return Table(["arm", "seeds", *(o.name for o in f.outcomes)], body)
+    heads = [
+        o.name + ("" if f.unit(o.name) == PER_BYTE else f", {f.unit(o.name)}")
+        for o in f.outcomes
+    ]
+    return Table(["arm", "seeds", *heads], body)
 
 
 def power_table(f: Findings) -> Table:
@@ -231,7 +235,8 @@ def study_text(f: Findings) -> str:
         "",
         *(sentence(f, c) for c in f.hypotheses),
         "",
-        "outcomes by arm, mean and standard deviation over seeds (bits per byte)",
+        "outcomes by arm, mean and standard deviation over seeds (bits per byte where "
+        "nothing else is said)",
         noise_table(f).text(),
     ]
     return "\n".join(parts)

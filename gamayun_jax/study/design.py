@@ -48,8 +48,12 @@ class Arm:
 class Outcome:
     """Bits per byte, the mean over held-out sets of the mean over languages.
 
+    A task of the configs (evaluation.tasks) is a set too. Of multiple choice it is the
+    bits per question that the right choice takes among the choices
+    (records.choice_bits); of the other kinds, bits per byte of the text or target.
+
     Attributes:
-      sets: held-out sets.
+      sets: held-out sets or tasks, all measured per byte or all per question.
       languages: "others" (all but English), "all", or one language.
     """
 

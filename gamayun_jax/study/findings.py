@@ -30,6 +30,7 @@ from gamayun_jax.study.records import read_records, read_units
 from gamayun_jax.study.registration import read_registration
 
 NO_VERDICT, EXCLUDED = "no verdict yet", "excluded"
+PER_BYTE, PER_QUESTION = "bits per byte", "bits per question"
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,19 @@ class Findings:
         return next(
             o for o in self.outcomes if o.name == (name or self.study["primary"])
         )
+
+    def unit(self, outcome: str) -> str:
+        """What an outcome is measured in."""
+        measured = self.outcome(outcome).sets
+        sizes = (
+            size
+            for corpus in self.units.values()
+            for name in measured
+            for of in corpus.get(name, {}).values()
+            for size in of["bytes"]
+        )
+        questions = {size == 1 for size in sizes} == {True}
+        return PER_QUESTION if questions else PER_BYTE
 
     def known_languages(self) -> list[str]:
         """Of all held-out sets, in the order of the units."""

@@ -4,27 +4,32 @@ records/ARM/SEED.json
   arm, seed, sha256     the run, and the registration that it belongs to
   status                "done", or "diverged" with the reason in `why`
   steps, tokens, served source -> examples, as the run itself counted them
-  sets                  held-out set -> language -> bits per byte at the end
+  sets                  held-out set or task -> language -> bits per byte at the end, or
+                        per question of a multiple-choice task
   raw                   the same of the last parameters, where `sets` is of an average
-  bits                  held-out set -> language -> bits of each unit, rounded to 0.01
+  bits                  set or task -> language -> bits of each unit, rounded to 0.01
   curve                 [{step, tokens, loss, languages: {language: nats per token}}]
   made_with             device, dtype, versions, side_by_side, seconds
 
-units.json has, of each set and language, the units' ids and sizes in bytes; they are
-the same for all runs on a corpus.
+units.json has, of each set and language, the units' ids and sizes in bytes (a question
+counts as 1); they are the same for all runs on a corpus.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data.files import write_text
 
-Items = Mapping[str, list[dict[str, Any]]]  # "heldout-SET" -> its units
+# "heldout-SET" or a task's name -> its units, as evaluators give them.
+Items = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def record_path(folder: Path, arm: str, seed: int) -> Path:
@@ -73,18 +78,63 @@ def read_records(folder: Path, sha256: str = "") -> dict[tuple[str, int], dict]:
     return found
 
 
-def bits_of(items: Items) -> dict[str, dict[str, list[float]]]:
-    """Set -> language -> bits of each unit, in the order of the items."""
-    made: dict[str, dict[str, list[float]]] = {}
+def choice_bits(item: Mapping[str, Any]) -> float:
+    """Bits that a question's right choice takes among its C choices; log2(C) by chance.
+
+    -log2 of its share of the choices' probabilities, each first divided by what the
+    choice has without the question, where the task says how to ask for that.
+
+    Args:
+      item: the result of a multiple-choice item (evaluate.run_tasks).
+    """
+    scores_C = np.array(item["logprobs"], np.float64)
+    if "unconditional" in item:
+        scores_C = scores_C - np.array(item["unconditional"], np.float64)
+    total = np.logaddexp.reduce(scores_C)
+    return float(total - scores_C[item["answer"]]) / math.log(2)
+
+
+def units_of(items: Items) -> dict[str, dict[str, dict[str, list[Any]]]]:
+    """Set or task -> language -> {"ids", "bytes", "bits"} of its units, in their order.
+
+    Generated answers have no bits, so tasks of that kind are left out.
+    """
+    made: dict[str, dict[str, dict[str, list[Any]]]] = {}
     for name, rows in items.items():
-        by = made.setdefault(name.removeprefix("heldout-"), {})
         for row in rows:
-            by.setdefault(row["language"], []).append(round(row["bits"], 2))
+            if "bits" in row:
+                bits, size = row["bits"], row["bytes"]
+            elif "answer" in row:
+                bits, size = choice_bits(row), 1
+            elif "logprobs" in row:  # cloze
+                bits, size = -row["logprobs"][0] / math.log(2), row["bytes"][0]
+            else:
+                continue
+            by = made.setdefault(name.removeprefix("heldout-"), {})
+            of = by.setdefault(row["language"], {"ids": [], "bytes": [], "bits": []})
+            for key, value in zip(of, (row["id"], size, bits), strict=True):
+                of[key].append(value)
     return made
 
 
+def bits_of(items: Items) -> dict[str, dict[str, list[float]]]:
+    """Set or task -> language -> bits of each unit, rounded."""
+    return {
+        name: {k: [round(b, 2) for b in of["bits"]] for k, of in by.items()}
+        for name, by in units_of(items).items()
+    }
+
+
+def means_of(items: Items) -> dict[str, dict[str, float]]:
+    """Set or task -> language -> bits per byte, or per question."""
+    return {
+        name: {k: round(sum(of["bits"]) / sum(of["bytes"]), 6) for k, of in by.items()}
+        for name, by in units_of(items).items()
+    }
+
+
 def write_units(folder: Path, corpus: str, items: Items) -> None:
-    """Write the units of a corpus's held-out sets, if that is not done yet.
+    """Write the units of a corpus's held-out sets and tasks, if that is not done yet.
 
     Args:
       corpus: hash of its contents.
@@ -93,14 +143,10 @@ def write_units(folder: Path, corpus: str, items: Items) -> None:
     known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if corpus in known:
         return
-    sets: dict[str, dict[str, dict[str, list[Any]]]] = {}
-    for name, rows in items.items():
-        by = sets.setdefault(name.removeprefix("heldout-"), {})
-        for row in rows:
-            of = by.setdefault(row["language"], {"ids": [], "bytes": []})
-            of["ids"].append(row["id"])
-            of["bytes"].append(row["bytes"])
-    known[corpus] = sets
+    known[corpus] = {
+        name: {k: {"ids": of["ids"], "bytes": of["bytes"]} for k, of in by.items()}
+        for name, by in units_of(items).items()
+    }
     lines = (f" {json.dumps(k)}: {json.dumps(v)}" for k, v in known.items())
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 

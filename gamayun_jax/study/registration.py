@@ -21,6 +21,7 @@ from gamayun_jax.data import controls
 from gamayun_jax.data.corpus import Corpus, open_corpus
 from gamayun_jax.data.files import write_json
 from gamayun_jax.data.plan import DataPlan, make_data_plan
+from gamayun_jax.evaluate.tasks import Task, load_task
 from gamayun_jax.fields import decode
 from gamayun_jax.study.analysis import RULES
 from gamayun_jax.study.design import Arm, Study
@@ -86,21 +87,44 @@ def make_arms(study: Study) -> dict[str, MadeArm]:
     return made
 
 
+def tasks_of(cfg: Config) -> dict[str, Task]:
+    """The tasks that a config's runs are asked, by name."""
+    limit = cfg.evaluation.task_items
+    tasks = [load_task(n, cfg.languages, limit) for n in cfg.evaluation.tasks]
+    return {task.name: task for task in tasks}
+
+
 def check_outcomes(study: Study, arm: Arm, corpus: Corpus) -> None:
-    """Raise UserError for an outcome that this arm's corpus has no texts for."""
-    sets = corpus.heldout_sets()
+    """Raise UserError for an outcome that this arm's corpus and tasks don't measure."""
+    tasks = tasks_of(arm.config)
+    sets = {k: list(t.languages) for k, t in tasks.items() if t.kind != "generation"}
+    texts = corpus.heldout_sets()
+    if both := sets.keys() & texts.keys():
+        raise UserError(
+            f"arm {arm.name}: {min(both)!r} is a held-out set and a task of "
+            "evaluation.tasks, and records have one of that name: leave the task out"
+        )
+    sets |= texts
+    choices = {k for k, t in tasks.items() if t.kind == "multiple_choice"}
     for outcome in study.outcomes:
+        asked = [n for n in outcome.sets if n in choices]
+        if asked and len(asked) < len(outcome.sets):
+            raise UserError(
+                f"outcome {outcome.name!r} is a mean over {', '.join(outcome.sets)}: "
+                "some are measured in bits per question and some per byte; make two "
+                "outcomes of it"
+            )
         for name in outcome.sets:
             if name not in sets:
                 raise UserError(
-                    f"outcome {outcome.name!r} is on held-out set {name!r}, which the "
-                    f"corpus of arm {arm.name} does not have; it has "
-                    f"{', '.join(sets) or 'none'}"
+                    f"outcome {outcome.name!r} is on {name!r}, which is no held-out "
+                    f"set of the corpus of arm {arm.name} and no task of its config "
+                    f"that has bits; there are {', '.join(sets) or 'none'}"
                 )
             if not outcome.languages_of(sets[name]):
                 raise UserError(
                     f"outcome {outcome.name!r} is about languages="
-                    f"{outcome.languages!r}, and held-out set {name!r} has "
+                    f"{outcome.languages!r}, and {name!r} has "
                     f"{', '.join(sets[name])}"
                 )
 
@@ -140,6 +164,8 @@ def registration(study: Study, made: Mapping[str, MadeArm]) -> dict[str, Any]:
             "corpus": digest(arm.corpus.contents()),
             "tokenizer": arm.corpus.manifest["tokenizer"]["fingerprint"],
         }
+        if tasks := tasks_of(arm.cfg):
+            row["tasks"] = {name: task.hash for name, task in tasks.items()}
     frozen = {"study": design, "analysis": RULES}
     return {"sha256": digest(frozen), **frozen}
 
@@ -148,6 +174,8 @@ def portable(cfg: Config) -> dict[str, Any]:
     """A config without what is only of one machine: paths, and what a seed replaces."""
     plain = to_dict(cfg)
     del plain["corpus"], plain["seed"], plain["name"], plain["data"]["corpus"]
+    tasks = [Path(name).stem for name in plain["evaluation"]["tasks"]]
+    plain["evaluation"]["tasks"] = tasks
     return plain
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import fnmatch
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,21 +21,29 @@ import flax.linen as nn
 import jax
 
 from gamayun_jax.data.files import read_json_lines
-from gamayun_jax.evaluate.heldout import HeldoutEvaluator, Items
+from gamayun_jax.evaluate.run_tasks import training_evaluators
 from gamayun_jax.model import sharding
-from gamayun_jax.model.transformer import Transformer, compute_dtype
+from gamayun_jax.model.transformer import compute_dtype
 from gamayun_jax.model.weights import flops_per_token
 from gamayun_jax.study.curricula import write_curricula
 from gamayun_jax.study.design import Study, with_seed
 from gamayun_jax.study.records import (
+    Items,
     bits_of,
+    means_of,
     read_records,
     record_path,
     write_record,
     write_units,
 )
 from gamayun_jax.study.registration import MadeArm, digest, make_arms, register
-from gamayun_jax.study.side_by_side import Member, Trained, group_key, train_group
+from gamayun_jax.study.side_by_side import (
+    Member,
+    Trained,
+    group_key,
+    items_of,
+    train_group,
+)
 from gamayun_jax.train import PREEMPTED, train
 from gamayun_jax.training.average import average_meta, average_of
 from gamayun_jax.training.divergence import DivergedForGoodError
@@ -163,7 +170,10 @@ def run_alone(
         name: row["tokens"] // cfg.data.seq_len
         for name, row in metrics[-1]["sources"].items()
     }
-    evaluations = [read_evaluation(workdir, cfg.total_steps)]
+    folder_of_items = workdir / "eval" / f"{cfg.total_steps}.items"
+    evaluations: list[Items] = [
+        {p.stem: read_json_lines(p) for p in sorted(folder_of_items.glob("*.jsonl"))}
+    ]
     if made.arm.average_tokens:
         evaluations.append(evaluate_average(made, seed, workdir))
     curve = [
@@ -185,28 +195,16 @@ def run_alone(
     return 0
 
 
-def read_evaluation(workdir: Path, step: int) -> tuple[dict[str, Any], Items]:
-    """What `HeldoutEvaluator.run` gave at a step, from the run's folder."""
-    results = json.loads((workdir / "eval" / f"{step}.json").read_text("utf-8"))
-    items = {
-        path.stem: read_json_lines(path)
-        for path in sorted((workdir / "eval" / f"{step}.items").glob("heldout-*.jsonl"))
-    }
-    return results["sets"], items
-
-
-def evaluate_average(
-    made: MadeArm, seed: int, workdir: Path
-) -> tuple[dict[str, Any], Items]:
-    """The held-out sets by the mean of a run's last checkpoints."""
+def evaluate_average(made: MadeArm, seed: int, workdir: Path) -> Items:
+    """The held-out sets and tasks by the mean of a run's last checkpoints."""
     cfg = with_seed(made.cfg, made.name, seed)
     meta = average_meta(workdir, window=made.arm.average_tokens)
     params = average_of(workdir, meta)
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        model = Transformer(cfg.model, cfg.compute)
-        evaluator = HeldoutEvaluator(cfg, made.corpus, mesh, model)
-        return evaluator.run(jax.device_put(params, sharding.replicated(mesh)))
+        evaluators = training_evaluators(cfg, made.corpus, mesh)
+        placed = jax.device_put(params, sharding.replicated(mesh))
+        return items_of(evaluators, placed)
 
 
 # --- side by side -----------------------------------------------------------------
@@ -266,7 +264,7 @@ def finish(
     sha256: str,
     made: MadeArm,
     seed: int,
-    evaluations: Sequence[tuple[dict[str, Any], Items]],
+    evaluations: Sequence[Items],
     curve: list[dict[str, Any]],
     served: dict[str, int],
     seconds: float,
@@ -277,7 +275,7 @@ def finish(
     Args:
       evaluations: of the last parameters, and of their average where the arm has one.
     """
-    cfg, (results, items) = made.cfg, evaluations[-1]
+    cfg, items = made.cfg, evaluations[-1]
     corpus = digest(made.corpus.contents())
     write_units(folder, corpus, items)
     record = head(made, seed, sha256) | {
@@ -286,7 +284,7 @@ def finish(
         "steps": cfg.total_steps,
         "tokens": cfg.total_steps * cfg.tokens_per_step,
         "served": served,
-        "sets": bits_per_byte(results),
+        "sets": means_of(items),
         "bits": bits_of(items),
         "curve": curve,
         "made_with": {
@@ -298,13 +296,5 @@ def finish(
         },
     }
     if len(evaluations) > 1:
-        record["raw"] = bits_per_byte(evaluations[0][0])
+        record["raw"] = means_of(evaluations[0])
     write_record(folder, record)
-
-
-def bits_per_byte(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Set -> language -> bits per byte."""
-    return {
-        name: {k: round(v["bits_per_byte"], 6) for k, v in part["languages"].items()}
-        for name, part in results.items()
-    }

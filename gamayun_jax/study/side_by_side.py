@@ -33,13 +33,14 @@ from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.loader import LocalBatches
 from gamayun_jax.data.plan import DataPlan
 from gamayun_jax.data.token_weights import build_token_weights
-from gamayun_jax.evaluate.heldout import HeldoutEvaluator, Items
+from gamayun_jax.evaluate.run_tasks import training_evaluators
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
-from gamayun_jax.model.transformer import Transformer
+from gamayun_jax.study.records import Items
 from gamayun_jax.training.average import average_weights
 from gamayun_jax.training.checkpoint import TrainState
 from gamayun_jax.training.optimizer import learning_rate
+from gamayun_jax.training.recording import Evaluator
 from gamayun_jax.training.step import init_state, stage_tokens, update
 
 OWN = ("name", "seed", "stages", "corpus")  # fields in which runs of a group may differ
@@ -61,13 +62,13 @@ class Trained(NamedTuple):
     """What a run of a group ends with.
 
     Attributes:
-      evaluations: `HeldoutEvaluator.run` of the last parameters, and of their average
+      evaluations: items of the last parameters, and of their average
         where the run asks for one.
       curve: the means of every log.every_steps steps, as records.py says.
       skipped: steps whose loss or gradient was not finite.
     """
 
-    evaluations: list[tuple[dict[str, Any], Items]]
+    evaluations: list[Items]
     curve: list[dict[str, Any]]
     skipped: int
 
@@ -272,6 +273,11 @@ def curve_point(cfg: Config, step: int, sums: Any) -> dict[str, Any]:
     }
 
 
+def items_of(evaluators: Sequence[Evaluator], params: Any) -> Items:
+    """The items of all evaluators."""
+    return dict(itertools.chain(*(e.run(params)[1].items() for e in evaluators)))
+
+
 def evaluate_group(
     members: Sequence[Member],
     cfg: Config,
@@ -282,13 +288,13 @@ def evaluate_group(
     curves: list[list[dict[str, Any]]],
     skipped: np.ndarray,
 ) -> list[Trained]:
-    """Each run's last parameters on the held-out sets, and its average's."""
-    evaluator = HeldoutEvaluator(cfg, corpus, mesh, Transformer(cfg.model, cfg.compute))
+    """Each run's last parameters on the held-out sets and tasks, and its average's."""
+    evaluators = training_evaluators(cfg, corpus, mesh)
     pick = jax.jit(lambda tree, n: jax.tree.map(lambda x: x[n], tree))
     made = []
     for n, member in enumerate(members):
-        evaluations = [evaluator.run(pick(params, n))]
+        evaluations = [items_of(evaluators, pick(params, n))]
         if member.average_tokens:
-            evaluations.append(evaluator.run(pick(averages, n)))
+            evaluations.append(items_of(evaluators, pick(averages, n)))
         made.append(Trained(evaluations, curves[n], int(skipped[n])))
     return made

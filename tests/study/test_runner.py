@@ -13,6 +13,7 @@ from gamayun_jax import config as c
 from gamayun_jax.commands import study as commands
 from gamayun_jax.study import (
     design,
+    findings,
     planning,
     records,
     registration,
@@ -24,7 +25,11 @@ from gamayun_jax.training.optimizer import learning_rate
 from gamayun_jax.training.run_folder import RunFolder
 from gamayun_jax.training.step import stage_tokens
 
-OUTCOMES = (design.Outcome("others", ("udhr",)), design.Outcome("en", ("udhr",), "en"))
+OUTCOMES = (
+    design.Outcome("others", ("udhr",)),
+    design.Outcome("en", ("udhr",), "en"),
+    design.Outcome("facts", ("cldr_facts",)),
+)
 
 
 def one_schedule(cfg):
@@ -40,7 +45,11 @@ def one_schedule(cfg):
         ),
     )
     checkpoint = c.CheckpointConfig(every_steps=2, keep=2, keep_every_steps=2)
-    return dataclasses.replace(cfg, stages=stages, checkpoint=checkpoint)
+    tasks = {"tasks": ("cldr_facts",), "task_items": 5}
+    asked = dataclasses.replace(cfg.evaluation, **tasks)
+    return dataclasses.replace(
+        cfg, stages=stages, checkpoint=checkpoint, evaluation=asked
+    )
 
 
 def small_study(cfg, **changes):
@@ -95,8 +104,9 @@ def test_alone_and_side_by_side_agree(alone, base, tmp_path):
             np.testing.assert_allclose(point["loss"], same["loss"], rtol=1e-4)
             assert point["languages"].keys() == same["languages"].keys()
         for part in ("sets", "raw") if key[0] == "single" else ("sets",):
-            for language, value in record[part]["udhr"].items():
-                assert value == pytest.approx(twin[part]["udhr"][language], rel=1e-3)
+            assert set(record[part]) == {"udhr", "cldr_facts"}
+            for name, by in record[part].items():
+                assert by == pytest.approx(twin[part][name], rel=1e-3)
     # The average is another model than the last parameters, by far more than rounding.
     for record in (one["single", 0], other["single", 0]):
         gaps = [
@@ -112,12 +122,53 @@ def test_alone_and_side_by_side_agree(alone, base, tmp_path):
 
 def test_bits_per_byte_are_those_of_the_units(alone):
     (units,) = records.read_units(alone).values()
-    for record in records.read_records(alone).values():
+    for (arm, seed), record in records.read_records(alone).items():
         for language, bits in record["bits"]["udhr"].items():
             size = sum(units["udhr"][language]["bytes"])
             assert sum(bits) / size == pytest.approx(
                 record["sets"]["udhr"][language], abs=1e-3
             )
+        run = alone / "runs" / arm / str(seed)
+        evaluation = json.loads((run / f"eval/{record['steps']}.json").read_text())
+        last = record.get("raw", record["sets"])
+        for language, row in evaluation["sets"]["udhr"]["languages"].items():
+            assert last["udhr"][language] == pytest.approx(row["bits_per_byte"])
+
+
+def test_a_task_is_an_outcome(alone, base):
+    """Its questions are units of one size; a choice is one of four, so about 2 bits."""
+    (units,) = records.read_units(alone).values()
+    tasks = registration.tasks_of(base)
+    for record in records.read_records(alone).values():
+        for language, bits in record["bits"]["cldr_facts"].items():
+            items = tasks["cldr_facts"].items[language]
+            row = units["cldr_facts"][language]
+            assert row == {"ids": [i["id"] for i in items], "bytes": [1] * 5}
+            assert np.mean(bits) == pytest.approx(
+                record["sets"]["cldr_facts"][language], abs=0.01
+            )
+            assert 0.5 < np.mean(bits) < 8
+    found = findings.analyse(alone)
+    assert [found.unit(o.name) for o in OUTCOMES] == [
+        *("bits per byte", "bits per byte", "bits per question")
+    ]
+    frozen = json.loads((alone / registration.FILE).read_text())
+    for arm in frozen["study"]["arms"]:
+        assert arm["config"]["evaluation"]["tasks"] == ["cldr_facts"]
+        assert arm["tasks"] == {"cldr_facts": tasks["cldr_facts"].hash}
+
+
+def test_bits_of_the_right_choice():
+    """By hand: shares 1/2, 1/4, 1/8, 1/8; without the question the first has twice
+    what each other has."""
+    row = {"logprobs": np.log([0.5, 0.25, 0.125, 0.125]).tolist()}
+    told = [records.choice_bits(row | {"answer": n}) for n in range(4)]
+    np.testing.assert_allclose(told, [1, 2, 3, 3])
+    row["unconditional"] = np.log([0.4, 0.2, 0.2, 0.2]).tolist()
+    told = [records.choice_bits(row | {"answer": n}) for n in range(4)]
+    np.testing.assert_allclose(told, np.log2([3.0, 3.0, 6.0, 6.0]))
+    far = {"logprobs": [-5000.0, -1.0], "answer": 0}  # no underflow
+    assert records.choice_bits(far) == pytest.approx(4999 / np.log(2))
 
 
 def test_a_finished_study_trains_nothing(alone, base, monkeypatch):
@@ -377,11 +428,15 @@ def test_arms_that_are_not_matched_are_named(base):
     [
         (
             design.Outcome("o", ("help",)),
-            "set 'help', which the corpus of arm",
+            "'help', which is no held-out set of the corpus of arm staged and no task",
         ),
         (
             design.Outcome("o", ("udhr",), "xx"),
-            "languages='xx', and held-out set",
+            "languages='xx', and 'udhr' has",
+        ),
+        (
+            design.Outcome("o", ("udhr", "cldr_facts")),
+            "some are measured in bits per question and some per byte",
         ),
     ],
 )
