@@ -89,7 +89,8 @@ def get_study() -> s.Study:
             "Two pilot runs (seed 100, `early` alone) came before: with 48 towns "
             "English itself learnt little, so there are 16; then 52 % of the names "
             "were right after the first half, nouns were at chance outside of "
-            "English, and both were at chance at the end. The third hypothesis is expected to fail.",
+            "English, and both were at chance at the end. The third hypothesis is "
+            "expected to fail.",
             "Peak and schedule are the demo's.",
         ),
     )
