@@ -15,6 +15,7 @@ DATA = {"demo_corpus", "demo_tasks"}
 # What the report may read through, of rooms that hold a model: they import no JAX.
 JSON_ONLY = {
     "data.files",
+    "data.ledger",
     "evaluate.paired",
     "training.run_folder",
     "study.analysis",

@@ -189,9 +189,11 @@ def plan(
 def report(runs: list[Path], *, out: Folder | None = None) -> None:
     """Make the HTML report of one run, or of several overlaid.
 
-    Also prints what each stage changed by language. Folders that `gamayun quantize`
-    wrote are compared with the run that they were made from. Of a study's folder, made
-    or under way, the page is made from its records alone, in STUDY/report.
+    Also prints what each stage changed by language, and the ledger of what was served
+    of each source and language, which exposure.json has beside the page. Folders that
+    `gamayun quantize` wrote are compared with the run that they were made from. Of a
+    study's folder, made or under way, the page is made from its records alone, in
+    STUDY/report.
 
     Examples:
       gamayun report runs/demo
@@ -210,7 +212,7 @@ def report(runs: list[Path], *, out: Folder | None = None) -> None:
             )
         show_study(runs[0])
         return
-    from gamayun_jax.report import changes, read_run, report
+    from gamayun_jax.report import changes, exposure, read_run, report
 
     page = report.write_report(runs, out or runs[0] / "report")
     for folder in runs:
@@ -219,4 +221,6 @@ def report(runs: list[Path], *, out: Folder | None = None) -> None:
         run = read_run.read_run(folder)
         if table := changes.stage_text(run):
             print(f"{run.name}\n{table}\n" if len(runs) > 1 else f"{table}\n")
+        if table := exposure.exposure_text(run):
+            print(f"{table}\n")
     print(page)

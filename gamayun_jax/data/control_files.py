@@ -13,6 +13,7 @@ from gamayun_jax.config import Config, StageConfig, UserError
 from gamayun_jax.data.controls import Base, make_arm, stage_counts
 from gamayun_jax.data.curriculum import ONE
 from gamayun_jax.data.files import write_text
+from gamayun_jax.data.ledger import SourceSize, exposure, grouped
 from gamayun_jax.data.plan import DataPlan, make_data_plan
 from gamayun_jax.tables import Table
 
@@ -206,15 +207,7 @@ def ledger_text(
     """
     served = {name: plan.served(plan.total_steps) for name, plan in plans.items()}
     base = next(iter(plans.values()))
-    languages: dict[str, list[str]] = {}
-    for source in base.sources:
-        languages.setdefault(source.split("/")[0], []).append(source)
-    rows = []
-    for language, sources in languages.items():
-        rows += [ledger_row(s, [s], served, cfg, sizes) for s in sources]
-        if len(sources) > 1:
-            rows.append(ledger_row(f"{language}, all", sources, served, cfg, sizes))
-    rows.append(ledger_row("all", list(base.sources), served, cfg, sizes))
+    rows = [ledger_row(*row, served, cfg, sizes) for row in grouped(base.sources)]
     heads = ("source", "tokens", "epochs", "repeats", *served)
     examples = base.total_steps * base.batch_size
     first, *others = served.values()
@@ -240,15 +233,16 @@ def ledger_row(
     sizes: Mapping[str, int] | None,
 ) -> list[str]:
     """A row of the ledger: sources together."""
-    counts = [sum(of_arm[s] for s in sources) for of_arm in served.values()]
-    first = next(iter(served.values()))
-    epochs = repeats = "?"
+    known = {s: SourceSize(n) for s, n in (sizes or {}).items()}
+    seq_len = cfg.data.seq_len
+    rows = [exposure(of_arm, known, sources, seq_len) for of_arm in served.values()]
+    first = rows[0]
+    epochs, repeats = "?", "?"
     if sizes is not None:
-        size = sum(sizes[s] for s in sources)
-        epochs = f"{counts[0] / size:.2f}" if size else "–"
-        repeats = f"{sum(max(0, first[s] - sizes[s]) for s in sources):,}"
-    tokens = f"{counts[0] * cfg.data.seq_len:,}"
-    return [name, tokens, epochs, repeats, *(f"{n:,}" for n in counts)]
+        epochs = "–" if first["epochs"] is None else f"{first['epochs']:.2f}"
+        repeats = "0" if first["repeats"] is None else f"{first['repeats']:,}"
+    counts = (f"{row['examples']:,}" for row in rows)
+    return [name, f"{first['tokens']:,}", epochs, repeats, *counts]
 
 
 def exposure_differences(

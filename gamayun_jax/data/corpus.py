@@ -109,6 +109,10 @@ class Corpus:
         starts = len(info.shards) if start == end else info.documents
         return info.tokens - info.documents - starts
 
+    def targets(self, source: str) -> int:
+        """Tokens of a source that are predicted: its text, and each document's EOS."""
+        return self.text_tokens(source) + self.sources[source].documents
+
     def heldout_sets(self) -> dict[str, list[str]]:
         """Name of each held-out set -> its languages."""
         return {k: list(v["languages"]) for k, v in self.manifest["heldout"].items()}

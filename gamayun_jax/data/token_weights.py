@@ -84,6 +84,36 @@ def make_token_weights(
     return by_language.astype(np.float32), by_token.astype(np.float32)
 
 
+def objective_shares(
+    tables: Tables, cfg: Config, corpus: Corpus, shares: Mapping[str, float]
+) -> dict[str, float]:
+    """Share of the objective that each language is to have by a stage's weights.
+
+    Args:
+      tables: of the stage, by `build_token_weights`.
+      shares: source -> share of the tokens of the stage's mixture.
+
+    Returns:
+      language -> sum over its sources of share x mean weight of its tokens, of which
+      BOS is no target; made to sum to 1.
+    """
+    by_language, by_token = tables
+    weights = np.array(by_token, np.float64)
+    start, end, _ = corpus.tokenizer().boundaries
+    if start != end:  # else it is a target at the end of each document
+        weights[start] = 0.0
+    found = dict.fromkeys(cfg.languages, 0.0)
+    for name, share in shares.items():
+        source = corpus.sources[name]
+        if share:
+            counts = corpus.token_counts(name)
+            mean = float(counts @ weights[: len(counts)]) / source.tokens
+            own = by_language[cfg.languages.index(source.language)]
+            found[source.language] += share * float(own) * mean
+    total = sum(found.values())
+    return {k: v / total if total else 0.0 for k, v in found.items()}
+
+
 def build_token_weights(
     cfg: Config, corpus: Corpus, language_shares: Mapping[str, float], stage: int
 ) -> Tables:

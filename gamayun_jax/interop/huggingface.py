@@ -42,7 +42,7 @@ from gamayun_jax.data.tokenizer import Tokenizer
 from gamayun_jax.interop.export_tokenizer import fingerprint_of, write_tokenizer
 from gamayun_jax.interop.hf_config import config_from_hf, config_to_hf, unknown_keys
 from gamayun_jax.interop.hf_weights import DTYPES, read_weights, write_weights
-from gamayun_jax.interop.model_card import model_card
+from gamayun_jax.interop.model_card import exposure_of, model_card
 from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import abstract_params, parameter_count
 from gamayun_jax.training.checkpoint import Checkpoints
@@ -279,7 +279,10 @@ def export_hf(
             path = run / "eval" / f"{step}.json"
             if evaluation is None and path.is_file():
                 evaluation = read_object(path)
-            card = model_card(cfg, meta, data, evaluation)
+            ledger = exposure_of(meta, run)
+            card = model_card(cfg, meta, data, evaluation, ledger)
+            if ledger is not None:
+                files.write_json(temporary / "exposure.json", ledger)
             files.write_text(temporary / "README.md", card)
             files.write_json(temporary / "lineage.json", meta.lineage)
     names = [p.name for p in paths]

@@ -170,9 +170,10 @@ head_loss.defvjp(_head_fwd, _head_bwd)
 
 
 def language_sums(
-    batch: Batch, nll_BT: jax.Array, num_languages: int
+    batch: Batch, nll_BT: jax.Array, weights_BT: jax.Array, num_languages: int
 ) -> dict[str, jax.Array]:
-    """Sums per language, float32 [G]: nll (nats), targets (unmasked), tokens (all)."""
+    """Sums per language, float32 [G]: nll (nats), targets (unmasked), tokens (all),
+    weights (of the targets)."""
     ids_G = jnp.arange(num_languages, dtype=jnp.int32)
     of_language_BTG = batch["language"][..., None] == ids_G[None, None]
 
@@ -184,6 +185,7 @@ def language_sums(
         "nll": total(nll_BT * batch["loss_mask"]),
         "targets": total(batch["loss_mask"]),
         "tokens": total(jnp.ones_like(batch["loss_mask"])),
+        "weights": total(weights_BT),
     }
 
 
@@ -203,7 +205,8 @@ def weighted_loss(
 
     Returns:
       loss_sum: float32 scalar, to be differentiated.
-      sums: `loss_sum` and `target_count` scalars, `languages` from `language_sums`.
+      sums: `loss_sum`, `target_count` and `squared_weights` scalars, `languages` from
+        `language_sums`.
     """
     weights_BT = token_weights(batch, tables)
     loss_sum, nll_BT = head_loss(
@@ -212,6 +215,7 @@ def weighted_loss(
     sums = {
         "loss_sum": loss_sum,
         "target_count": jnp.sum(batch["loss_mask"]),
-        "languages": language_sums(batch, nll_BT, len(tables.language)),
+        "squared_weights": jnp.sum(jnp.square(weights_BT)),
+        "languages": language_sums(batch, nll_BT, weights_BT, len(tables.language)),
     }
     return loss_sum, sums

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gamayun_jax.report.curves import sources_chart
+from gamayun_jax.report.exposure import exposure_sections, gap
 from gamayun_jax.report.figures import curriculum_figure, to_svg
 from gamayun_jax.report.formats import plain, short
 from gamayun_jax.report.html import block, section
@@ -73,11 +73,6 @@ def chain_of(run: Run) -> list[dict[str, Any]]:
     return chain[::-1]
 
 
-def gap(what: str) -> Markup:
-    """Says which record is missing."""
-    return block("gap", f"Not recorded in this run: {what}.")
-
-
 def origin_sections(run: Run, who: str, languages: Sequence[str]) -> Iterable[Markup]:
     """What a run was trained on, and where it comes from."""
     points = rows(run.lineage, "curriculum", "shares")
@@ -87,11 +82,7 @@ def origin_sections(run: Run, who: str, languages: Sequence[str]) -> Iterable[Ma
         content = to_svg(figure, "Share of each source over tokens")
     text = "Share of each source in the tokens trained on, stacked."
     yield section(f"{who}Curriculum", text, content)
-    content = gap("curriculum.table in lineage.json")
-    if rows(run.lineage, "curriculum", "table"):
-        content = sources_chart("Tokens and epochs by source", run, languages)
-    text = "As planned, the stages in order from dark to light; upright tick: served."
-    yield section(f"{who}Tokens and epochs of each source", text, content)
+    yield from exposure_sections(run, who, languages)
     content = block("chain", chain_of(run)) if run.lineage else gap("lineage.json")
     yield section(f"{who}Lineage", "Where the model comes from, oldest first.", content)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.config import UserError
+from gamayun_jax.data.files import write_json
 from gamayun_jax.evaluate.paired import MACRO
 from gamayun_jax.report.changes import BITS, stage_sections
 from gamayun_jax.report.charts import DASHES, Panel, Points, dots_chart
@@ -22,9 +23,10 @@ from gamayun_jax.report.curves import (
     loss_points,
     panels_chart,
 )
+from gamayun_jax.report.exposure import gap, ledger_of
 from gamayun_jax.report.formats import fixed, plain, short
 from gamayun_jax.report.html import GLOSSARY, block, section, write_page
-from gamayun_jax.report.provenance import gap, origin_sections
+from gamayun_jax.report.provenance import origin_sections
 from gamayun_jax.report.read_run import (
     BASELINES,
     Evaluation,
@@ -292,7 +294,8 @@ def languages_shown(runs: Sequence[Run], quantised: Iterable[Any]) -> list[str]:
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
-    """Write OUT/index.html for one run folder, or for several overlaid.
+    """Write OUT/index.html for one run folder, or for several overlaid; and beside it
+    exposure.json, run -> its ledger (data/ledger.py).
 
     Folders of `gamayun quantize` among them get a section: before and after.
 
@@ -321,4 +324,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     for run in runs:
         parts += origin_sections(run, of_run(run, runs), languages)
     title = " and ".join(r.name for r in runs)
-    return write_page(out, title, "Training report", parts)
+    page = write_page(out, title, "Training report", parts)
+    ledgers = {r.name: ledger for r in runs if (ledger := ledger_of(r))}
+    write_json(out / "exposure.json", ledgers)
+    return page

@@ -16,6 +16,7 @@ import numpy as np
 from gamayun_jax.config import Config, to_dict
 from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.plan import DataPlan
+from gamayun_jax.data.token_weights import build_token_weights, objective_shares
 from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.compatibility import check_tokenizer
@@ -31,6 +32,7 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
     """What the model comes from: config, corpus, curriculum, versions, parents."""
     tokens_before = origin["tokens"] if origin else 0
     keys = ("documents", "bytes", "tokens")
+    sizes = corpus.examples(cfg.data.seq_len)
     return {
         "run": cfg.name,
         "started": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
@@ -42,6 +44,7 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
             "tokenizer": corpus.manifest["tokenizer"]["fingerprint"],
             "sources": {
                 name: {k: info[k] for k in keys}
+                | {"examples": sizes[name], "targets": corpus.targets(name)}
                 for name, info in corpus.manifest["sources"].items()
             },
         },
@@ -51,6 +54,10 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
                 for row in plan.table()
             ],
             "shares": share_points(cfg, plan, tokens_before),
+            "objective": {
+                stage.name: planned_objective(cfg, corpus, plan, k)
+                for k, stage in enumerate(cfg.stages)
+            },
         },
         "stages": stage_spans(cfg, tokens_before),
         "transitions": {s.name: to_dict(s.transition) for s in cfg.stages},
@@ -58,6 +65,14 @@ def new_lineage(cfg: Config, corpus: Corpus, plan: DataPlan, origin) -> dict[str
         "events": [],
         "versions": versions(),
     }
+
+
+def planned_objective(
+    cfg: Config, corpus: Corpus, plan: DataPlan, stage: int
+) -> dict[str, float]:
+    """Share of the objective that each language is to have in a stage."""
+    tables = build_token_weights(cfg, corpus, plan.language_shares(cfg, stage), stage)
+    return objective_shares(tables, cfg, corpus, plan.shares[stage])
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

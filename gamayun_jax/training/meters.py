@@ -22,27 +22,35 @@ SUMMED = {
     "loss_sum": "numerator",
     "target_count": "denominator",
     "grad_norm": "grad_norm",
+    "squared_weights": "squared_weights",
 }
 STALL_SECONDS = 1e-3  # of waiting for data, which is not yet called a stall
 
 
 class MetricAccumulator:
     """Sums of the steps since the last record; saved with a checkpoint, so that a
-    resumed run writes the same records as one that was never interrupted."""
+    resumed run writes the same records as one that was never interrupted.
+
+    What a former release's checkpoint lacks counts from there: sums of weights have a
+    number of targets of their own.
+    """
 
     def __init__(self, num_languages: int, saved: Mapping[str, Any] | None = None):
         zeros = np.zeros(num_languages)
         self.sums: dict[str, Any] = dict(steps=0, numerator=0.0, denominator=0.0)
         self.sums |= dict(grad_norm=0.0, learning_rate=0.0, skipped=0)
-        self.languages = {k: zeros.copy() for k in ("nll", "targets", "tokens")}
+        self.sums |= dict(weighted_targets=0.0, squared_weights=0.0)
+        names = ("nll", "targets", "tokens", "weights")
+        self.languages = {k: zeros.copy() for k in names}
         if saved is not None:
             self.sums |= saved["sums"]
-            self.languages = {k: np.array(v) for k, v in saved["languages"].items()}
+            self.languages |= {k: np.array(v) for k, v in saved["languages"].items()}
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         self.sums["steps"] += 1
         for metric, name in SUMMED.items():
             self.sums[name] += float(metrics[metric])
+        self.sums["weighted_targets"] += float(metrics["target_count"])
         self.sums["skipped"] += int(metrics["skipped"])
         self.sums["learning_rate"] = float(metrics["learning_rate"])
         for name, values in metrics["languages"].items():
@@ -53,8 +61,16 @@ class MetricAccumulator:
         return {"sums": self.sums, "languages": languages}
 
     def record(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Means of the interval, overall and per language (null without targets)."""
+        """Means of the interval, overall and per language (null without targets).
+
+        `objective` has what the token weights did, as sums that add up over records:
+        the number of targets, their weights' sum W and sum of squares S; and the
+        effective sample size W^2 / S (Kish 1965), as a share of the targets. A
+        language's share of the objective is its `weight` over W.
+        """
         s, by = self.sums, self.languages
+        weight = float(by["weights"].sum())
+        most = s["squared_weights"] * s["weighted_targets"]  # W^2, were weights equal
 
         def mean(total: float, count: float) -> float | None:
             value = total / count if count else math.nan
@@ -66,11 +82,18 @@ class MetricAccumulator:
             "lr": s["learning_rate"],
             "grad_norm": mean(s["grad_norm"], s["steps"] - s["skipped"]),
             "skipped": s["skipped"],
+            "objective": {
+                "targets": int(s["weighted_targets"]),
+                "weight": weight,
+                "squared_weights": s["squared_weights"],
+                "effective_share": mean(weight * weight, most),
+            },
             "languages": {
                 name: {
                     "nll": mean(by["nll"][k], by["targets"][k]),
                     "targets": int(by["targets"][k]),
                     "tokens": int(by["tokens"][k]),
+                    "weight": float(by["weights"][k]),
                 }
                 for k, name in enumerate(names)
             },

@@ -105,6 +105,10 @@ def write_record(run: Run, step: int) -> None:
     flat = {k: record[k] for k in ("loss", "nll", "lr", "grad_norm")}
     flat |= {k: record["time"][k] for k in ("tokens_per_s", "mfu")}
     flat |= {f"nll/{k}": v["nll"] for k, v in record["languages"].items()}
+    flat["effective_share"] = record["objective"]["effective_share"]
+    weight = record["objective"]["weight"]
+    for name, row in record["languages"].items() if weight else ():
+        flat[f"objective/{name}"] = row["weight"] / weight
     scalars = {f"train/{k}": v for k, v in flat.items()}
     run.folder.scalars(scalars, record["tokens"])
     run.log(console_line(run, record))
@@ -113,11 +117,14 @@ def write_record(run: Run, step: int) -> None:
 def console_line(run: Run, record: Mapping[str, Any]) -> str:
     """A record on one line."""
     rate, mfu = record["time"]["tokens_per_s"], record["time"]["mfu"]
+    effective = record["objective"]["effective_share"]
     left = (run.cfg.total_steps - record["step"]) * run.cfg.tokens_per_step / rate
     return (
         f"{record['stage']:>8} step {record['step']}/{run.cfg.total_steps}  tokens "
         f"{record['tokens'] / 1e6:.2f}M  loss {record['loss'] or math.nan:.4f}  "
         f"lr {record['lr']:.2e}  {rate:,.0f} tokens/s"
+        # Where all weights are alike, every target counts.
+        + (f"  effective {effective:.1%}" if (effective or 1.0) < 0.9995 else "")
         + (f"  MFU {mfu:.1%}" if mfu is not None else "")
         + f"  left {datetime.timedelta(seconds=round(left))}"
     )

@@ -1,5 +1,6 @@
 """Weights and loss against float64, and equal under any way to cut the batch."""
 
+import dataclasses
 import re
 
 import jax
@@ -14,6 +15,7 @@ from gamayun_jax.model.loss import (
     token_weights,
     weighted_loss,
 )
+from gamayun_jax.training import step
 
 B, T, D, V = 4, 12, 8, 17
 LANGUAGES = ("en", "ru", "tr")
@@ -132,7 +134,41 @@ def test_sums_add_over_any_split_of_the_batch(cuts, random_batch):
         )
     assert whole["target_count"] == batch["loss_mask"].sum()
     weights = batch["loss_mask"] * tables.language[batch["language"]]
+    found = [whole["languages"]["weights"], whole["squared_weights"]]
+    of_language = [(weights * (batch["language"] == i)).sum() for i in range(3)]
+    np.testing.assert_allclose(found[0], of_language, rtol=1e-5)
+    np.testing.assert_allclose(found[1], (weights**2).sum(), rtol=1e-5)
     np.testing.assert_allclose(whole["loss_sum"], (weights * nll).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_measuring_the_weights_changes_no_bit(
+    wide_config, new_states, random_batch, monkeypatch, microbatches
+):
+    """Of loss, norm and state after two steps, against steps that do not."""
+    compute = dataclasses.replace(wide_config.compute, microbatches=microbatches)
+    cfg = dataclasses.replace(wide_config, compute=compute)
+    batch = random_batch(cfg.data.batch_size, cfg.data.seq_len, cfg.model.vocab_size)
+    tables = TokenWeights(
+        np.float32([0.5, 1, 2]), np.linspace(0, 2, cfg.model.vocab_size, dtype="f4")
+    )
+
+    def two_steps():
+        update = jax.jit(lambda state: step.update(state, batch, cfg, tables, 1e-2))
+        state, first = update(new_states[-1])
+        state, second = update(state)
+        kept = ("loss_sum", "grad_norm", "target_count")
+        return state, [{k: m[k] for k in kept} for m in (first, second)]
+
+    def unmeasured(*args):
+        loss_sum, sums = weighted_loss(*args)
+        languages = {k: v for k, v in sums["languages"].items() if k != "weights"}
+        rest = {k: v for k, v in sums.items() if k != "squared_weights"}
+        return loss_sum, {**rest, "languages": languages}
+
+    measured = two_steps()
+    monkeypatch.setattr(step, "weighted_loss", unmeasured)
+    jax.tree.map(np.testing.assert_array_equal, measured, two_steps())
 
 
 @pytest.mark.parametrize(

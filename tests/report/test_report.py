@@ -192,7 +192,7 @@ class Page(HTMLParser):
 def page_of(out: Path, *runs: Path) -> Page:
     path = report.write_report(runs, out)
     assert path == out / "index.html"
-    assert [p.name for p in out.iterdir()] == ["index.html"]
+    assert sorted(p.name for p in out.iterdir()) == ["exposure.json", "index.html"]
     return Page(path)
 
 

@@ -29,10 +29,18 @@ from gamayun_jax.config import (
 )
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.files import file_sha256
+from gamayun_jax.data.ledger import uncounted
+from gamayun_jax.data.loader import LocalBatches
 from gamayun_jax.data.plan import make_data_plan
+from gamayun_jax.data.token_weights import build_token_weights
+from gamayun_jax.interop.model_card import exposure_of
+from gamayun_jax.report.exposure import ledger_of
+from gamayun_jax.report.read_run import read_run
+from gamayun_jax.report.report import write_report
 from gamayun_jax.training import checkpoint, cluster, signals
 from gamayun_jax.training.compatibility import check_corpus
 from gamayun_jax.training.lineage import load_origin, share_points
+from gamayun_jax.training.meters import MetricAccumulator
 from gamayun_jax.training.run_folder import BadRecordLog, RunFolder
 from gamayun_jax.training.step import abstract_state
 
@@ -49,6 +57,13 @@ def state_of(run, cfg, step):
     state = store.restore(step, abstract_state(cfg, make_mesh(cfg.mesh)))
     store.close()
     return jax.tree.leaves(jax.device_get(state))
+
+
+def meta_at(run, step):
+    """The meta of a run's checkpoint."""
+    store = checkpoint.Checkpoints(run / "checkpoints", read_only=True)
+    with contextlib.closing(store):
+        return store.meta(step)
 
 
 def records(run):
@@ -183,6 +198,89 @@ def test_shares_read_back_from_the_records_are_the_curriculum_s(
     assert [align[f"{k}/help"] for k in ("en", "ru", "tr")] == pytest.approx(
         [22.4, 22.4, 11.2], abs=1
     )
+
+
+def test_the_ledger_is_the_plan_and_what_the_steps_counted(
+    straight, config, corpus, tmp_path
+):
+    """At a step between records: the records' tokens by language, and the checkpoint's
+    of the steps since, are the plan's; at the run's end, so is the report's ledger."""
+    plan = make_data_plan(config, corpus)
+    for step in (6, 9, 12, 13):
+        meta = meta_at(straight, step)
+        found = exposure_of(meta, straight)
+        served = plan.served(step)
+        assert uncounted(found) == {}
+        for language in config.languages:
+            row, source = found["languages"][language], f"{language}/help"
+            assert row["counted"]["tokens"] == served[source] * 64
+            examples = corpus.examples(64)[source]
+            assert found["sources"][source]["served"] == row["served"]
+            assert row["served"]["examples"] == served[source]
+            assert row["planned"]["examples"] == plan.served(13)[source]
+            assert row["served"]["epochs"] == served[source] / examples
+            assert row["served"]["targets"] == pytest.approx(
+                row["counted"]["targets"], rel=0.1
+            )
+        assert found["all"]["served"]["tokens"] == step * 8 * 64
+    assert ledger_of(read_run(straight)) == found
+    write_report([straight], tmp_path)
+    told = json.loads((tmp_path / "exposure.json").read_text())
+    assert told == {"straight": found}
+    missing = exposure_of(meta, tmp_path)  # the records are gone
+    assert set(uncounted(missing)) == set(config.languages)
+    assert missing["all"] == found["all"]
+
+
+def test_the_records_tell_what_the_weights_did(straight, config, corpus):
+    """Against the batches themselves, by the tables of each stage."""
+    plan, expected = make_data_plan(config, corpus), {}
+    data = LocalBatches(config, corpus, plan, np.arange(8))
+    for stage, steps in (("align", range(7)), ("enrich", range(7, 13))):
+        k = [s.name for s in config.stages].index(stage)
+        shares = plan.language_shares(config, k)
+        by_language, by_token = build_token_weights(config, corpus, shares, k)
+        of = np.zeros(3)
+        squares = targets = 0.0
+        for step in steps:
+            b = data[step]
+            w = b["loss_mask"] * by_language[b["language"]] * by_token[b["targets"]]
+            of += np.bincount(b["language"].ravel(), w.ravel(), 3)
+            squares, targets = squares + (w**2).sum(), targets + b["loss_mask"].sum()
+        expected[stage] = of / of.sum(), of.sum() ** 2 / squares / targets
+    stages = ledger_of(read_run(straight))["stages"]
+    assert [s["stage"] for s in stages] == list(expected)
+    for stage in stages:
+        shares, effective = expected[stage["stage"]]
+        got = [row["achieved"] for row in stage["languages"].values()]
+        np.testing.assert_allclose(got, shares, rtol=1e-5)
+        assert stage["effective_share"] == pytest.approx(effective, rel=1e-5)
+    assert stages[0]["effective_share"] < 0.9  # bytes
+    assert stages[1]["effective_share"] == pytest.approx(1.0)  # none
+
+
+def test_a_former_checkpoint_s_sums_go_on_without_weights():
+    """What they lack counts from there, with a number of targets of its own."""
+    metrics = {
+        "loss_sum": 6.0, "target_count": 3.0, "grad_norm": 1.0, "skipped": 0,
+        "squared_weights": 5.0, "learning_rate": 0.1,
+        "languages": {
+            "nll": [6.0, 0.0], "targets": [3.0, 0.0], "tokens": [4.0, 0.0],
+            "weights": [3.0, 0.0],
+        },
+    }  # fmt: skip
+    new = MetricAccumulator(2)
+    new.add(metrics)
+    saved = json.loads(json.dumps(new.to_json()))
+    for name in ("weighted_targets", "squared_weights"):
+        del saved["sums"][name]
+    del saved["languages"]["weights"]
+    gone_on = MetricAccumulator(2, saved)
+    gone_on.add(metrics)
+    record = gone_on.record(("en", "ru"))
+    assert record["languages"]["en"]["targets"] == 6
+    assert record["objective"] == new.record(("en", "ru"))["objective"]
+    assert record["objective"]["effective_share"] == pytest.approx(9 / 15)
 
 
 @pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 7, 11])
