@@ -104,7 +104,7 @@ def test_training_keeps_no_hidden_states(config):
     assert set(params) == {"params"}
 
     def plain(params):
-        return model.apply(params, ids, ids, ids)[0]
+        return model.apply(params, ids, ids, ids)
 
     def asked(params):
         return hidden_states(model, params["params"], ids, ids, ids)

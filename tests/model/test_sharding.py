@@ -188,7 +188,7 @@ def test_constraints_do_nothing_without_rules(wide_config):
 
     def apply(params, tokens):
         model = step.Transformer(wide_config.model, wide_config.compute)
-        return model.apply({"params": params}, tokens, tokens, tokens)[0]
+        return model.apply({"params": params}, tokens, tokens, tokens)
 
     def constraints(rules):
         with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
