@@ -193,6 +193,7 @@ def generation(
         {
             "id": item["id"],
             "language": item["language"],
+            "prompt": task.prompt.format(**item),
             "text": texts[n],
             "answers": list(item["answers"]),
             "correct": task_metrics.text_scores(

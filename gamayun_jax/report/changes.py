@@ -22,7 +22,7 @@ from gamayun_jax.evaluate.paired import (
     unpaired,
     verdicts,
 )
-from gamayun_jax.report.charts import Dot, Panel, dots_chart
+from gamayun_jax.report.charts import Dot, Panel, dots_chart, percent
 from gamayun_jax.report.colours import language_cell
 from gamayun_jax.report.formats import fixed, interval_text, plain
 from gamayun_jax.report.html import block, section
@@ -71,23 +71,38 @@ class Change:
         """1 if more is better, -1 if less is."""
         return -1 if self.metric == BITS else 1
 
-    def cell(self, scale: float = 1.0, digits: int = 3) -> Cell:
-        """The change with its interval, coloured by the verdict.
+    @property
+    def unit(self) -> tuple[float, int]:
+        """What a value is multiplied by, and its digits: shares are told in percent."""
+        return (1.0, 3) if self.metric == BITS else (100.0, 1)
 
-        Args:
-          scale: 100 for percent.
-        """
+    def cell(self) -> Cell:
+        """The change with its interval, coloured by the verdict: with as many digits as
+        show on which side of 0 it is, where that is certain."""
         e, note = self.estimate, ""
+        scale, digits = self.unit
         if e.low is not None:
             kind = "" if self.paired else " unpaired"
             note = interval_text(e, scale, digits) + kind
-        text = fixed(scale * e.value, f"+.{digits}f")
+        value = scale * e.value
+        while self.verdict in ("better", "worse") and not round(value, digits):
+            digits += 1
+            if digits > 9:
+                break
+        text = fixed(value, f"+.{digits}f")
         return Cell(text, note, value=e.value, verdict=self.verdict)
+
+    def arrow(self) -> str:
+        """ "2.426 → 2.319", before and after."""
+        scale, digits = self.unit
+        ends = (None if v is None else scale * v for v in (self.before, self.after))
+        return " → ".join(fixed(v, f".{digits}f") for v in ends)
 
     def dot(self) -> Dot:
         """The change with its interval in a figure, faint within noise."""
         look = "faint" if self.verdict == "same" else "solid"
-        return Dot(self.estimate.value, look, self.estimate.low, self.estimate.high)
+        e, name = self.estimate, f"change ({VERDICTS.get(self.verdict, 'mean')})"
+        return Dot(e.value, look, e.low, e.high, name=name)
 
 
 def tests_of(record: Mapping[str, Any]) -> dict[str, Test]:
@@ -240,16 +255,15 @@ def change_table(boundary: Boundary, languages: Sequence[str]) -> Table:
     """Languages by tests: before and after the stage, and the change."""
     tests = by_test(boundary.changes)
     heads = ["language"]
-    for name, _ in tests:
-        heads += [plain(name, 20), "change"]
+    for name, metric in tests:
+        heads += [plain(name, 20) + ("" if metric == BITS else ", %"), "change"]
     rows = []
     order = order_of(boundary.changes, languages)
     for i, language in enumerate(order):
         row = [language_cell(i, language, language == MACRO)]
         for of_test in tests.values():
             if c := of_test.get(language):
-                arrow = f"{fixed(c.before)} → {fixed(c.after)}"
-                row += [Cell(arrow, value=c.after), c.cell()]
+                row += [Cell(c.arrow(), value=c.after), c.cell()]
             else:
                 row += [Cell(), Cell()]
         rows.append(row)
@@ -289,16 +303,19 @@ def stage_sections(run: Run, languages: Sequence[str], who: str) -> Iterable[Mar
             Panel(
                 f"{plain(name, 20)}, {plain(metric, 13).replace('_', ' ')}",
                 {k: [c.dot()] for k, c in of_test.items()},
+                form=None if metric == BITS else percent,
             )
             for (name, metric), of_test in by_test(boundary.changes).items()
         ]
-        title = f"{who}What stage “{boundary.stage}” changed"
+        title = f"{who}Before and after stage “{boundary.stage}”"
         yield section(
             title,
-            f"From “{boundary.before}” to “{boundary.after}”: before → after, and the "
-            "change. Green: a gain, red: forgetting, grey: within noise.",
+            f"From “{boundary.before}” to “{boundary.after}”, and the change with its "
+            "95 % interval. Green ✓: a gain; red ✗: forgetting; grey ≈, and faint in "
+            "the figure: within noise, over all languages and tests together, so also "
+            "where an interval alone leaves out 0.",
             *(block("gap", text) for text in damage_texts(boundary)),
-            block("table", change_table(boundary, languages)),
+            block("table", change_table(boundary, languages), "pairs"),
             dots_chart(title, panels, shown, languages),
             block("notes", tallies(boundary.changes)),
         )

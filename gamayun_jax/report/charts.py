@@ -1,18 +1,22 @@
 """Panels of dots and of lines as SVG by a template: milliseconds each.
 
+A dot says its value in a tooltip, a line's are read off by templates/page.js, and under
+every figure there is a link to its numbers as CSV.
+
 matplotlib takes 50 times as long for small multiples; it draws what must also be saved
 as a picture (figures.py). Sizes are in points, as there.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gamayun_jax.report.colours import colours_of
 from gamayun_jax.report.formats import fixed, plain
-from gamayun_jax.report.html import block
+from gamayun_jax.report.html import block, csv_link
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -70,6 +74,7 @@ class Dot:
       look: solid, large, faint, open, cross, tick or bar (of `low` to `high`).
       low, high: ends of a line through it: an interval, or the way from another value.
       text: beside it.
+      name: what it is, in its tooltip and the figure's numbers; "": not there.
     """
 
     x: float
@@ -77,6 +82,7 @@ class Dot:
     low: float | None = None
     high: float | None = None
     text: str = ""
+    name: str = "value"
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,17 @@ class Panel:
     form: Callable[[float], str] | None = None
     ticks: int = 4
 
+    def told(self, name: str, dot: Dot) -> str:
+        """What a dot says of itself: "ru, change: −0.089 (−0.100 … −0.077)"."""
+        form = self.form or fixed
+        if form is percent:
+            form = functools.partial(percent, form=".1f")
+        ends = ""
+        low, high = dot.low, dot.high
+        if dot.look != "open" and low is not None and high is not None and low != high:
+            ends = f" ({form(low)} … {form(high)})"
+        return f"{plain(name)}, {dot.name}: {form(dot.x)}{ends}"
+
     def limits(self, names: Iterable[str]) -> tuple[float, float]:
         """Ends of x with some room; bars begin at its end."""
         dots = [dot for name in names for dot in self.dots.get(name, ())]
@@ -111,9 +128,9 @@ class Panel:
         return low - room, high + room
 
 
-def percent(x: float) -> str:
+def percent(x: float, form: str = "g") -> str:
     """0.25 -> "25 %"."""
-    return f"{fixed(100 * x, 'g')} %"
+    return f"{fixed(100 * x, form)} %"
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,7 @@ class Line:
 
     Args:
       area: what they go around is filled instead, so faintly: 0 to 1.
+      name: in the tooltip and the figure's numbers.
     """
 
     points: Points
@@ -129,6 +147,7 @@ class Line:
     dash: str = ""
     faint: bool = False
     area: float = 0.0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,7 +243,7 @@ def dots_chart(
             "x": Scale(*ends, width, panel.ticks, panel.form),
             "rows": rows, "first": i % across == 0,
             "dots": [
-                (y, dot, colours.get(name.split("/")[0], INK))
+                (y, dot, colours.get(name.split("/")[0], INK), panel.told(name, dot))
                 for (y, _), name in zip(rows, names, strict=True)
                 for dot in panel.dots.get(name, ())
             ],
@@ -233,7 +252,15 @@ def dots_chart(
             zip(panels, places, limits, strict=True)
         )
     ]  # fmt: skip
-    return block("dots_chart", title, WIDTH, whole, drawn)
+    numbers = [
+        [panel.title, name, dot.name, dot.x, dot.low, dot.high]
+        for panel in panels
+        for name in names
+        for dot in panel.dots.get(name, ())
+        if dot.name
+    ]
+    heads = ("panel", "row", "what", "value", "low", "high")
+    return block("dots_chart", title, WIDTH, whole, drawn, csv_link(heads, numbers))
 
 
 def lines_chart(
@@ -283,7 +310,14 @@ def lines_chart(
                 ],
             }
         )  # fmt: skip
-    return block("lines_chart", title, width, whole + 16, drawn)
+    numbers = [
+        [panel.title, line.name, *point]
+        for panel in panels
+        for line in panel.lines
+        for point in line.points
+    ]
+    link = csv_link(("panel", "line", "x", "y"), numbers)
+    return block("lines_chart", title, width, whole + 16, drawn, link)
 
 
 def spread(
@@ -297,6 +331,8 @@ def spread(
             lack = max(0.0, 11.0 - (places[a + 1] - places[a])) / 2
             places[a] -= lack
             places[a + 1] += lack
+    for a in range(len(places)):  # none above the figure
+        places[a] = max(places[a], places[a - 1] + 11.0 if a else 0.0)
     lift = max(0.0, max(places, default=0.0) - height)
     return [
         (y, round(place - lift, 2), plain(name, 14), colour)

@@ -165,7 +165,6 @@ def task_table(c: Comparison, name: str) -> Table:
     heads = ["language", labels[0]]
     for label in labels[1:]:
         heads += [label, "difference"]
-    scale, digits = (1, 3) if task["kind"] == "perplexity" else (100, 1)
     rows = []
     for i, language in enumerate(c.languages(name)):
         row = [language_cell(i, language, language == MACRO)]
@@ -176,7 +175,7 @@ def task_table(c: Comparison, name: str) -> Table:
             row.append(Cell(text, error_text(task, result), value=value))
             if n:
                 change = c.changes[n - 1][name].get(language)
-                row.append(change.cell(scale, digits) if change else Cell())
+                row.append(change.cell() if change else Cell())
         rows.append(row)
     return Table(heads, rows[:-1], rows[-1:])
 
@@ -229,7 +228,7 @@ def write_comparison(c: Comparison, out: Path) -> Path:
     ]  # fmt: skip
     heads = ["model", "parameters", "path", "tokenizer", "window"]
     note = (
-        f"Green: better than {plain(c.labels[0])}, red: worse, grey: within noise; in "
+        f"Green ✓: better than {plain(c.labels[0])}, red ✗: worse, grey ≈: noise; in "
         "figures the latter are faint."
     )
     table = block("table", Table(heads, facts))

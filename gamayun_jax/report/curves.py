@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gamayun_jax.evaluate.paired import MACRO
 from gamayun_jax.report.charts import (
     DASHES,
     INK,
@@ -16,19 +18,73 @@ from gamayun_jax.report.charts import (
     Points,
     dots_chart,
     lines_chart,
+    percent,
 )
 from gamayun_jax.report.colours import colours_of
 from gamayun_jax.report.formats import plain, short
-from gamayun_jax.report.read_run import Run, get, num, rows, seconds_of
+from gamayun_jax.report.read_run import Run, entries, get, num, rows, seconds_of
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 
-def loss_points(run: Run, language: str, limit: int = 240) -> tuple[Points, Points]:
-    """(tokens, nll) in about `limit` points, as they are and smoothed.
+Loss = tuple[dict[str, float], dict[str, float]]  # by language: values, weights
+
+
+def losses(run: Run) -> tuple[list[Loss], str]:
+    """Training loss by language, and its mean over languages (MACRO), in each record.
+
+    Returns:
+      The losses in the second value's unit: bits per byte, by the bytes per token of
+      each source and the tokens that it served in the record; nats per token where the
+      run has no such figures of all its sources.
+    """
+    sizes = {
+        name: length / count
+        for name, of in entries(run.lineage, "corpus", "sources").items()
+        if (length := num(of, "bytes")) and (count := num(of, "tokens"))
+    }
+    former: dict[str, float] = {}
+    known, found = True, []
+    for m in run.metrics:
+        tokens: dict[str, float] = {}
+        size: dict[str, float] = {}
+        for name in entries(m, "sources"):
+            served = num(m, "sources", name, "tokens") or 0.0
+            new, language = max(served - former.get(name, 0.0), 0.0), name.split("/")[0]
+            former[name] = served
+            known &= not new or name in sizes
+            tokens[language] = tokens.get(language, 0.0) + new
+            size[language] = size.get(language, 0.0) + new * sizes.get(name, 0.0)
+        nats, targets, bits = {}, {}, {}
+        for k in entries(m, "languages"):
+            if (value := num(m, "languages", k, "nll")) is None:
+                continue
+            nats[k] = value
+            targets[k] = max(1.0, num(m, "languages", k, "targets") or 1.0)
+            if size.get(k):
+                bits[k] = value / math.log(2) * tokens[k] / size[k]
+            else:
+                known = False
+        found.append((nats, bits, targets))
+    made: list[Loss] = []
+    for nats, bits, targets in found:
+        values = bits if known else nats
+        if values:
+            values = {MACRO: sum(values.values()) / len(values), **values}
+        made.append((values, {MACRO: sum(targets.values()), **targets}))
+    return made, "bits per byte" if known else "nats per token"
+
+
+def loss_points(
+    run: Run, language: str, limit: int = 240, of: Sequence[Loss] | None = None
+) -> tuple[Points, Points]:
+    """(tokens, loss) in about `limit` points, as they are and smoothed.
 
     Means are over target tokens and never reach across a stage boundary.
+
+    Args:
+      of: the run's losses, if they are at hand.
     """
 
     def mean(part: Sequence[tuple[float, float, float]]) -> float:
@@ -37,13 +93,13 @@ def loss_points(run: Run, language: str, limit: int = 240) -> tuple[Points, Poin
     raw: Points = []
     smooth: Points = []
     size = -(-len(run.metrics) // limit)
-    for _, group in itertools.groupby(run.metrics, key=lambda m: str(get(m, "stage"))):
+    rows = zip(run.metrics, of or losses(run)[0], strict=True)
+    for _, group in itertools.groupby(rows, key=lambda row: str(get(row[0], "stage"))):
         weighted = []
-        for m in group:
-            x, y = num(m, "tokens"), num(m, "languages", language, "nll")
-            weight = num(m, "languages", language, "targets") or 1.0
-            if x is not None and y is not None:
-                weighted.append((x, y, max(1.0, weight)))
+        for m, (values, weights) in group:
+            x = num(m, "tokens")
+            if x is not None and language in values:
+                weighted.append((x, values[language], weights[language]))
         width = max(1, len(run.metrics) // 40)
         for i in range(0, len(weighted), size):
             reach = min(width, i, len(weighted) - 1 - i)
@@ -67,24 +123,6 @@ def boundaries_of(run: Run) -> list[float]:
     return [begin for _, begin, _ in run.stages[1:]]
 
 
-def loss_chart(title: str, run: Run, languages: Sequence[str]) -> Markup:
-    """Training loss by language: smoothed, and faintly as it was."""
-    raw, smooth, ends = [], [], []
-    for language, colour in colours_of(languages).items():
-        points, means = loss_points(run, language)
-        if means:
-            raw.append(Line(points, colour, faint=True))
-            smooth.append(Line(means, colour))
-            ends.append((means[-1][1], language, colour))
-    panel = LinePanel(
-        "", [*raw, *smooth], xform=short, xlabel="tokens", ylabel="nats per token",
-        limits=late_limits([line.points for line in smooth]),
-        boundaries=boundaries_of(run), ends=ends,
-        names=[((begin + end) / 2, name) for name, begin, end in run.stages],
-    )  # fmt: skip
-    return lines_chart(title, [panel], height=300.0)
-
-
 def panels_chart(
     title: str,
     runs: Sequence[Run],
@@ -93,27 +131,74 @@ def panels_chart(
     points_of: Callable[[Run, str], Points],
     ylabel: str = "",
     cut: bool = True,
+    faint_of: Callable[[Run, str], Points] | None = None,
+    form: Callable[[float], str] | None = None,
 ) -> Markup:
     """A small panel per key (a language, or a mean), a line style per run.
 
     Args:
       cut: leave out the steep start.
+      faint_of: what stands faintly behind the lines.
+      form: how a number along y is written.
     """
     colours, panels = colours_of(languages), []
     for key in keys:
         colour, points = colours.get(key, INK), [points_of(run, key) for run in runs]
         lines = [
-            Line(line, colour, dash)
-            for line, dash in zip(points, itertools.cycle(DASHES), strict=False)
+            Line(line, colour, dash, name=run.name if len(runs) > 1 else "")
+            for run, line, dash in zip(
+                runs, points, itertools.cycle(DASHES), strict=False
+            )
         ]
+        if faint_of:
+            behind = (faint_of(run, key) for run in runs)
+            raw = [Line(x, colour, faint=True, name="not smoothed") for x in behind]
+            lines = [*raw, *lines]
         panels.append(
             LinePanel(
-                plain(key, 20), lines, xform=short, ylabel=ylabel, colour=colour,
+                plain(key, 20), lines, short, form, ylabel=ylabel, colour=colour,
                 limits=late_limits(points) if cut else None,
                 boundaries=boundaries_of(runs[0]),
             )
         )  # fmt: skip
     return lines_chart(title, panels)
+
+
+def areas_of(points: Sequence[Mapping[str, Any]], order: Sequence[str]) -> list[Line]:
+    """Shares of sources over tokens, stacked; a language's sources are shades of it."""
+    sources = list(dict.fromkeys(s for p in points for s in entries(p, "shares")))
+    sources.sort(key=lambda s: order.index(s.split("/")[0]))
+    colours, below = colours_of(order), [0.0] * len(points)
+    tokens = [num(p, "tokens") or 0.0 for p in points]
+    former, shade, areas = "", 0.9, []
+    for s in sources:
+        language = s.split("/")[0]
+        shade, former = 0.9 if language != former else shade * 0.62, language
+        shares = [num(p, "shares", s) or 0.0 for p in points]
+        above = [a + b for a, b in zip(below, shares, strict=True)]
+        edge = [*zip(tokens, above, strict=True)]
+        edge += [*zip(tokens, below, strict=True)][::-1]
+        areas.append(Line(edge, colours[language], area=shade, name=s))
+        below = above
+    return areas
+
+
+def curriculum_chart(title: str, run: Run, languages: Sequence[str]) -> Markup:
+    """Shares of sources over tokens, stacked."""
+    points = rows(run.lineage, "curriculum", "shares")
+    sources = dict.fromkeys(s for p in points for s in entries(p, "shares"))
+    areas = areas_of(points, [*languages, *(s.split("/")[0] for s in sources)])
+    ends = []
+    for area in areas:
+        (_, above), (_, below) = area.points[len(points) - 1 : len(points) + 1]
+        if above > below:
+            ends.append(((above + below) / 2, area.name, area.colour))
+    panel = LinePanel(
+        "", areas, short, percent, "tokens", "share of tokens", limits=(0.0, 1.0),
+        boundaries=boundaries_of(run), ends=ends,
+        names=[((begin + end) / 2, name) for name, begin, end in run.stages],
+    )  # fmt: skip
+    return lines_chart(title, [panel], height=max(240.0, 11.0 * len(ends)))
 
 
 def sources_chart(title: str, run: Run, languages: Sequence[str]) -> Markup:
@@ -135,16 +220,17 @@ def sources_chart(title: str, run: Run, languages: Sequence[str]) -> Markup:
             parts = [planned.get((key, name, stage)) for stage in stages]
             begin, bars = 0.0, []
             looks = itertools.cycle(("bar", "bar-light"))
-            for part, look in zip(parts, looks, strict=False):
+            for stage, part, look in zip(stages, parts, looks, strict=False):
                 end = begin + max(0.0, part or 0.0)
-                bars.append(Dot(end, look, begin, end))
+                bars.append(Dot(end, look, begin, end, name=f"to the end of {stage}"))
                 begin = end
             text = short(begin) if key == "tokens" else f"{begin:.2f}"
             known = any(part is not None for part in parts)
             served = num(last, "sources", name, "tokens") if key == "tokens" else None
             if served is not None:
-                bars.append(Dot(served, "tick"))
-            label = Dot(max(begin, served or 0.0), "bar", text=text if known else "–")
+                bars.append(Dot(served, "tick", name="served"))
+            text = text if known else "–"
+            label = Dot(max(begin, served or 0.0), "bar", text=text, name="")
             dots[name] = [*bars, label]
         panels.append(Panel(key, dots, form=short, ticks=5))
     return dots_chart(title, panels, names, [*dict.fromkeys(order)])
@@ -166,7 +252,8 @@ def course_chart(runs: Sequence[Run], name: str, over: str, *keys: str) -> Marku
                 y = 100 * y / seconds if y is not None and seconds else None
             if x is not None and y is not None:
                 points.append((x, y))
-        lines.append(Line(points[:: -(-len(points) // 500) or 1], dash=dash))
+        shown = points[:: -(-len(points) // 500) or 1]
+        lines.append(Line(shown, dash=dash, name=run.name if len(runs) > 1 else ""))
     most = max((y for line in lines for _, y in line.points), default=0.0)
     panel = LinePanel(
         name, lines, xform=short if over == "tokens" else None, yform=short,

@@ -8,8 +8,8 @@ from typing import Any
 
 from gamayun_jax.report.formats import plain
 from gamayun_jax.report.html import block, section, write_page
-from gamayun_jax.report.read_run import BASELINES, languages_of, sets_of
-from gamayun_jax.report.scores import Column, score_table
+from gamayun_jax.report.read_run import BASELINES, Evaluation, languages_of, sets_of
+from gamayun_jax.report.scores import Column, score_chart, score_table
 from gamayun_jax.report.task_scores import languages_in, tasks_section
 
 
@@ -22,7 +22,10 @@ def write_eval_page(result: Mapping[str, Any], out: Path) -> Path:
         languages, column = languages_of([result], name), Column("bits/byte", result)
         table = score_table([column], name, languages, tuple(BASELINES))
         text = "Bits per byte ± standard error; lower is better."
-        parts.append(section(f"Held-out set “{name}”", text, block("table", table)))
+        title = f"Held-out set “{name}”"
+        chart = score_chart(title, [Evaluation(result)], name, languages, {})
+        legend = block("legend", ("● the model", "| xz -9e", "× token unigram"))
+        parts.append(section(title, text, block("table", table), chart, legend))
     model = result["model"]
     versions = " ".join(f"{k} {v}" for k, v in result["versions"].items())
     facts = [

@@ -1,4 +1,4 @@
-"""Figures by matplotlib: what is also saved as a picture; charts.py draws the rest.
+"""Figures by matplotlib: what is saved as a picture; charts.py draws those of pages.
 
 Margins are given, in inches: matplotlib's layout engine draws everything twice.
 """
@@ -6,21 +6,15 @@ Margins are given, in inches: matplotlib's layout engine draws everything twice.
 from __future__ import annotations
 
 import functools
-import io
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gamayun_jax.report.colours import LIGHT, colour_number
 from gamayun_jax.report.formats import plain, short
-from gamayun_jax.report.html import block
 from gamayun_jax.report.read_run import Span, entries, num, spans
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-
-INK, PAPER = "#12345a", "#fefdfc"  # become the page's own colours
+INK, PAPER = "#12345a", "#fefdfc"
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -100,32 +94,6 @@ def axes(
         }, **kwargs,
     )  # fmt: skip
     return figure, list(grid.flat)
-
-
-@styled
-def to_svg(figure: Any, title: str) -> Markup:
-    """A figure as a block of a page: the same text for the same figure, in the page's
-    font and colours."""
-    from markupsafe import Markup, escape
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    figure.patch.set_visible(False)
-    for ax in figure.axes:
-        ax.patch.set_visible(False)
-    buffer = io.StringIO()
-    # Figure.savefig would draw twice, for a layout engine that there is not.
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>", "", svg, flags=re.S)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"(<text style=\"[^\"]*?) font-family: [^;\"]*;?", r"\1", svg)
-    named = f'<svg role="img" aria-label="{escape(plain(title))}" '
-    svg = re.sub(r"<svg ([^>]*?)width=\S+ height=\S+ ", rf"{named}\1", svg, count=1)
-    names = ["fg", "bg", *(f"c{i}" for i in range(len(LIGHT)))]
-    for colour, name in zip([INK, PAPER, *LIGHT], names, strict=True):
-        svg = svg.replace(colour, f"var(--{name})")
-    return block("figure", Markup(svg))
 
 
 def colours_of(languages: Iterable[str]) -> dict[str, str]:

@@ -7,9 +7,15 @@ through matplotlib, which does too.
 from __future__ import annotations
 
 import base64
+import csv
 import functools
 import hashlib
-from collections.abc import Iterable
+import html
+import io
+import itertools
+import re
+import urllib.parse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +73,42 @@ def block(name: str, *args: Any) -> Markup:
     return getattr(environment().get_template(file).module, name)(*args)
 
 
+def csv_link(heads: Sequence[str], numbers: Iterable[Sequence[object]]) -> str:
+    """A figure's numbers as the address of a CSV file that the page holds itself."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heads)
+    for row in numbers:
+        values = (f"{x:.10g}" if isinstance(x, float) else x for x in row)
+        writer.writerow([plain(x, 200) if isinstance(x, str) else x for x in values])
+    data = text.getvalue().encode("utf-8", "replace")
+    return f"data:text/csv;charset=utf-8,{urllib.parse.quote(data, safe=',/:;()+')}"
+
+
 def section(title: str, text: str, *content: Markup) -> Markup:
     """A heading, a paragraph, and the blocks that follow."""
     return block("section", title, text, content)
+
+
+def with_anchors(text: str) -> tuple[Markup, list[tuple[str, str]]]:
+    """HTML whose headings can be linked to, and (place, heading) of each."""
+    from markupsafe import Markup
+
+    places: dict[str, str] = {}
+
+    def named(heading: re.Match[str]) -> str:
+        title = heading[1]
+        words = re.findall(r"[\w.]+", html.unescape(title).lower())
+        place = name = "-".join(words)[:80] or "section"
+        for n in itertools.count(2):
+            if place not in places:
+                break
+            place = f"{name}-{n}"
+        places[place] = title
+        return f'<h2 id="{place}">{title}</h2>'
+
+    made = re.sub(r"<h2>(.*?)</h2>", named, text, flags=re.DOTALL)
+    return Markup(made), list(places.items())
 
 
 def write_page(out: Path, title: str, kind: str, parts: Iterable[Markup]) -> Path:
@@ -78,12 +117,14 @@ def write_page(out: Path, title: str, kind: str, parts: Iterable[Markup]) -> Pat
 
     style, script = (
         Markup((TEMPLATES / name).read_text(encoding="utf-8"))
-        for name in ("style.css", "table.js")
+        for name in ("style.css", "page.js")
     )
     page = environment().get_template("page.html.jinja")
+    whole, places = with_anchors("\n".join(parts))
     text = page.render(
-        title=plain(title, 200), kind=kind, parts=list(parts), style=style,
+        title=plain(title, 200), kind=kind, whole=whole, style=style,
         script=script, light=LIGHT, dark=DARK,
+        contents=block("contents", places) if len(places) > 2 else "",
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)

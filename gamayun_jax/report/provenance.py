@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gamayun_jax.report.curves import curriculum_chart
 from gamayun_jax.report.exposure import exposure_sections, gap
-from gamayun_jax.report.figures import curriculum_figure, to_svg
 from gamayun_jax.report.formats import plain, short
 from gamayun_jax.report.html import block, section
 from gamayun_jax.report.read_run import Run, entries, get, num, rows, spans
@@ -73,18 +73,24 @@ def chain_of(run: Run) -> list[dict[str, Any]]:
     return chain[::-1]
 
 
-def origin_sections(run: Run, who: str, languages: Sequence[str]) -> Iterable[Markup]:
-    """What a run was trained on, and where it comes from."""
-    points = rows(run.lineage, "curriculum", "shares")
+def curriculum_sections(
+    run: Run, who: str, languages: Sequence[str]
+) -> Iterable[Markup]:
+    """What a run was trained on."""
     content = gap("curriculum.shares in lineage.json")
-    if points:
-        figure = curriculum_figure(points, languages, rows(run.lineage, "stages"))
-        content = to_svg(figure, "Share of each source over tokens")
+    if rows(run.lineage, "curriculum", "shares"):
+        content = curriculum_chart("Share of each source over tokens", run, languages)
     text = "Share of each source in the tokens trained on, stacked."
     yield section(f"{who}Curriculum", text, content)
     yield from exposure_sections(run, who, languages)
+
+
+def lineage_section(run: Run, who: str) -> Markup:
+    """Where a run comes from."""
     content = block("chain", chain_of(run)) if run.lineage else gap("lineage.json")
-    yield section(f"{who}Lineage", "Where the model comes from, oldest first.", content)
+    return section(
+        f"{who}Lineage", "Where the model comes from, oldest first.", content
+    )
 
 
 def curriculum_text(table: Sequence[Mapping[str, Any]], seq_len: int) -> str:

@@ -19,14 +19,14 @@ from gamayun_jax.report.changes import BITS, stage_sections
 from gamayun_jax.report.charts import DASHES, Panel, Points, dots_chart
 from gamayun_jax.report.curves import (
     course_chart,
-    loss_chart,
     loss_points,
+    losses,
     panels_chart,
 )
 from gamayun_jax.report.exposure import gap, ledger_of
 from gamayun_jax.report.formats import fixed, plain, short
 from gamayun_jax.report.html import GLOSSARY, block, section, write_page
-from gamayun_jax.report.provenance import origin_sections
+from gamayun_jax.report.provenance import curriculum_sections, lineage_section
 from gamayun_jax.report.read_run import (
     BASELINES,
     Evaluation,
@@ -45,6 +45,7 @@ from gamayun_jax.report.read_run import (
     sets_of,
 )
 from gamayun_jax.report.scores import Column, score_chart, score_table, set_changes
+from gamayun_jax.report.story import sample_sections, summary_section, switch_section
 from gamayun_jax.report.task_scores import task_sections
 from gamayun_jax.tables import Cell, Table
 
@@ -150,10 +151,11 @@ def set_section(run: Run, name: str, languages: Sequence[str], who: str) -> Mark
     return section(
         f"{who}Held-out set “{name}” by language",
         "Bits per byte ± standard error; lower is better. A baseline above the model's "
-        f"number is green; {won}.{told} Click a heading to sort.",
-        block("table", score_table(columns, name, languages, tuple(BASELINES))),
+        f"number is green ✓; {won}.{told} The intervals of changes stand with the "
+        "stages. Click a heading to sort.",
+        block("table", score_table(columns, name, languages, tuple(BASELINES), False)),
         score_chart(
-            f"Results on {name}", run, name, languages, columns[-1].changes or {}
+            f"Results on {name}", evals, name, languages, columns[-1].changes or {}
         ),
         block("legend", SCORE_LEGEND),
     )
@@ -237,21 +239,44 @@ def time_table(runs: Sequence[Run]) -> Table:
     return Table(["run", *names, "stalled steps"], body)
 
 
-def training_sections(
-    runs: Sequence[Run], languages: Sequence[str]
-) -> Iterable[Markup]:
-    """Losses, rates and where the time went, of runs with records of training."""
+def loss_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[Markup]:
+    """Training loss by language, of runs with records of training."""
+    if not runs:
+        yield section("Training", "", gap("train lines in metrics.jsonl"))
+        return
+    made = [losses(run) for run in runs]
+    unit = made[0][1] if len({unit for _, unit in made}) == 1 else ""
+    points = {
+        (run.folder, key): loss_points(run, key, of=of)
+        for run, (of, _) in zip(runs, made, strict=True)
+        for key in (MACRO, *languages)
+    }
+
+    def raw(run: Run, key: str) -> Points:
+        return points[run.folder, key][0]
+
+    def smooth(run: Run, key: str) -> Points:
+        return points[run.folder, key][1]
+
+    shown = [k for k in (MACRO, *languages) if any(smooth(r, k) for r in runs)]
     title = "Training loss by language"
-    text = "Nats per target token, unweighted, smoothed; the steep start is cut off."
-    if len(runs) > 1:
+    svg = panels_chart(
+        title, runs, shown, languages, smooth, unit,
+        faint_of=raw if len(runs) == 1 else None,
+    )  # fmt: skip
+    told = "" if unit else " Runs without their sources' bytes are in nats per token."
+    text = (
+        f"{unit or 'Bits per byte'}, unweighted, smoothed; each panel has its own "
+        f"scale, the steep start is cut off; “macro”: the mean over languages.{told} "
+        "Across a stage's start only held-out sets compare: the texts change, too."
+    )
+    yield section(title, text[0].upper() + text[1:], *line_styles(runs), svg)
 
-        def smooth(run: Run, language: str) -> Points:
-            return loss_points(run, language)[1]
 
-        svg = panels_chart(title, runs, languages, languages, smooth, "nats per token")
-    else:
-        svg = loss_chart(title, runs[0], languages)
-    yield section(title, text, *line_styles(runs), svg)
+def course_sections(runs: Sequence[Run]) -> Iterable[Markup]:
+    """Rates and where the time went, of runs with records of training."""
+    if not runs:
+        return
     text = "Compiling, evaluating and saving do not count in the throughput."
     small = [course_chart(runs, *course) for course in COURSE]
     yield section("Course", text, *line_styles(runs), block("grid", small))
@@ -311,18 +336,22 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     trained = [r for r in runs if r.metrics]
     parts = list(head_parts(runs))
     for run in runs:
+        parts += summary_section(run, of_run(run, runs))
+    for run in runs:
+        parts += curriculum_sections(run, of_run(run, runs), languages)
+    parts += loss_sections(trained, languages)
+    for run in runs:
         parts += stage_sections(run, languages, of_run(run, runs))
+    parts += switch_section(runs)
     parts += heldout_sections(runs, languages)
     if not sets_of(e for r in runs for e in r.evals):
         parts.append(section("Held-out evaluation", "", gap("evaluations in eval/")))
     parts += quantised_sections(quantised, languages)
     parts += task_sections(runs, languages)
-    if trained:
-        parts += training_sections(trained, languages)
-    else:
-        parts.append(section("Training", "", gap("train lines in metrics.jsonl")))
+    parts += sample_sections(runs, [of_run(run, runs) for run in runs])
+    parts += course_sections(trained)
     for run in runs:
-        parts += origin_sections(run, of_run(run, runs), languages)
+        parts.append(lineage_section(run, of_run(run, runs)))
     title = " and ".join(r.name for r in runs)
     page = write_page(out, title, "Training report", parts)
     ledgers = {r.name: ledger for r in runs if (ledger := ledger_of(r))}

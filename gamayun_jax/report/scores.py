@@ -4,7 +4,7 @@ and its figure."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from gamayun_jax.report.formats import fixed, plain
 from gamayun_jax.report.read_run import (
     BASELINES,
     Evaluation,
-    Run,
     averaged,
     beaten,
     get,
@@ -73,6 +72,7 @@ def score_table(
     name: str,
     languages: Sequence[str],
     baselines: Sequence[str] = (),
+    intervals: bool = True,
 ) -> Table:
     """Bits per byte by language, with the means over languages and over units.
 
@@ -80,6 +80,7 @@ def score_table(
       languages: all of the page.
       baselines: names of BASELINES: add the last evaluation's, accuracy and parity, and
         what the average of the parameters gives, where the run kept one.
+      intervals: of the changes, in small print.
     """
     averages = average_cells(columns[-1].evaluation, name) if baselines else {}
     tested = languages_of((c.evaluation for c in columns), name)
@@ -102,7 +103,8 @@ def score_table(
             row.append(Cell(fixed(num(last, BITS)), note, value=num(last, BITS)))
             if c.changes is not None:
                 change = c.changes.get(language)
-                row.append(change.cell() if change else Cell())
+                cell = change.cell() if change else Cell()
+                row.append(cell if intervals else replace(cell, note=""))
         row += [averages.get(language, Cell())] if averages else []
         value = num(last, BITS)
         for key in baselines:
@@ -113,11 +115,12 @@ def score_table(
         if baselines:
             right, parity = num(last, "accuracy"), num(last, "parity")
             row.append(Cell(fixed(right, ".1%"), value=right))
-            row.append(Cell("" if is_mean else fixed(parity), value=parity))
+            row.append(Cell("" if parity is None else fixed(parity), value=parity))
         return row
 
     rows = [row_of(i, k) for i, k in enumerate([*shown, MACRO, "micro"])]
-    return Table(heads, rows[: len(shown)], rows[len(shown) :])
+    table = Table(heads, rows[: len(shown)], rows[len(shown) :])
+    return table.without_empty_columns()
 
 
 def language_text(
@@ -150,34 +153,42 @@ def run_text(folder: Path) -> str:
 
 def score_chart(
     title: str,
-    run: Run,
+    evals: Sequence[Evaluation],
     name: str,
     languages: Sequence[str],
     changes: Mapping[str, Change],
 ) -> Markup:
     """By language: bits per byte before and after the stages, with baselines; what the
-    last stage changed; bits for the same content relative to English's."""
-    evals = run.tests(name)
+    last stage changed; bits for the same content relative to English's, if it is there.
+
+    Args:
+      evals: of that set, in order.
+    """
     tested = languages_of(evals, name)
     shown = [*(k for k in languages if k in tested), MACRO]
     bits, parity = {}, {}
+    labels = [label_of(e) for e in evals]
     for language in shown:
         results = [score(e, name, language) for e in evals]
-        bits[language] = course([num(r, BITS) for r in results])
-        parity[language] = course([num(r, "parity") for r in results])[-2:]
+        bits[language] = course([num(r, BITS) for r in results], labels)
+        parity[language] = course([num(r, "parity") for r in results], labels)[-2:]
         for key, look in (("unigram", "cross"), ("xz", "tick")):
             base = num(results[-1], "baselines", key)
-            bits[language] += [] if base is None else [Dot(base, look)]
+            bits[language] += (
+                [] if base is None else [Dot(base, look, name=BASELINES[key])]
+            )
     stage = plain(get(evals[-1], "stage") or "the last", 16)
-    panels = [
-        Panel("bits per byte", bits, line=None, ticks=8),
-        Panel(f"change in {stage}", {k: [c.dot()] for k, c in changes.items()}),
-        Panel("bits per unit, English = 1", parity, line=1.0),
-    ]
-    return dots_chart(title, panels, shown, languages, widths=(2.2, 1.0, 1.0))
+    panels = [Panel("bits per byte", bits, line=None, ticks=8)]
+    if changes:
+        dots = {k: [c.dot()] for k, c in changes.items()}
+        panels.append(Panel(f"change in {stage}", dots))
+    if any(parity.values()):
+        panels.append(Panel("parity: bits per unit, English = 1", parity, line=1.0))
+    widths = [2.2, *(1.0 for _ in panels[1:])]
+    return dots_chart(title, panels, shown, languages, widths)
 
 
-def course(values: Sequence[float | None]) -> list[Dot]:
+def course(values: Sequence[float | None], labels: Sequence[str]) -> list[Dot]:
     """Dots of one language's values: open before training, faint after a stage, large
     at the end; a line from the first to the last."""
     known = [v for v in values if v is not None]
@@ -187,5 +198,5 @@ def course(values: Sequence[float | None]) -> list[Dot]:
         look = "large" if last else "faint" if i else "open"
         way = (known[0], known[-1]) if i == 0 and not last and known else (None, None)
         if value is not None:
-            dots.append(Dot(value, look, *way))
+            dots.append(Dot(value, look, way[0], way[1], name=labels[i]))
     return dots

@@ -19,8 +19,8 @@ from gamayun_jax.report.charts import (
     lines_chart,
     percent,
 )
-from gamayun_jax.report.colours import arm_colours, colours_of
-from gamayun_jax.report.curves import late_limits
+from gamayun_jax.report.colours import arm_colours
+from gamayun_jax.report.curves import areas_of, late_limits
 from gamayun_jax.report.formats import plain, short
 from gamayun_jax.report.html import block
 from gamayun_jax.report.read_run import entries, num, rows
@@ -43,8 +43,10 @@ def dots_of(c: Compared, seeds: bool = True) -> list[Dot]:
     e, each = c.difference.estimate, c.difference.by_seed.values()
     if not c.difference.n:
         return []
-    small = [Dot(x, "open") for x in each] if seeds and len(each) > 1 else []
-    return [*small, Dot(e.value, "solid", e.low, e.high)]
+    whole = Dot(e.value, "solid", e.low, e.high, name="difference")
+    if not seeds or len(each) < 2:
+        return [whole]
+    return [*(Dot(x, "open", name="one seed") for x in each), whole]
 
 
 # --- curricula --------------------------------------------------------------------
@@ -57,25 +59,6 @@ def alike(f: Findings) -> dict[str, list[ArmRuns]]:
         rest = [v for k, v in arm.levels.items() if k != "size"]
         groups.setdefault("-".join(rest) or arm.name, []).append(arm)
     return groups
-
-
-def areas_of(points: Sequence[Mapping[str, Any]], order: Sequence[str]) -> list[Line]:
-    """Shares of sources over tokens, stacked; a language's sources are shades of it."""
-    sources = list(dict.fromkeys(s for p in points for s in entries(p, "shares")))
-    sources.sort(key=lambda s: order.index(s.split("/")[0]))
-    colours, below = colours_of(order), [0.0] * len(points)
-    tokens = [num(p, "tokens") or 0.0 for p in points]
-    former, shade, areas = "", 0.9, []
-    for s in sources:
-        language = s.split("/")[0]
-        shade, former = 0.9 if language != former else shade * 0.62, language
-        shares = [num(p, "shares", s) or 0.0 for p in points]
-        above = [a + b for a, b in zip(below, shares, strict=True)]
-        edge = [*zip(tokens, above, strict=True)]
-        edge += [*zip(tokens, below, strict=True)][::-1]
-        areas.append(Line(edge, colours[language], area=shade))
-        below = above
-    return areas
 
 
 def scientific(x: float) -> str:
@@ -102,8 +85,8 @@ def curricula_grid(f: Findings, curricula: Mapping[str, Any]) -> Markup:
                 boundaries=bounds,
             ),
             LinePanel(
-                "", [Line(rates)], short, scientific, limits=(0.0, 1.08 * top),
-                boundaries=bounds,
+                "", [Line(rates, name="learning rate")], short, scientific,
+                limits=(0.0, 1.08 * top), boundaries=bounds,
             ),
         ]  # fmt: skip
         title = f"Curriculum of {plain(name)}"
@@ -175,8 +158,9 @@ def arms_chart(f: Findings) -> Markup:
         dots: dict[str, list[Dot]] = {}
         for arm in f.arms:
             values = list(arm.values(outcome).values())
-            dots[arm.name] = [Dot(v, "open") for v in values]
-            dots[arm.name] += [Dot(float(np.mean(values)), "solid")] if values else []
+            dots[arm.name] = [Dot(v, "open", name="one run") for v in values]
+            if values:
+                dots[arm.name].append(Dot(float(np.mean(values)), name="mean"))
         panels.append(Panel(plain(outcome.name, 24), dots, line=None, ticks=3))
     names = [a.name for a in f.arms]
     return dots_chart("Outcomes by arm", panels, names, (), letters=LETTERS)
@@ -212,7 +196,9 @@ def curve_charts(f: Findings) -> tuple[dict[str, str], list[Markup]]:
             by_size.setdefault(arm.levels.get("size", ""), {})[name] = arm
 
     def panel(title: str, arms: Mapping[str, ArmRuns], language: str) -> LinePanel:
-        lines = [Line(curve_of(a, language), colours[k]) for k, a in arms.items()]
+        lines = [
+            Line(curve_of(a, language), colours[k], name=k) for k, a in arms.items()
+        ]
         limits = late_limits([line.points for line in lines])
         label = "" if language else "nats per token"
         return LinePanel(title, lines, short, None, "", label, INK, limits)

@@ -73,9 +73,9 @@ def task_panel(name: str, task: Mapping[str, Any]) -> Panel:
         e = unpaired(row[metric], row.get(f"{metric}_se"))
         low = None if e.low is None else max(e.low, 0.0)
         high = None if e.high is None else min(e.high, most)
-        dots[language] = [Dot(row[metric], "solid", low, high)]
+        dots[language] = [Dot(row[metric], "solid", low, high, name=metric)]
         if row.get("baseline") is not None:
-            dots[language].append(Dot(row["baseline"], "cross"))
+            dots[language].append(Dot(row["baseline"], "cross", name="baseline"))
     return Panel(
         f"{plain(name, 18)}, {metric.replace('_', ' ')}",
         dots,

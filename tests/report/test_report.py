@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from made_up_run import LANGUAGES, SOURCES, evaluation, records, write_run
 
 from gamayun_jax.config import UserError
 from gamayun_jax.report import (
@@ -23,148 +24,6 @@ from gamayun_jax.report import (
     scores,
 )
 
-LANGUAGES = ("en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr")
-SOURCES = (*(f"{k}/help" for k in LANGUAGES), "en/hq")
-TOTAL, BOUNDARY = 2_100_000_000, 1_680_000_000
-
-
-def shares_at(tokens: float) -> dict[str, float]:
-    """English 37 % until the boundary, then 70 %, over a short ramp."""
-    f = min(1.0, max(0.0, (tokens - BOUNDARY) / 0.05 / TOTAL))
-    rest = (1 - (0.37 + 0.33 * f)) / (len(LANGUAGES) - 1)
-    shares = dict.fromkeys(SOURCES, rest)
-    return shares | {"en/help": 0.37 - 0.12 * f, "en/hq": 0.45 * f}
-
-
-def difficulty(language: str) -> float:
-    return 1.0 + 0.06 * LANGUAGES.index(language)
-
-
-def evaluation(step: int, label: str, quality: float, rng: random.Random) -> dict:
-    """Results whose bits per byte fall from 4 by `quality`, other in each language."""
-    progress, sets = step / 1000, {}
-    for name, se in (("help", 0.012), ("udhr", 0.03)):
-        rows = {}
-        for k in LANGUAGES:
-            bpb = (4.0 - quality * (progress**0.15 if progress else 0)) * difficulty(k)
-            bpb = bpb * (0.55 if k in ("ru", "zh", "ja", "ko") else 0.8)
-            bpb += rng.gauss(0, se / 2) + (0.2 if name == "udhr" else 0)
-            rows[k] = {
-                "units": 400, "tokens": 20_000, "bytes": 69_000, "bits": 69_000 * bpb,
-                "bits_se": 900.0, "bits_per_byte": bpb, "bits_per_byte_se": se,
-                "bits_per_unit": 172.5 * bpb, "nll": bpb * 2.39,
-                "parity": 0.9 + difficulty(k) / 3 - (0.233 if k == "en" else 0),
-                "accuracy": 0.002 + 0.4 * progress,
-                "baselines": {
-                    "uniform": 3.5 * difficulty(k), "unigram": 2.2 * difficulty(k),
-                    "xz": 1.3 * difficulty(k),
-                },
-            }  # fmt: skip
-        mean = sum(r["bits_per_byte"] for r in rows.values()) / len(rows)
-        means = {"bits_per_byte": mean, "bits_per_byte_se": se / 3, "accuracy": 0.2}
-        sets[name] = {"parallel": True, "languages": rows, "micro": means}
-        sets[name]["macro"] = means
-    stage = "align" if step <= 800 else "enrich"
-    tokens = TOTAL * step // 1000
-    return {
-        "step": step,
-        "tokens": tokens,
-        "stage": stage,
-        "label": label,
-        "sets": sets,
-    }
-
-
-def train_line(step: int, quality: float, rng: random.Random) -> dict:
-    x = step / 1000
-    languages = {
-        k: {
-            "nll": (9 - quality * 1.6 * x**0.2) * (0.8 + 0.2 * difficulty(k))
-            - (0.1 if x > 0.8 else 0)
-            + rng.gauss(0, 0.05),
-            "targets": 10_000,
-            "tokens": 10_240,
-        }
-        for k in LANGUAGES
-    }
-    tokens = int(TOTAL * x)
-    return {
-        "kind": "train", "step": step, "tokens": tokens,
-        "stage": "align" if x <= 0.8 else "enrich", "loss": 5.0, "nll": 5.0,
-        "lr": 4e-3 * min(x / 0.04, 1.0, max(0.0, (1 - x) / 0.2)),
-        "grad_norm": 0.5 + abs(rng.gauss(0, 0.1)), "languages": languages,
-        "sources": {s: {"tokens": int(tokens * shares_at(0)[s])} for s in SOURCES},
-        "time": {
-            "tokens_per_s": 41_000 + rng.gauss(0, 900), "mfu": None, "seconds": 52.0,
-            "data_wait_s": abs(rng.gauss(0, 0.4)),
-        },
-    }  # fmt: skip
-
-
-def records(quality: float = 2.4, every: int = 5, evals=(0, 800, 1000)) -> dict:
-    """All the records of a run: file name -> content."""
-    rng = random.Random(round(quality * 1000))
-    rows = []
-    for phase, begin, end in (("align", 0, BOUNDARY), ("enrich", BOUNDARY, TOTAL)):
-        for s in SOURCES:
-            share = shares_at(end)[s] if end == TOTAL else shares_at(0)[s]
-            tokens = int(share * (end - begin))
-            rows.append(
-                {"phase": phase, "source": s, "share": share, "tokens": tokens,
-                 "epochs": tokens / 5e8, "epochs_total": tokens / 4e8}
-            )  # fmt: skip
-    points = [0, BOUNDARY, BOUNDARY + int(0.05 * TOTAL), TOTAL]
-    lineage = {
-        "run": "tiny", "started": "2026-01-02T03:04:05+00:00", "parents": [],
-        "parameters": 2_361_280, "device": "1 x cpu", "init_from": None,
-        "corpus": {
-            "recipe": "9b83c8aad48dae91", "tokenizer": "697b98ec810dfc6c",
-            "sources": {s: {"documents": 900, "tokens": 500_000_000} for s in SOURCES},
-        },
-        "checkpoints": [
-            {"step": k, "tokens": TOTAL * k // 1000,
-             "stage": "align" if k <= 800 else "enrich",
-             "reason": "stage end" if k in (800, 1000) else "regular"}
-            for k in range(100, 1001, 100)
-        ],
-        "events": [
-            {"event": "resumed", "step": 300},
-            {"event": "config", "step": 300, "field": "log.every_steps", "old": 10},
-        ],
-        "versions": {"jax": "0.10.2", "flax": "0.12.8", "python": "3.11.7"},
-        "curriculum": {
-            "table": rows,
-            "shares": [{"tokens": p, "shares": shares_at(p)} for p in points],
-        },
-        "stages": [
-            {"name": "align", "start_tokens": 0, "end_tokens": BOUNDARY},
-            {"name": "enrich", "start_tokens": BOUNDARY, "end_tokens": TOTAL},
-        ],
-    }  # fmt: skip
-    labels = {0: "start", 800: "end of align", 1000: "end of enrich"}
-    return {
-        "config.json": {"name": "tiny", "languages": list(LANGUAGES)},
-        "lineage.json": lineage,
-        "metrics.jsonl": [
-            train_line(k, quality, rng) for k in range(every, 1001, every)
-        ],
-        **{
-            f"eval/{k}.json": evaluation(k, labels.get(k, ""), quality, rng)
-            for k in evals
-        },
-    }
-
-
-def write_run(folder: Path, files: dict, tail: str = "") -> Path:
-    (folder / "eval").mkdir(parents=True)
-    for name, content in files.items():
-        if name.endswith("l"):
-            text = "".join(json.dumps(line) + "\n" for line in content) + tail
-        else:
-            text = json.dumps(content)
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder
-
 
 class Page(HTMLParser):
     """Text, tags and attributes of a page; fails on what would load or run."""
@@ -173,8 +32,12 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.text: list[str] = []
+        self.links: list[str] = []
+        self.places: list[str] = []
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
+        assert len(set(self.places)) == len(self.places)
+        assert set(self.links) <= set(self.places)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -183,7 +46,11 @@ class Page(HTMLParser):
             assert not name.startswith("on"), (tag, name)
             assert name not in ("src", "srcset", "action", "ping")
             if name in ("href", "xlink:href"):
-                assert value.startswith("#")
+                assert value.startswith(("#", "data:text/csv;"))
+                if value.startswith("#"):
+                    self.links.append(value[1:])
+            if name == "id":
+                self.places.append(value)
 
     def handle_data(self, data):
         self.text.append(data)
@@ -205,6 +72,9 @@ def test_one_run(run, tmp_path):
     page = page_of(tmp_path, run)
     text = " ".join(page.text)
     assert page.tags.count("script") == 1
+    assert len(page.links) == page.tags.count("h2")  # a list of contents
+    # Every figure has its numbers beside it.
+    assert page.tags.count("figure") == page.source.count('href="data:text/csv')
     for word in ("balanced", "2.36M", "2.1B", "align → enrich", "end of enrich"):
         assert word in text, word
     for k in LANGUAGES:  # a row in both sets' tables, and labels in figures
@@ -239,7 +109,8 @@ def test_several_runs(run, tmp_path):
     delta = b["bits_per_byte"] - a["bits_per_byte"]
     error = math.sqrt(2) * 0.012
     cell = re.search(
-        rf'<td class="(\w+)" data-v="{re.escape(str(delta))}">([^<]*)<small>([^<]*)',
+        rf'<td class="(\w+)" data-v="{re.escape(str(delta))}">'
+        r'([^<]*)<b class="mark"></b><small>([^<]*)',
         page.source,
     )
     assert cell is not None
@@ -440,9 +311,8 @@ def test_quantised_weights_beside_their_floats(run, tmp_path):
     page = page_of(tmp_path / "out", run, *small)
     assert "Quantised weights of tiny, “help”" in page.source
     assert "Weights: before 4MB, int8 1MB, int4 500kB" in page.source
-    part = page.source.split("Quantised weights of tiny, “udhr”")[1].split("</table>")[
-        0
-    ]
+    part = page.source.split("Quantised weights of tiny, “udhr”</h2>")[1]
+    part = part.split("</table>")[0]
     assert part.count(">+0.125<") == len(LANGUAGES) + 2  # and the means
     assert part.count(">−0.003<") == len(LANGUAGES) + 2
     # Beyond noise, all but the mean over units, which is no further test; the errors of
@@ -461,7 +331,7 @@ def test_quantised_weights_beside_their_floats(run, tmp_path):
         path = small[1] / "items" / label / "heldout-udhr.jsonl"
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     path = report.write_report([run, small[1]], tmp_path / "items")
-    part = path.read_text().split("Quantised weights of tiny, “udhr”")[1]
+    part = path.read_text().split("Quantised weights of tiny, “udhr”</h2>")[1]
     part = part.split("</table>")[0]
     assert "unpaired" not in part
     assert part.count('class="better"') == len(LANGUAGES) + 1

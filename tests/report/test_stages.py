@@ -1,5 +1,6 @@
 """changes.py: changes over a stage, against known truths."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from gamayun_jax import cli
 from gamayun_jax.evaluate import paired, standard_errors
-from gamayun_jax.report import changes, formats, html, read_run, report
+from gamayun_jax.report import changes, charts, formats, html, read_run, report
 
 LANGUAGES = ("en", "ru", "tr")
 
@@ -90,7 +91,7 @@ def test_gain_and_forgetting(folder, capfd):
     assert float(after) - float(before) == pytest.approx(float(change), abs=0.002)
     assert mark == "+"
     page = (folder / "out/index.html").read_text()
-    assert "What stage “&lt;b&gt;” changed" in page
+    assert "Before and after stage “&lt;b&gt;”" in page
     assert "<b>”" not in page
     assert "unpaired" not in page
 
@@ -134,14 +135,35 @@ def test_a_damaged_item_is_named_and_costs_no_other(folder, capfd):
 
 
 def test_one_page_says_one_thing(folder):
-    """The table of a stage, the table of the held-out set and the text agree."""
+    """Tables, figures and their numbers agree: a change has one verdict everywhere."""
     page = report.write_report([folder], folder / "out").read_text()
     run = read_run.read_run(folder)
     for boundary in changes.boundaries(run):
         for c in boundary.changes:
-            if c.test == "heldout-udhr":
-                cell = html.block("td", c.cell())
-                assert page.count(cell) == 2, (boundary.stage, c.language)
+            # In the stage's table, and without an interval in the held-out set's.
+            whole, both = html.block("td", c.cell()), c.test == "heldout-udhr"
+            assert whole in page, (boundary.stage, c.language)
+            assert page.count(whole.split("<small>")[0]) == 1 + both
+            # Solid dots are verdicts, faint ones noise; a tooltip says which.
+            dot, word = c.dot(), changes.VERDICTS[c.verdict]
+            assert (dot.look == "faint") == (c.verdict == "same")
+            told = charts.Panel("", form=None).told(c.language, dot)
+            assert f"change ({word})" in told
+            if both:
+                last = boundary is changes.boundaries(run)[-1]
+                assert page.count(f"<title>{told}</title>") >= 1 + last
+
+
+def test_a_change_of_a_share_is_told_in_percent_with_a_digit_that_is_not_0():
+    e = paired.Estimate(0.0004, 0.0001, 0.0007, 0.01)
+    c = changes.Change("quiz", "norm", "en", 0.5, 0.5004, e, "better", True)
+    assert (c.arrow(), c.cell().text, c.cell().note) == (
+        "50.0 → 50.0", "+0.04", "+0.01 … +0.07"
+    )  # fmt: skip
+    bits = dataclasses.replace(c, metric=changes.BITS)
+    assert (bits.arrow(), bits.cell().text) == ("0.500 → 0.500", "+0.0004")
+    noise = dataclasses.replace(bits, verdict="same")
+    assert noise.cell().text == "+0.000"
 
 
 def test_a_task_called_as_a_held_out_set_is_another_test(folder):

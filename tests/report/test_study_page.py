@@ -46,9 +46,9 @@ def test_verdicts_and_nulls_are_told_alike(whole):
 def test_every_arm_is_a_picture_and_every_language_a_row(whole):
     page = whole[2]
     # Two sizes are one picture each; shares of six sources in each.
-    assert page.count("Curriculum of ") == 8
+    assert page.count('aria-label="Curriculum of ') == 8
     assert page.count("opacity:0.9") == 8 * 6
-    assert page.count("Learning curves by language") == 1
+    assert page.count('aria-label="Learning curves by language') == 1
     for title in ("help", "udhr"):
         assert f"Differences by language on {title}" in page
 
