@@ -11,7 +11,7 @@ from gamayun_jax.data.ledger import (
     objective_table,
     uncounted,
 )
-from gamayun_jax.report.charts import Dot, Panel, dots_chart
+from gamayun_jax.report.charts import Dot, Panel, dots_chart, percent
 from gamayun_jax.report.curves import sources_chart
 from gamayun_jax.report.formats import plain
 from gamayun_jax.report.html import block, section
@@ -139,9 +139,11 @@ def objective_chart(
         dots = {}
         for name, row in stage["languages"].items():
             share, planned = row["achieved"] or 0.0, row["planned"]
-            dots[name] = [Dot(share, "bar", 0.0, share)]
-            dots[name] += [Dot(planned, "tick")] if planned is not None else []
-        panels.append(Panel(stage["stage"], dots, form="{:.0%}".format, ticks=5))
+            dots[name] = [Dot(share, "bar", 0.0, share, name="achieved")]
+            dots[name] += (
+                [Dot(planned, "tick", name="planned")] if planned is not None else []
+            )
+        panels.append(Panel(stage["stage"], dots, form=percent, ticks=5))
     return dots_chart("Share of the objective by language", panels, names, languages)
 
 
