@@ -148,3 +148,47 @@ def write_run(folder: Path, files: dict, tail: str = "") -> Path:
             text = json.dumps(content)
         (folder / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def without_english(files: dict) -> dict:
+    """Records of a run that has no English: nothing is told relative to it."""
+    for name, record in files.items():
+        if name.startswith("eval/"):
+            for part in record["sets"].values():
+                del part["languages"]["en"]
+                for row in part["languages"].values():
+                    del row["parity"]
+    files["config.json"]["languages"] = [k for k in LANGUAGES if k != "en"]
+    for line in files["metrics.jsonl"]:
+        del line["languages"]["en"]
+    return files
+
+
+def with_samples(folder: Path, task: str = "names") -> Path:
+    """A run's folder whose labelled evaluations have a generation task, too."""
+    languages = {
+        k: {"items": 3, "chrf": 0.25, "chrf_se": 0.02, "baseline": 0.2}
+        for k in LANGUAGES
+    }
+    told = {
+        "kind": "generation", "metric": "chrf", "description": "write a name",
+        "parallel": True, "shots": 0, "baseline": "copy", "languages": languages,
+        "macro": {"chrf": 0.25, "chrf_se": 0.02}, "gaps": [], "set_aside": {},
+    }  # fmt: skip
+    for path in (folder / "eval").glob("*.json"):
+        record = json.loads(path.read_text())
+        if not record["label"]:
+            continue
+        path.write_text(json.dumps(record | {"tasks": {task: told}}))
+        rows = [
+            {"id": f"{task}{i}", "language": k, "prompt": f"{k}: name {i}?\nA:",
+             "text": f"written at {record['step']} <b>", "answers": [f"answer {i}"],
+             "correct": {"chrf": 0.3, "exact": float(k == "ru")}}
+            for k in LANGUAGES for i in range(3)
+        ]  # fmt: skip
+        items = path.with_suffix(".items")
+        items.mkdir(exist_ok=True)
+        (items / f"{task}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows)
+        )
+    return folder

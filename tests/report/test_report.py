@@ -11,7 +11,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_up_run import LANGUAGES, SOURCES, evaluation, records, write_run
+from made_up_run import (
+    LANGUAGES,
+    SOURCES,
+    evaluation,
+    records,
+    with_samples,
+    without_english,
+    write_run,
+)
 
 from gamayun_jax.config import UserError
 from gamayun_jax.report import (
@@ -89,6 +97,57 @@ def test_one_run(run, tmp_path):
     assert len(page.source) < 2_000_000
     # The page's own colours, in both modes, and no others.
     assert not set(re.findall(r"(?:fill|stroke): (#\w+)", page.source)) - {"#000000"}
+
+
+def test_without_english_nothing_is_relative_to_it(run, tmp_path):
+    assert "English = 1" in page_of(tmp_path / "with", run).source
+    folder = write_run(tmp_path / "r", without_english(records(every=50)))
+    page = page_of(tmp_path / "out", folder)
+    assert "English = 1" not in page.source
+    headings = re.findall(r"<th [^>]*>([^<]*)</th>", page.source)
+    assert "parity" not in headings
+    assert "xz -9e" in headings
+
+
+def test_one_run_does_not_say_that_its_switch_helped(run, tmp_path):
+    page = page_of(tmp_path, run)
+    part = page.source.split("Did the switch help?</h2>")[1].split("<h2")[0]
+    assert "One run can&#39;t tell" in part
+    # The learning rate's share is named: it fell all the while.
+    assert "its learning rate went from 0.0036 to 0, falling over 100% of its" in part
+    assert "“align”" not in part  # begins from nothing: no switch
+    one = records(every=50, evals=(0, 800))
+    first = write_run(tmp_path / "first", one)
+    assert "Did the switch help?" not in page_of(tmp_path / "out", first).source
+
+
+def test_samples_stand_side_by_side(tmp_path):
+    folder = with_samples(write_run(tmp_path / "r", records(every=50)))
+    page = page_of(tmp_path / "out", folder)
+    part = page.source.split("Samples, task “names”</h2>")[1].split("</table>")[0]
+    for step in (0, 800, 1000):
+        assert part.count(f"written at {step} &lt;b&gt;") == 2 * len(LANGUAGES)
+    assert part.count("answer 1") == len(LANGUAGES)
+    assert "answer 2" not in part
+    assert part.count('class="better"') == 2 * 3  # ru's, at three evaluations
+
+
+def test_losses_are_in_bits_per_byte_of_the_sources_served(tmp_path):
+    files = records(every=50)
+    loss, unit = curves.losses(read_run.read_run(write_run(tmp_path / "r", files)))
+    assert unit == "bits per byte"
+    # A token of every source is three bytes here.
+    nats = files["metrics.jsonl"][3]["languages"]["ru"]["nll"]
+    assert loss[3][0]["ru"] == pytest.approx(nats / math.log(2) / 3)
+    mean = sum(loss[3][0][k] for k in LANGUAGES) / len(LANGUAGES)
+    assert loss[3][0]["macro"] == pytest.approx(mean)
+    del files["lineage.json"]["corpus"]["sources"]["ru/help"]["bytes"]
+    other = read_run.read_run(write_run(tmp_path / "other", files))
+    loss, unit = curves.losses(other)
+    assert unit == "nats per token"
+    assert loss[3][0]["ru"] == nats
+    page = page_of(tmp_path / "out", tmp_path / "other")
+    assert "Nats per token, unweighted" in page.source
 
 
 def test_same_records_same_page(run, tmp_path):
