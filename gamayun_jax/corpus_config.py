@@ -23,12 +23,14 @@ class SourceConfig:
     `name` is "<language>/<domain>". `files` are paths or globs of .jsonl, .txt
     (one document a line) or .parquet files, .gz and .zst included, or
     "tfds:<folder of a data set in array_record format>:<split>". .json and .ndjson
-    are read as .jsonl is. `text_field` may be inside another: "translation.ru".
+    are read as .jsonl is. `text_field` may be inside another: "translation.ru", and so
+    may `id_field`, by which translations know each other (`parallel_documents`).
     """
 
     name: str
     files: tuple[LocalPath, ...]
     text_field: str = "text"
+    id_field: str = "id"
     tokens: Whole = 0  # about; for `gamayun curriculum` before there is a corpus
 
     @property
@@ -85,6 +87,10 @@ class CorpusConfig:
     # Documents that hold a held-out text (data/contamination.py): remove, or report.
     # A document that equals one is always removed.
     held_out_copies: Literal["remove", "report"] = "remove"
+    # Documents with the same id in several languages: keep, or keep each id in one of
+    # them only (disjoint), chosen by a hash with this seed; data/selection.py.
+    parallel_documents: Literal["keep", "disjoint"] = "keep"
+    disjoint_seed: Whole = 0
     # Files that end early or are damaged within: stop, or keep_readable (the build,
     # `corpus inspect` and the manifest list the losses).
     on_damaged_file: Literal["stop", "keep_readable"] = "stop"

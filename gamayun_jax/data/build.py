@@ -22,13 +22,11 @@ import numpy as np
 from gamayun_jax.config import Config, CorpusConfig, UserError
 from gamayun_jax.data import heldout_sets
 from gamayun_jax.data.build_jobs import (
-    Scanned,
     ShardPlan,
     contamination,
     fit_tokenizer,
     plan_shards,
     scan,
-    select,
     tokenise,
 )
 from gamayun_jax.data.cleaning import CLEANING
@@ -40,6 +38,7 @@ from gamayun_jax.data.inputs import expand
 from gamayun_jax.data.inspect_corpus import told_damage
 from gamayun_jax.data.model_tokenizer import folder_tokenizer, given_tokenizer
 from gamayun_jax.data.recipe import check_model, check_recipe, recipe_of
+from gamayun_jax.data.selection import Scanned, select
 from gamayun_jax.data.worker_pool import Pool
 
 
@@ -138,7 +137,7 @@ def make(
     )
     merge_rejected(scans, out / "rejected")
     check_bad(corpus, counts, out / "rejected")
-    scanned = select(scans)
+    scanned, shared_ids = select(corpus, scans)
     sources = {
         name: source_entry(name, row, [s for s in scanned if s.source == name], out)
         for name, row in counts.items()
@@ -151,9 +150,11 @@ def make(
     tokenizer = folder_tokenizer(out)
     shards = plan_shards(scanned, corpus.shard_bytes)
     tokenise_all(corpus, out, sources, shards, tokenizer.vocab_size, pool)
+    disjoint = {"seed": corpus.disjoint_seed, "shared_ids": shared_ids}
     return {
         "format": FORMAT,
         "cleaning": CLEANING,
+        **({"disjoint": disjoint} if shared_ids else {}),
         "record_tokens": corpus.record_tokens,
         "dtype": "uint16" if token_dtype(tokenizer.vocab_size) == "<u2" else "uint32",
         "languages": list(cfg.languages),
@@ -249,11 +250,14 @@ def source_entry(
     language, domain = name.split("/")
     kept = sum(int(s.keep.sum()) for s in scanned)
     duplicates = sum(s.duplicates for s in scanned)
-    assert row["read"] == kept + duplicates + sum(row["rejected"].values()), name
+    translations = sum(s.translations for s in scanned)
+    left_out = duplicates + translations + sum(row["rejected"].values())
+    assert row["read"] == kept + left_out, name
     if not kept:
         raise UserError(
             f"source {name} has no document left: {row['read']} read, {duplicates} "
-            f"duplicates, rejected {row['rejected'] or 0}; see {out / 'rejected'}"
+            f"duplicates, {translations} in another language, rejected "
+            f"{row['rejected'] or 0}; see {out / 'rejected'}"
         )
     return {
         "language": language,
@@ -267,6 +271,7 @@ def source_entry(
         "shards": [],
         "rejected": row["rejected"],
         "duplicates": duplicates,
+        **({"translations": translations} if translations else {}),
         "held_out": row["held_out"],
         "damaged": row["damaged"],
     }
@@ -327,5 +332,5 @@ def train_tokenizer(
             held_folder = work / "heldout" if heldout else None
             counts, scans = scan_all(cfg, inputs, work / "scan", held_folder, pool)
             check_bad(cfg, counts, work)
-            list(pool.run(fit_tokenizer, [(cfg, select(scans), out)]))
+            list(pool.run(fit_tokenizer, [(cfg, select(cfg, scans)[0], out)]))
     return out

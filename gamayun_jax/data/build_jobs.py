@@ -1,9 +1,9 @@
 """The jobs of a corpus build, done by worker processes, each of them restartable.
 
 `scan` reads, cleans and digests one input file; its text goes to compressed chunks in
-the work folder. `select` finds the duplicates. `tokenise` writes one shard. Jobs depend
-on the input alone, so that the bytes of a corpus depend neither on the number of
-workers nor on interruptions.
+the work folder. selection.py says which documents stay. `tokenise` writes one shard.
+Jobs depend on the input alone, so that the bytes of a corpus depend neither on the
+number of workers nor on interruptions.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from gamayun_jax.data.files import atomic, file_sha256, sync, write_json
 from gamayun_jax.data.inputs import read_input
 from gamayun_jax.data.model_tokenizer import folder_tokenizer
 from gamayun_jax.data.records import check_shard
+from gamayun_jax.data.selection import Scanned
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 BATCH_BYTES = 1_000_000  # text given to the tokenizer at a time
@@ -69,9 +70,9 @@ def scan(
 ) -> dict[str, Any]:
     """Read and clean one input file into the folder `out`; returns its counts.
 
-    docs.npz: digest S16[N], bytes, characters, chunk int64[N] of the clean documents,
-    held bool[N] (not to be trained on); <chunk>.zst: their UTF-8 texts, one after the
-    other; rejected.jsonl; done.json.
+    docs.npz: digest S16[N], id S16[N] (of the id; empty without one), bytes,
+    characters, chunk int64[N] of the clean documents, held bool[N] (not to be trained
+    on); <chunk>.zst: their UTF-8 texts, one after the other; rejected.jsonl; done.json.
 
     Args:
       heldout: folder of the held-out files; documents that hold one of their texts are
@@ -118,6 +119,7 @@ class Scanner:
         self._first_bad = ""
         # Of the clean documents.
         self._digests: list[bytes] = []
+        self._ids: list[bytes] = []
         self._sizes: list[tuple[int, int, int]] = []  # bytes, characters, chunk
         self._held: list[bool] = []
         self._chunk, self._chunk_bytes = -1, 0
@@ -185,6 +187,7 @@ class Scanner:
         self._chunk_file.write(encoded)
         self._chunk_bytes += len(encoded)
         self._digests.append(hashlib.blake2b(encoded, digest_size=16).digest())
+        self._ids.append(id_digest(document.id))
         self._sizes.append((len(encoded), len(document.text), self._chunk))
         self._waiting.append(document)
         self._waiting_size += len(document.text)
@@ -217,6 +220,7 @@ class Scanner:
         np.savez(
             self._work / "docs.npz",
             digest=np.array(self._digests, "S16"),
+            id=np.array(self._ids, "S16"),
             bytes=table[:, 0],
             characters=table[:, 1],
             chunk=table[:, 2],
@@ -231,6 +235,14 @@ class Scanner:
         }
 
 
+def id_digest(id: str | None) -> bytes:
+    """16 bytes that stand for an id; none for None."""
+    if id is None:
+        return b""
+    # An id of JSON may have lone surrogates.
+    return hashlib.blake2b(id.encode("utf-8", "replace"), digest_size=16).digest()
+
+
 def chunk_texts(folder: Path, chunk: int, keep: np.ndarray) -> Iterator[bytes]:
     """The documents of one chunk of a scan for which `keep` (bool[n]) is set."""
     with np.load(folder / "docs.npz") as docs:
@@ -242,42 +254,6 @@ def chunk_texts(folder: Path, chunk: int, keep: np.ndarray) -> Iterator[bytes]:
             assert len(text) == size, f"{folder}/{chunk}.zst is cut short"
             if kept:
                 yield text
-
-
-@dataclass
-class Scanned:
-    """A scanned input file, and which of its documents stay."""
-
-    source: str
-    folder: Path
-    digest: np.ndarray  # S16[N]
-    bytes: np.ndarray  # int64[N]
-    characters: np.ndarray  # int64[N]
-    chunk: np.ndarray  # int64[N]
-    keep: np.ndarray  # bool[N]
-    duplicates: int = 0
-
-
-def select(scanned: Sequence[tuple[str, Path]]) -> list[Scanned]:
-    """Of equal documents in the whole corpus, keep the first; drop held-out ones."""
-    files = []
-    for source, folder in scanned:
-        with np.load(folder / "docs.npz") as docs:
-            columns = {k: docs[k] for k in ("digest", "bytes", "characters", "chunk")}
-            keep = ~docs["held"]
-        files.append(Scanned(source, folder, **columns, keep=keep))
-    digests = np.concatenate([np.zeros(0, "S16"), *(f.digest for f in files)])
-    # The index of the first document that is equal to each one.
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    first = first[inverse]
-    begin = 0
-    for file in files:
-        end = begin + len(file.keep)
-        repeated = file.keep & (first[begin:end] != np.arange(begin, end))
-        file.keep &= ~repeated
-        file.duplicates = int(repeated.sum())
-        begin = end
-    return files
 
 
 def sample_texts(files: Sequence[Scanned], budget: int) -> Iterator[str]:

@@ -57,6 +57,7 @@ class Input:
     path: str
     files: tuple[str, ...]  # hashed for the recipe
     split: str = ""  # tfds only
+    id_field: str = "id"
 
 
 @functools.cache
@@ -75,6 +76,14 @@ def value_of(row: Mapping[str, Any], field: str) -> Any:
             raise KeyError(key)
         value = value[key]
     return value
+
+
+def id_of(row: Mapping[str, Any], field: str) -> Any:
+    """A row's id; None where it has none."""
+    try:
+        return value_of(row, field)
+    except KeyError:
+        return None
 
 
 def no_field(field: str, row: Mapping[str, Any]) -> str:

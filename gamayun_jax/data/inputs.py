@@ -58,7 +58,13 @@ def expand(source: SourceConfig) -> list[Input]:
     shared = os.path.commonpath([*map(os.path.dirname, whole.values())] or ["."])
     for path, kind in kinds.items():
         name = os.path.relpath(whole[path], shared)
-        inputs.append(Input(source.name, source.text_field, name, kind, path, (path,)))
+        files = (path,)
+        inputs.append(
+            Input(
+                source.name, source.text_field, name, kind, path, files,
+                id_field=source.id_field,
+            )
+        )  # fmt: skip
     return inputs
 
 

@@ -120,6 +120,13 @@ def inspect(path: str | Path) -> str:
     for name, s in m["sources"].items():
         for damage in s.get("damaged", ()):
             text.append(f"DAMAGED: {name} {told_damage(damage)}")
+    if found := m.get("disjoint"):
+        left = {k: s.get("translations") for k, s in m["sources"].items()}
+        listed = ", ".join(f"{n:,} of {k}" for k, n in left.items() if n)
+        text.append(
+            f"disjoint languages: {found['shared_ids']:,} ids were in several, each "
+            f"stays in one; documents left out: {listed}"
+        )
     for name, languages in corpus.heldout_sets().items():
         rows = m["heldout"][name]["languages"]
         kind = "parallel" if m["heldout"][name]["parallel"] else "not parallel"

@@ -137,4 +137,7 @@ def recipe_of(
         "min_chars": corpus.min_chars,
         "inputs": described,
     }
+    if corpus.parallel_documents != "keep":  # else a recipe of a former release stays
+        fields = [[s.name, s.id_field] for s in corpus.sources]
+        recipe["disjoint"] = [corpus.disjoint_seed, fields]
     return recipe, described

@@ -18,6 +18,7 @@ from gamayun_jax.data.documents import (
     Document,
     Input,
     as_document,
+    id_of,
     key_path,
     label,
     no_access,
@@ -49,7 +50,10 @@ def expand_tfds(source: SourceConfig, pattern: str) -> Input:
         )
     described = [str(Path(folder, n)) for n in ("dataset_info.json", "features.json")]
     name, files = f"{Path(folder).name}:{split}", (*described, *shards)
-    return Input(source.name, source.text_field, name, "tfds", folder, files, split)
+    return Input(
+        source.name, source.text_field, name, "tfds", folder, files, split,
+        source.id_field,
+    )  # fmt: skip
 
 
 def open_tfds(folder: str) -> Any:
@@ -90,7 +94,11 @@ def read_parquet(item: Input) -> Iterator[Document | BadDocument]:
             for number in range(1, file.metadata.num_rows + 1):
                 yield BadDocument(item.name, number, "no text", why)
             return
-        wanted = [".".join(path), *(["id"] if names.count("id") == 1 else [])]
+        id_path = key_path(item.id_field)
+        if item.id_field in names:
+            id_path = (item.id_field,)
+        has_id = names.count(id_path[0]) == 1 and has_path(schema, id_path)
+        wanted = [".".join(path), *([".".join(id_path)] if has_id else [])]
         for group in range(file.num_row_groups):
             begin = number
             end = begin + file.metadata.row_group(group).num_rows
@@ -98,8 +106,8 @@ def read_parquet(item: Input) -> Iterator[Document | BadDocument]:
                 for batch in file.iter_batches(256, [group], wanted):
                     texts = column_values(batch.column(path[0]), path[1:])
                     ids: Iterable[Any] = itertools.repeat(None)
-                    if len(wanted) > 1:
-                        ids = column_values(batch.column("id"))
+                    if has_id:
+                        ids = column_values(batch.column(id_path[0]), id_path[1:])
                     for text, id in zip(texts, ids, strict=False):
                         number += 1
                         yield as_document(item, number, text, id)
@@ -195,6 +203,6 @@ def read_tfds(item: Input) -> Iterator[Document | BadDocument]:
                 why = no_field(item.text_field, row)
                 yield BadDocument(item.name, number, "no text", why)
                 continue
-            yield as_document(item, number, text, row.get("id"))
+            yield as_document(item, number, text, id_of(row, item.id_field))
     if damage:
         yield Damage(item.name, *damage, unread=lost)

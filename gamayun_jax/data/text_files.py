@@ -19,6 +19,7 @@ from gamayun_jax.data.documents import (
     Input,
     as_document,
     excerpt,
+    id_of,
     no_access,
     no_field,
     value_of,
@@ -67,7 +68,7 @@ def parse_line(item: Input, number: int, line: bytes) -> Document | BadDocument:
         text = value_of(data, item.text_field)
     except KeyError:
         return bad("no text", no_field(item.text_field, data))
-    return as_document(item, number, text, data.get("id"))
+    return as_document(item, number, text, id_of(data, item.id_field))
 
 
 def blocks(f: BinaryIO, path: str) -> Iterator[bytes]:

@@ -40,6 +40,7 @@ from gamayun_jax.data import (
     records,
     tokenizer_training,
 )
+from gamayun_jax.data.selection import select
 from gamayun_jax.data.tokenizer import Tokenizer
 
 
@@ -197,7 +198,7 @@ def test_sample_is_spread_over_the_source(built, tmp_path):
     cfg, _ = built
     item = inputs.expand(cfg.corpus.sources[1])[0]
     build_jobs.scan(item, tmp_path / "0", 1, 5000)
-    files = build_jobs.select([("ru/web", tmp_path / "0")])
+    files, _ = select(c.CorpusConfig(), [("ru/web", tmp_path / "0")])
     total = int(files[0].bytes.sum())
     sample = list(build_jobs.sample_texts(files, total // 4))
     assert 0.15 < sum(len(t.encode()) for t in sample) / total < 0.35
