@@ -197,7 +197,7 @@ def test_help_says_types_and_defaults(capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert "--max-tokens N most tokens to add (default: 128)" in told
     assert (
-        "--temperature FLOAT 0 always takes the most likely token (default: 0.0)"
+        "--temperature FLOAT 0 always takes the most likely token (default: 0.8)"
         in told
     )
     assert "--seed INT seed of the draws (default: 0)" in told

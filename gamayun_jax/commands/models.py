@@ -170,7 +170,7 @@ def generate(
     interactive: bool = False,
     literal: bool = False,
     max_tokens: Count = 128,
-    temperature: float = 0.0,
+    temperature: float = 0.8,
     top_k: Whole = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
@@ -185,7 +185,8 @@ def generate(
 
     Examples:
       gamayun generate runs/demo --prompt "To open a file,"
-      gamayun generate runs/demo --interactive --temperature 0.8 --top-p 0.95
+      gamayun generate runs/demo --interactive --top-p 0.95
+      gamayun generate runs/demo --prompt "To open a file," --temperature 0
 
     Args:
       prompt (TEXT): text to continue; may be repeated.
@@ -197,7 +198,7 @@ def generate(
       top_p (P): draw from the fewest tokens that reach this probability.
       min_p (P): least probability, as a share of the most likely token's.
       repetition_penalty: above 1, tokens that were seen become less likely.
-      seed: seed of the draws.
+      seed: seed of the draws: the same one writes the same text.
     """
     from gamayun_jax.data.model_tokenizer import open_tokenizer
     from gamayun_jax.inference.generator import Generator
@@ -207,6 +208,8 @@ def generate(
     chosen = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     if not prompt and not interactive:
         raise UserError("nothing to continue: give --prompt TEXT or --interactive")
+    if temperature:
+        note(f"drawn at temperature {temperature:g} with seed {seed}; 0: not drawn")
     cfg, params, meta, mesh = load_model.load_params(model, quantised=True)
     tokenizer = open_tokenizer(model, meta.tokenizer, cfg.data.corpus)
     write = functools.partial(

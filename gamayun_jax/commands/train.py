@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,8 +51,20 @@ def demo(
     print("3/3 report", flush=True)
     page = report.write_report([workdir], workdir / "report")
     print(scores.run_text(workdir))
-    print(f"\nreport: {page}")
+    print(f"\nreport: {page}\n\n{next_steps(workdir, page)}")
     return 0
+
+
+def next_steps(workdir: Path, page: Path) -> str:
+    """What can be done after the demo."""
+    run = shlex.quote(str(workdir))
+    return (
+        "next:\n"
+        f"  open {shlex.quote(str(page))} in a browser\n"
+        f'  gamayun generate {run} --prompt "To open a file,"\n'
+        f"  gamayun export-hf {run} out    for transformers and llama.cpp\n"
+        "  your own data: docs/data.md; in a notebook: README.md"
+    )
 
 
 def lengthen(cfg: Config, factor: float) -> Config:

@@ -126,11 +126,22 @@ def test_generate_on_the_command_line(trained, tmp_path, capfd, monkeypatch):
     argv += ["--prompt", "The ", "--prompt", "Это ", "--interactive"]
     monkeypatch.setattr("sys.stdin", iter(["one\n", "\n", "two\n"]))
     assert cli.main(argv) == 0
-    said = capfd.readouterr().out
+    said, noted = capfd.readouterr()
+    assert "temperature 1 with seed 0" in noted
     assert said.startswith("The ")
     assert "\nЭто " in said
     assert "\none" in said
     assert "two" not in said
+    # Drawn unless it is asked not to be, and the same again.
+    texts = []
+    for words in ([], [], ["--seed", "1"], ["--temperature", "0"]):
+        argv = ["generate", model, "--max-tokens", "16", "--prompt", "The ", *words]
+        assert cli.main(argv) == 0
+        said, noted = capfd.readouterr()
+        texts.append(said)
+        assert ("drawn at temperature 0.8" in noted) == (words[:1] != ["--temperature"])
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
 
 
 def test_another_tokenizer_is_refused(trained, tmp_path, config):
