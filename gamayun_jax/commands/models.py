@@ -198,7 +198,7 @@ def generate(
       top_p (P): draw from the fewest tokens that reach this probability.
       min_p (P): least probability, as a share of the most likely token's.
       repetition_penalty: above 1, tokens that were seen become less likely.
-      seed: seed of the draws: the same one writes the same text.
+      seed: seed of the draws.
     """
     from gamayun_jax.data.model_tokenizer import open_tokenizer
     from gamayun_jax.inference.generator import Generator
