@@ -16,13 +16,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gamayun_jax.corpus_config import CorpusConfig as CorpusConfig
 from gamayun_jax.corpus_config import HeldoutConfig as HeldoutConfig
 from gamayun_jax.corpus_config import SourceConfig as SourceConfig
 from gamayun_jax.corpus_config import TokenizerConfig as TokenizerConfig
 from gamayun_jax.fields import (
+    AnyPath,
     Axis,
     Count,
     Decay,
@@ -44,6 +45,7 @@ from gamayun_jax.fields import to_dict as to_dict
 from gamayun_jax.fields import to_json as to_json
 
 DEMO_CORPUS = Path(__file__).parent / "demo_corpus"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"  # of a clone
 
 
 @dataclass(frozen=True)
@@ -353,6 +355,16 @@ class Config:
                 f"{self.model.max_seq_len}: raise the latter or shorten the examples"
             )
 
+    def __repr__(self) -> str:
+        m, steps = self.model, self.stage_steps()
+        stages = " + ".join(
+            f"{s.name} {n:,}" for s, n in zip(self.stages, steps, strict=True)
+        )
+        return (
+            f"<Config {self.name!r}: {len(self.languages)} languages, {m.num_layers} "
+            f"layers of {m.d_model}, {stages} steps of {self.tokens_per_step:,} tokens>"
+        )
+
     @property
     def tokens_per_step(self) -> int:
         return self.data.batch_size * self.data.seq_len
@@ -394,14 +406,29 @@ def language_domain(
     return {f"{a}/{b}": x * y for a, x in languages.items() for b, y in domains.items()}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Run an experiment file's `get_config()` and apply `--set` overrides.
+def load_config(
+    path: AnyPath, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Config:
+    """Run an experiment file's `get_config()`, and change fields of what it returns.
+
+    Example:
+      >>> cfg = gx.load_config("tiny", {"seed": 1, "stages.align.schedule.peak": 1e-3})
+      >>> cfg.stages[0].schedule.peak
+      0.001
+
+    Args:
+      path: the file (executed); in a clone also the name of one in experiments/.
+      overrides: field -> value, or texts "a.b=value" as `--set` has them; items of
+        tuples are named by number or by their name.
 
     Raises:
       UserError: no such file, no `get_config`, another return type, bad override, and
         whatever the file raises, with the last of its lines that was run.
     """
-    defined, cfg = call_in_file(Path(path), "get_config")
+    path = Path(path)
+    if path.name == str(path) and not path.suffix and not path.exists():
+        path = EXPERIMENTS / f"{path}.py"
+    defined, cfg = call_in_file(path, "get_config")
     if not defined:
         raise UserError(f"config {path} does not define get_config() -> Config")
     if not isinstance(cfg, Config):

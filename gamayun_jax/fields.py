@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import numbers
+import os
 import re
 import sys
 import traceback
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
+AnyPath = str | os.PathLike[str]  # what functions for users take as a path
 
 
 class UserError(ValueError):
@@ -104,6 +106,8 @@ def decode(value: Any, hint: Any, where: str) -> Any:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
+        if hint == LocalPath and isinstance(value, os.PathLike):
+            value = os.fspath(value)
         value = decode(value, args[0], where)
         bound, holds = args[1]
         if not holds(value):
@@ -280,8 +284,8 @@ def call_in_file(path: Path, function: str) -> tuple[bool, Any]:
         raise UserError(f"config {path}{at}: {reason}") from e
 
 
-def set_fields(obj: T, overrides: Sequence[str]) -> T:
-    """A dataclass with all "a.b=value" applied, then checked.
+def set_fields(obj: T, overrides: Sequence[str] | Mapping[str, Any]) -> T:
+    """A dataclass with all "a.b=value" applied, or all values by "a.b"; then checked.
 
     Items of tuples are named by number or by their name.
 
@@ -289,6 +293,10 @@ def set_fields(obj: T, overrides: Sequence[str]) -> T:
       UserError: unknown field (with its neighbours), a value of another type or out of
         bounds, values that do not fit together.
     """
+    if isinstance(overrides, str):
+        overrides = [overrides]
+    if isinstance(overrides, Mapping):
+        overrides = [f"{k}={_text(v)}" for k, v in overrides.items()]
     data, places = to_dict(obj), {}
     for override in overrides:
         key, eq, text = override.partition("=")
@@ -305,6 +313,12 @@ def set_fields(obj: T, overrides: Sequence[str]) -> T:
         ]
         named = " ".join(f"--set {o}" for o in at_fault or overrides)
         raise UserError(f"{named}: {e}") from e
+
+
+def _text(value: Any) -> str:
+    """A value as `--set` has it."""
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else to_dict(value)
+    return plain if isinstance(plain, str) else json.dumps(plain)
 
 
 def _put(at: Any, hint: Any, path: str, text: str) -> str:

@@ -94,8 +94,19 @@ class Table:
             "  ".join(line).rstrip() for b in blocks for line in zip(*b, strict=True)
         )
 
-    def markdown(self) -> str:
-        """A table of Markdown, without the small print."""
-        rows = [self.heads, ["---"] * len(self.heads)]
-        rows += [[c.text for c in row] for row in (*self.body, *self.foot)]
+    def markdown(self, notes: bool = False) -> str:
+        """A table of Markdown; `notes`: with the small print."""
+        lines = ["---" if i in self.left else "---:" for i in range(len(self.heads))]
+        rows = [self.heads, lines]
+        rows += [
+            [f"{c.text} {c.note}".rstrip() if notes else c.text for c in row]
+            for row in (*self.body, *self.foot)
+        ]
+        rows = [[text.replace("|", "\\|") for text in row] for row in rows]
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    def _repr_markdown_(self) -> str:
+        return self.markdown(notes=True)
+
+    def __repr__(self) -> str:
+        return self.text()

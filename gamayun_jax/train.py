@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 from tqdm import tqdm
 
-from gamayun_jax.config import Config
+from gamayun_jax.config import AnyPath, Config
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.loader import batches
 from gamayun_jax.data.token_weights import build_token_weights
@@ -44,11 +44,12 @@ PREEMPTED = 3  # exit status of a run that was told to stop, saved, and can go o
 
 def train(
     cfg: Config,
-    workdir: Path,
-    init_from: Path | None = None,
+    workdir: AnyPath,
+    init_from: AnyPath | None = None,
     log: Callable[[str], None] = tqdm.write,
     profile: tuple[int, int] | None = None,
     fresh: bool = False,
+    own_process: bool = True,
 ) -> int:
     """Run all the stages of `cfg`, going on where the run folder stands.
 
@@ -57,6 +58,7 @@ def train(
       profile: the first and last step to trace, on the first process.
       fresh: begin anew in a run folder whose checkpoints are lost; its records are
         moved aside.
+      own_process: see StopSignal.
 
     Returns:
       0 when the run is complete, PREEMPTED if a signal made it save and stop.
@@ -64,6 +66,7 @@ def train(
     Raises:
       UserError: config, corpus, devices or run folder do not fit.
     """
+    workdir, init_from = Path(workdir), Path(init_from) if init_from else None
     check_same(cfg, init_from=init_from and str(init_from), fresh=fresh)
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_divisible(cfg, mesh)
@@ -79,7 +82,7 @@ def train(
         contextlib.closing(
             Checkpoints(folder.path / "checkpoints", cfg.checkpoint, kept_forever(cfg))
         ) as store,
-        StopSignal(log) as stop,
+        StopSignal(log, own_process) as stop,
         contextlib.closing(
             Profile(folder.path / "profile", profile if first else None, log)
         ) as trace,
@@ -178,7 +181,7 @@ def finish(run: Run, first_step: int) -> int:
         run.log(goodput_text(seconds))
     if run.step < run.cfg.total_steps:
         run.log(
-            f"stopped by a signal; saved at step {run.step}; the same command goes on"
+            f"stopped by a signal; saved at step {run.step}; started again, it goes on"
         )
         return PREEMPTED
     return 0

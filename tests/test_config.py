@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,7 +190,7 @@ WRONG = [
     ("data", "batch_size", 8.0, "data.batch_size: expected int, got 8.0: write 8"),
     ("data", "batch_size", "8", "data.batch_size: expected int, got '8'"),
     ("data", "corpus", None, "data.corpus: expected str, got None"),
-    ("data", "corpus", Path("x"), "data.corpus: expected str, got "),
+    ("data", "corpus", 3, "data.corpus: expected str, got "),
     ("data", "corpus", "\udcff", "data.corpus: expected text that UTF-8 can write"),
     ("data", "threads", True, "data.threads: expected int, got True"),
     ("data", "seq_len", 10**30, "data.seq_len: expected int of at most 64 bits"),

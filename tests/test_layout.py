@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ LAWS = {
     "plan": {*BASE, "model", "data", "training"},
     "train": HOUSE,
     "study": HOUSE - {"inference", "interop"} | {"train"},
-    "commands": HOUSE | {"report", "plan", "train", "study"},
+    "api": HOUSE | {"report", "plan", "train"},
+    "commands": HOUSE | {"report", "plan", "train", "study", "api"},
     "cli": {*BASE, "training", "commands"},
 }
 LINES, FUNCTION_LINES = 450, 80
@@ -177,6 +179,7 @@ def test_light_modules_do_not_import_jax():
     names.remove("data.loader")
     code = f"""
 import sys
+import tomllib
 for name in {names}:
     __import__("gamayun_jax." + name)
     found = {{"jax", "flax", "optax", "orbax"}} & set(sys.modules)
@@ -196,3 +199,10 @@ def test_documents_name_files_that_exist():
         links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
         links += re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text)
         assert [x for x in links if not (page.parent / x).exists()] == [], page
+
+
+def test_all_rooms_are_installed():
+    """A package that pyproject.toml does not name is in a checkout alone."""
+    setup = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = {".".join(p.parent.parts) for p in PACKAGE.rglob("*.py")}
+    assert rooms <= set(setup["packages"])

@@ -48,7 +48,7 @@ def test_a_heading_that_comes_again_stays_beside_the_column_before_it():
 
 def test_markdown():
     lines = TABLE.markdown().splitlines()
-    assert lines[:3] == ["| language | bits | items |", "| --- | --- | --- |",
+    assert lines[:3] == ["| language | bits | items |", "| --- | ---: | ---: |",
                          "| en | 1.25 | 7 |"]  # fmt: skip
     assert len(lines) == 5
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gamayun_jax.commands import File, Folder, Picture, Repeated, in_repository, note
-from gamayun_jax.config import Config, Count, UserError, load_config
+from gamayun_jax.config import Count, UserError, load_config
 
 
 def build_corpus(
@@ -152,35 +152,14 @@ def preview_curriculum(
       out (PNG): picture to draw: .png, .svg or .pdf.
       init_from (RUN): run whose checkpoint the run goes on from, as `gamayun train`.
     """
-    from gamayun_jax.data.corpus import open_corpus
-    from gamayun_jax.data.plan import make_data_plan, mixture_notes, unbuilt_plan
-    from gamayun_jax.report import figures, provenance
-    from gamayun_jax.training import compatibility, lineage, resume
+    from gamayun_jax.api.curricula import curriculum
 
-    cfg = load_config(config, set_)
-    folder = Path(cfg.data.corpus)
-    origin, first = None, 0
-    if (folder / "manifest.json").exists() or init_from or not cfg.corpus.sources:
-        corpus = open_corpus(folder)
-        if init_from:
-            store, _, origin = lineage.load_origin(init_from, cfg, corpus)
-            store.close()
-            first = origin["tokens"]
-        plan = make_data_plan(cfg, corpus, origin)
-        compatibility.check_corpus(cfg, corpus)
-        resume.check_stages(cfg, corpus, plan, first)
-        table = plan.table()
-    else:
-        corpus, plan, table = unbuilt_plan(cfg)
-        compatibility.check_schedules(cfg)
-        note(f"there is no corpus in {folder} yet: planned with {assumed_sizes(cfg)}")
-    print(provenance.curriculum_text(table, cfg.data.seq_len))
-    for text in mixture_notes(cfg, corpus, plan):
+    preview = curriculum(load_config(config, set_), init_from)
+    print(preview.table)
+    for text in preview.notes:
         note(text)
     if out:
-        points = lineage.share_points(cfg, plan, first)
-        stages = lineage.stage_spans(cfg, first)
-        figure = figures.curriculum_figure(points, cfg.languages, stages)
+        figure = preview.figure()
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
         print(f"picture: {out}")
@@ -211,6 +190,7 @@ def make_controls(
       check (RUN): compare what finished runs of CONFIG or its arms recorded with what
         CONFIG plans; status 2 where it differs.
     """
+    from gamayun_jax.api.curricula import assumed_sizes
     from gamayun_jax.data import control_files, controls
     from gamayun_jax.data.corpus import open_corpus
     from gamayun_jax.data.plan import make_data_plan, unbuilt_plan
@@ -258,14 +238,3 @@ def make_controls(
         print(text)
         status = status if same else 2
     return status
-
-
-def assumed_sizes(cfg: Config) -> str:
-    """The sizes of sources that a plan without a corpus assumes, as a note says it."""
-    unknown = [s.name for s in cfg.corpus.sources if not s.tokens]
-    if not unknown:
-        return "the `tokens` that corpus.sources gives"
-    return (
-        f"sources of equal size, since {unknown[0]} (and {len(unknown) - 1} more) "
-        "gives no `tokens` in corpus.sources; ~ depends on sizes"
-    )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,58 +43,22 @@ def evaluate(
       window (TOKENS): most that the model sees of a text (default: its own window; for
         held-out sets of a run, data.seq_len, as in training).
     """
-    from gamayun_jax.evaluate import results, stored_model
-    from gamayun_jax.report import eval_page, scores, task_scores
+    from gamayun_jax.api import models
 
-    chosen = load_tasks(tasks or [], languages, limit)
-    with task_bars() as watch:
-        result, items = stored_model.evaluate_model(
-            model,
-            chosen,
-            corpus,
-            heldout=bool(corpus) or not tasks,
-            languages=languages,
-            batch_size=batch_size,
-            window=window,
-            watch=watch,
-        )
-    if "sets" in result:
-        print(scores.language_text([result]))
-    if chosen:
-        print(task_scores.task_text(result["tasks"]))
+    scored = models.evaluate(
+        model,
+        tasks=tasks or (),
+        limit=limit,
+        corpus=corpus,
+        languages=languages,
+        batch_size=batch_size,
+        window=window,
+    )
+    print(scored)
     if out:
-        results.write_results(out, result, items)
-        page = eval_page.write_eval_page(result, out)
-        folder = "items/ and " if items else ""
+        page = scored.write(out)
+        folder = "items/ and " if scored.items else ""
         print(f"{out}/eval.json, {folder}{page.name} are written")
-
-
-def load_tasks(
-    names: Sequence[str], languages: Sequence[str] | None, limit: int
-) -> list[Any]:
-    """The tasks named, in order; those embedded first, where `all` is among them."""
-    from gamayun_jax.evaluate import tasks
-
-    embedded = tasks.known_tasks() if "all" in names else []
-    wanted = [*embedded, *(n for n in names if n != "all")]
-    chosen = [tasks.load_task(name, languages, limit) for name in wanted]
-    tasks.check_languages(chosen, languages)
-    return chosen
-
-
-@contextlib.contextmanager
-def task_bars() -> Iterator[Any]:
-    """A progress bar for each task that begins, when shown on a terminal."""
-    from tqdm import tqdm
-
-    with contextlib.ExitStack() as shown:
-
-        def watch(name: str, total: int) -> Any:
-            shown.close()
-            bar = tqdm(desc=name, total=total, unit="text", disable=None)
-            return shown.enter_context(bar).update
-
-        yield watch
 
 
 def align(
@@ -148,19 +110,11 @@ def compare(
         others are compared with the first.
       tasks (TASK): embedded tasks by name, or YAML files (default: all embedded ones).
     """
-    from gamayun_jax.evaluate import results, stored_model
-    from gamayun_jax.report import compare
+    from gamayun_jax.api import models as api
 
-    if len(models) < 2:
-        raise UserError(f"{models[0]} alone: give at least two models to compare")
-    chosen = []
-    if not all(results.is_result(m) for m in models):
-        chosen = load_tasks(tasks or ["all"], languages, limit)
-    with task_bars() as watch:
-        folders = stored_model.evaluate_each(models, chosen, out, note, watch)
-    comparison = compare.compare([results.read_results(f) for f in folders])
-    print(compare.comparison_text(comparison))
-    print(f"\n{compare.write_comparison(comparison, out)}")
+    options: dict[str, Any] = dict(tasks=tasks or (), limit=limit, languages=languages)
+    print(api.compare(*models, **options, out=out, log=note))
+    print(f"\n{out / 'index.html'}")
 
 
 def generate(
@@ -200,23 +154,23 @@ def generate(
       repetition_penalty: above 1, tokens that were seen become less likely.
       seed: seed of the draws.
     """
-    from gamayun_jax.data.model_tokenizer import open_tokenizer
-    from gamayun_jax.inference.generator import Generator
-    from gamayun_jax.inference.sampling import Sampling
-    from gamayun_jax.interop import load_model
+    from gamayun_jax.api.models import load_model
 
-    chosen = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     if not prompt and not interactive:
         raise UserError("nothing to continue: give --prompt TEXT or --interactive")
     if temperature:
         note(f"drawn at temperature {temperature:g} with seed {seed}; 0: not drawn")
-    cfg, params, meta, mesh = load_model.load_params(model, quantised=True)
-    tokenizer = open_tokenizer(model, meta.tokenizer, cfg.data.corpus)
+    loaded = load_model(model)
+    tokenizer = loaded.tokenizer
     write = functools.partial(
-        Generator(cfg.model, params, mesh, tokenizer, cfg.compute).generate,
+        loaded.generate,
         max_tokens=max_tokens,
-        sampling=chosen,
-        truncate=True,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
         literal=literal,
     )
 
@@ -236,7 +190,7 @@ def generate(
     elif prompt:
         for text in prompt:
             check(text)
-        for text, new in zip(prompt, write(prompt), strict=True):
+        for text, new in zip(prompt, write(list(prompt)), strict=True):
             print(f"{text}{new}\n")
     if interactive:
         note("a line is continued; an empty one ends")

@@ -7,11 +7,11 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from gamayun_jax.commands import File, Folder, Repeated, in_repository, note
 from gamayun_jax.commands.study import show_study
-from gamayun_jax.config import Config, Count, Finite, UserError, load_config, set_fields
+from gamayun_jax.config import Count, Finite, UserError, load_config
 from gamayun_jax.data.files import write_text
 
 Steps = Annotated[
@@ -35,18 +35,19 @@ def demo(
       workdir: run folder to write.
       long (N): train N times as long.
     """
-    from gamayun_jax import train
+    from gamayun_jax.api import configs
     from gamayun_jax.data import build
     from gamayun_jax.report import report, scores
+    from gamayun_jax.train import train
 
     cfg = load_config(in_repository("experiments/tiny.py"), set_)
     if long != 1.0:
-        cfg = lengthen(cfg, long)
+        cfg = configs.lengthen(cfg, long)
     folder = Path(cfg.data.corpus)
     print(f"1/3 corpus and tokenizer -> {folder}", flush=True)
     build.build(cfg, folder)
     print(f"2/3 training, two stages -> {workdir}", flush=True)
-    if status := train.train(cfg, workdir):
+    if status := train(cfg, workdir):
         return status
     print("3/3 report", flush=True)
     page = report.write_report([workdir], workdir / "report")
@@ -65,20 +66,6 @@ def next_steps(workdir: Path, page: Path) -> str:
         f"  gamayun export-hf {run} out    for transformers and llama.cpp\n"
         "  your own data: docs/data.md; in a notebook: README.md"
     )
-
-
-def lengthen(cfg: Config, factor: float) -> Config:
-    """The same config with every length in tokens, and the epochs, multiplied."""
-    longer = [f"data.max_epochs={cfg.data.max_epochs * factor}"]
-    for stage in cfg.stages:
-        for path, tokens in (
-            ("tokens", stage.tokens),
-            ("mixture.ramp_tokens", stage.mixture.ramp_tokens),
-            ("schedule.warmup_tokens", stage.schedule.warmup_tokens),
-            ("schedule.decay_tokens", stage.schedule.decay_tokens),
-        ):
-            longer.append(f"stages.{stage.name}.{path}={round(tokens * factor)}")
-    return set_fields(cfg, longer)
 
 
 def train(
@@ -122,7 +109,7 @@ def train(
     from gamayun_jax.training import xla
 
     xla.set_flags()
-    from gamayun_jax import train
+    from gamayun_jax.train import train as run_stages
     from gamayun_jax.training import cluster, join
 
     join.join_cluster(distributed, coordinator, num_processes, process_id)
@@ -133,7 +120,7 @@ def train(
         steps = int(first), int(last or first)
     with cluster.exit_with_peers(silence):
         cfg = load_config(config, set_)
-        return train.train(cfg, workdir, init_from, profile=steps, fresh=fresh)
+        return run_stages(cfg, workdir, init_from, profile=steps, fresh=fresh)
 
 
 def plan(
@@ -176,25 +163,22 @@ def plan(
         raise UserError("--search and --slices go with --topology (N*CHIP:AxB: slices)")
     # Only described devices are used: whatever is at hand stays free for others.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # JAX's own cache cannot read back what was compiled for absent devices.
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    from gamayun_jax.plan import aot, choices, roofline
-    from gamayun_jax.plan import text as plan_text
+    from gamayun_jax.api.plans import Plans
+    from gamayun_jax.api.plans import plan as plan_for
 
-    cfg = load_config(config, set_)
-    assume = roofline.Assumptions(compute=efficiency)
-    options: dict[str, Any] = dict(price=price, assume=assume, cache=cache)
-    if table:
-        plans = choices.table(cfg, table, log=note, **options)
-        print(plan_text.format_table(plans))
-    elif topology and search:
-        plans = choices.search(cfg, topology, slices, log=note, **options)
-        print(f"{plan_text.format_table(plans)}\n\n{plan_text.format_plan(plans[0])}")
-    elif topology:
-        made = aot.plan_topology(cfg, topology, slices, log=note, **options)
-        made["faster"] = choices.faster(cfg, made, assume, cache)
-        plans = [made]
-        print(plan_text.format_plan(made))
+    plans = plan_for(
+        load_config(config, set_),
+        topology or table or (),
+        slices=slices,
+        search=search,
+        price=price,
+        efficiency=efficiency,
+        cache=cache,
+        log=note,
+    )
+    print(plans.table() if table or search else plans)
+    if search:
+        print(f"\n{Plans(plans[:1])}")
     if json_:
         write_text(json_, json.dumps(plans, indent=1) + "\n")
 

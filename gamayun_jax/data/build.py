@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gamayun_jax.config import Config, CorpusConfig, UserError
+from gamayun_jax.config import AnyPath, Config, CorpusConfig, UserError
 from gamayun_jax.data import heldout_sets
 from gamayun_jax.data.build_jobs import (
     ShardPlan,
@@ -43,7 +43,7 @@ from gamayun_jax.data.worker_pool import Pool
 
 
 def build(
-    cfg: Config, out: Path, workers: int | None = None, progress: bool = True
+    cfg: Config, out: AnyPath, workers: int | None = None, progress: bool = True
 ) -> Corpus:
     """Build the corpus of `cfg.corpus` in the folder `out`, or go on with it.
 
@@ -316,7 +316,7 @@ def tokenise_all(
 
 
 def train_tokenizer(
-    cfg: CorpusConfig, out: Path, workers: int | None = None, progress: bool = True
+    cfg: CorpusConfig, out: AnyPath, workers: int | None = None, progress: bool = True
 ) -> Path:
     """Train the tokenizer that `build` would, without the corpus; returns its path."""
     out = Path(out)

@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from gamayun_jax.config import Config, UserError, check_local
+from gamayun_jax.config import AnyPath, Config, UserError, check_local
 from gamayun_jax.data.files import file_sha256, read_json, read_json_lines, unreadable
 from gamayun_jax.data.model_tokenizer import folder_tokenizer
 from gamayun_jax.data.records import COPY_AGAIN, Records, check_shard
-from gamayun_jax.data.tokenizer import TextCoder
+from gamayun_jax.data.tokenizer import TextCoder, whole_characters
+from gamayun_jax.tables import Table
 
 FORMAT = 1
 
@@ -57,12 +58,49 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class Corpus:
-    """An opened corpus folder (`open_corpus`). Picklable; holds no open files."""
+    """An opened corpus folder (`open_corpus`). Picklable; holds no open files.
+
+    Example:
+      >>> corpus
+      <Corpus build/demo-corpus: 3 sources in 3 languages, ... tokens>
+      >>> corpus.heldout_sets()
+      {'udhr': ['en', 'ru', 'tr']}
+    """
 
     folder: Path
     manifest: dict[str, Any]
     sources: dict[str, SourceInfo]
     damaged: Mapping[str, str] = field(default_factory=dict)  # shard -> reason
+
+    def __repr__(self) -> str:
+        languages = len({s.language for s in self.sources.values()})
+        return (
+            f"<Corpus {self.folder}: {len(self.sources)} sources in {languages} "
+            f"languages, {sum(s.tokens for s in self.sources.values()):,} tokens>"
+        )
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def table(self) -> Table:
+        """What is in it by source, and what of the documents was left out."""
+        tokenizer, rows = self.tokenizer(), []
+        whole = whole_characters(tokenizer)
+        for name, s in self.manifest["sources"].items():
+            left_out = ", ".join(f"{n:,} {why}" for why, n in s["rejected"].items())
+            sizes = [f"{s[k]:,}" for k in ("documents", "bytes", "tokens")]
+            sizes.append(f"{s['bytes'] / s['tokens']:.2f}")
+            counts = self.token_counts(name)
+            counts[[*tokenizer.boundaries]] = 0
+            sizes.append(f"{counts[~whole].sum() / max(counts.sum(), 1):.1%}")
+            sizes += [f"{s[k]:,}" for k in ("records", "duplicates")]
+            rows.append([name, *sizes, left_out or "0"])
+        heads = ("source", "documents", "bytes", "tokens", "bytes/token", "byte pieces")
+        counts_of = ("records", "duplicates", "rejected")
+        return Table((*heads, *counts_of), rows, left=(0, 8))
+
+    def _repr_markdown_(self) -> str:
+        return self.table().markdown()
 
     def examples(self, seq_len: int) -> dict[str, int]:
         """Source -> number of examples of `seq_len` tokens."""
@@ -184,20 +222,22 @@ def expected_corpus(cfg: Config, tokens: Mapping[str, int]) -> Corpus:
     return Corpus(Path(cfg.data.corpus), {"record_tokens": size}, sources)
 
 
-def open_corpus(
-    path: str | Path, set_aside: bool = False, hashes: bool = False
-) -> Corpus:
+def open_corpus(path: AnyPath, set_aside: bool = False, hashes: bool = False) -> Corpus:
     """Open a corpus folder; checks the manifest and each shard's number of records.
 
     Args:
       set_aside: list missing and damaged shards in `damaged` instead of raising.
       hashes: read every shard and compare its SHA-256 too.
 
+    Example:
+      >>> gx.open_corpus("build/demo-corpus").heldout("udhr", "tr")[0][0]
+      '...'
+
     Raises:
       UserError: no folder, an unfinished build, a broken manifest, a missing shard.
     """
-    check_local(path, "corpus ")
     folder = Path(path)
+    check_local(folder, "corpus ")
     manifest = read_manifest(folder)
     sources: dict[str, SourceInfo] = {}
     damaged: dict[str, str] = {}

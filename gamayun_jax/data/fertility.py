@@ -9,24 +9,12 @@ from typing import Any
 import numpy as np
 
 from gamayun_jax.data.corpus import Corpus
-from gamayun_jax.data.tokenizer import TextCoder
+from gamayun_jax.data.tokenizer import TextCoder, whole_characters
 from gamayun_jax.tables import Table
 
 # A word, roughly, also where words are not separated: one character of Han or kana,
 # or a run of other letters and digits.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u9fff]+")
-
-
-def whole_characters(tokenizer: TextCoder) -> np.ndarray:
-    """bool[V]: whether an id spells whole characters, not bytes within one."""
-
-    def is_whole(i: int) -> bool:
-        try:
-            return bool(tokenizer.spell([i]).decode())
-        except UnicodeDecodeError:
-            return False
-
-    return np.array([is_whole(i) for i in range(tokenizer.vocab_size)])
 
 
 def report(

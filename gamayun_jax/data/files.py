@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gamayun_jax.config import UserError
+from gamayun_jax.config import AnyPath, UserError
 
 
 @contextlib.contextmanager
@@ -31,21 +31,22 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
-def check_new(out: Path) -> None:
+def check_new(out: AnyPath) -> None:
     """Raise UserError if there is anything at `out` but an empty folder."""
+    out = Path(out)
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: give a new folder, or delete it")
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: AnyPath) -> Iterator[Path]:
     """A hidden folder beside `out` that becomes it, durably, if the block succeeds.
 
     Raises:
       UserError: there is something at `out` already.
     """
     check_new(out)
-    out = out.absolute()
+    out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

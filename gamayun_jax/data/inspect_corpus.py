@@ -8,10 +8,8 @@ from typing import Any
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data.corpus import Corpus, open_corpus
-from gamayun_jax.data.fertility import whole_characters
 from gamayun_jax.data.files import file_sha256
 from gamayun_jax.data.records import COPY_AGAIN
-from gamayun_jax.tables import Table
 
 
 def verify(corpus: Corpus) -> None:
@@ -97,25 +95,11 @@ def inspect(path: str | Path) -> str:
     corpus = open_corpus(path)
     m = corpus.manifest
     tokenizer = corpus.tokenizer()
-    whole = whole_characters(tokenizer)
-    rows = []
-    for name, s in m["sources"].items():
-        rejected = ", ".join(f"{n:,} {reason}" for reason, n in s["rejected"].items())
-        sizes = [f"{s[k]:,}" for k in ("documents", "bytes", "tokens")]
-        sizes.append(f"{s['bytes'] / s['tokens']:.2f}")
-        counts = corpus.token_counts(name)
-        counts[[*tokenizer.boundaries]] = 0
-        sizes.append(f"{counts[~whole].sum() / max(counts.sum(), 1):.1%}")
-        sizes += [f"{s[k]:,}" for k in ("records", "duplicates")]
-        rows.append([name, *sizes, rejected or "0"])
-    heads = ("source", "documents", "bytes", "tokens", "bytes/token", "byte pieces")
-    counts_of = ("records", "duplicates", "rejected")
-    table = Table((*heads, *counts_of), rows, left=(0, 8))
     text = [
         f"corpus {corpus.folder}: records of {m['record_tokens']} tokens "
         f"({m['dtype']}), tokenizer {tokenizer.fingerprint[:12]} of "
         f"{tokenizer.vocab_size} pieces, recipe {m['recipe'][:12]}",
-        table.text(width=1000),
+        corpus.table().text(width=1000),
     ]
     for name, s in m["sources"].items():
         for damage in s.get("damaged", ()):

@@ -245,3 +245,15 @@ class Tokenizer(TextCoder):
         """Write the model file, whole or not at all."""
         with atomic(Path(path)) as temporary:
             temporary.write_bytes(self.model)
+
+
+def whole_characters(tokenizer: TextCoder) -> np.ndarray:
+    """bool[V]: whether an id spells whole characters, not bytes within one."""
+
+    def is_whole(i: int) -> bool:
+        try:
+            return bool(tokenizer.spell([i]).decode())
+        except UnicodeDecodeError:
+            return False
+
+    return np.array([is_whole(i) for i in range(tokenizer.vocab_size)])

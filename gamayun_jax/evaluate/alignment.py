@@ -27,7 +27,7 @@ import numpy as np
 import zstandard
 from jax.sharding import Mesh
 
-from gamayun_jax.config import Config, UserError
+from gamayun_jax.config import AnyPath, Config, UserError
 from gamayun_jax.data.corpus import Corpus, open_corpus
 from gamayun_jax.data.files import write_json
 from gamayun_jax.data.heldout_sets import subsample_units
@@ -296,11 +296,11 @@ def parallel_texts(
 
 
 def align(
-    path: Path,
-    out: Path | None = None,
-    corpus_folder: Path | None = None,
+    path: AnyPath,
+    out: AnyPath | None = None,
+    corpus_folder: AnyPath | None = None,
     languages: Sequence[str] | None = None,
-    evaluated: Path | None = None,
+    evaluated: AnyPath | None = None,
 ) -> dict[str, Any]:
     """Retrieval, parity and consistency of a model.
 
@@ -315,9 +315,10 @@ def align(
     Raises:
       UserError: no model, tokenizer, corpus, language or answers where they should be.
     """
-    answers = consistency_of(evaluated) if evaluated else {}
+    path, out = Path(path), Path(out) if out else None
+    answers = consistency_of(Path(evaluated)) if evaluated else {}
     cfg, params, meta, mesh = load_params(path)
-    folder = corpus_folder or Path(cfg.data.corpus or "nowhere")
+    folder = Path(corpus_folder or cfg.data.corpus or "nowhere")
     corpus = None
     if corpus_folder or (folder / "manifest.json").exists():
         corpus = open_corpus(folder)

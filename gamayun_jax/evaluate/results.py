@@ -12,18 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gamayun_jax.config import UserError
+from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.data.files import read_json_lines, write_json, write_json_lines
 
 FORMAT = 1
+# eval.json with its held-out sets among the tasks, and the items of each task.
+Results = tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]
 
 
-def is_result(path: Path) -> bool:
+def is_result(path: AnyPath) -> bool:
     """Whether a folder is what `gamayun eval --out` wrote."""
     return (Path(path) / "eval.json").is_file() and (Path(path) / "items").is_dir()
 
 
-def plain_name(path: Path) -> str:
+def plain_name(path: AnyPath) -> str:
     """What a model is called in tables: its folder, and the step if it is given."""
     path = Path(path).absolute()
     if path.name.isdigit() and path.parent.name == "checkpoints":
@@ -50,16 +52,36 @@ def read_items(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def write_results(
-    out: Path, result: Mapping[str, Any], items: Mapping[str, Sequence[Any]]
+    out: AnyPath, result: Mapping[str, Any], items: Mapping[str, Sequence[Any]]
 ) -> None:
     """eval.json and items/ of a result folder."""
+    out = Path(out)
     (out / "items").mkdir(parents=True, exist_ok=True)
     for name, of_task in items.items():
         write_items(out / "items", name, of_task)
     write_json(out / "eval.json", result)
 
 
-def read_results(path: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def with_sets(result: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation whose held-out sets are among its tasks, to be compared."""
+    sets = {
+        f"heldout-{name}": {
+            "kind": "perplexity",
+            "metric": "bits_per_byte",
+            "description": f"held-out set {name}",
+            "parallel": part["parallel"],
+            "baseline": "xz",
+            "hash": None,  # sameness is checked text by text, in compare.py
+            "prompt_hash": None,
+            "languages": part["languages"],
+            "macro": part.get("macro", {}),
+        }
+        for name, part in result.get("sets", {}).items()
+    }
+    return {**result, "tasks": {**sets, **result.get("tasks", {})}}
+
+
+def read_results(path: AnyPath) -> Results:
     """eval.json and the items of each task; held-out sets are among the tasks.
 
     Raises:
@@ -67,22 +89,8 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, A
     """
     path = Path(path)
     try:
-        result = json.loads((path / "eval.json").read_text(encoding="utf-8"))
-        sets = {
-            f"heldout-{name}": {
-                "kind": "perplexity",
-                "metric": "bits_per_byte",
-                "description": f"held-out set {name}",
-                "parallel": part["parallel"],
-                "baseline": "xz",
-                "hash": None,  # sameness is checked text by text, in compare.py
-                "prompt_hash": None,
-                "languages": part["languages"],
-                "macro": part.get("macro", {}),
-            }
-            for name, part in result.get("sets", {}).items()
-        }
-        result["tasks"] = {**sets, **result.get("tasks", {})}
+        text = (path / "eval.json").read_text(encoding="utf-8")
+        result = with_sets(json.loads(text))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{path}/eval.json cannot be read ({e!r}): run `gamayun eval --out` again"

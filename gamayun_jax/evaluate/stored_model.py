@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from gamayun_jax.config import UserError
+from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.data.tokenizer import TextCoder
@@ -19,9 +19,11 @@ from gamayun_jax.evaluate.heldout import HeldoutEvaluator, Items
 from gamayun_jax.evaluate.loglikelihood import Scorer
 from gamayun_jax.evaluate.results import (
     FORMAT,
+    Results,
     is_result,
     plain_name,
     read_results,
+    with_sets,
     write_results,
 )
 from gamayun_jax.evaluate.run_tasks import Watch, run_all
@@ -42,8 +44,8 @@ PACKAGES = (
 
 
 def evaluate_heldout(
-    path: Path,
-    corpus_folder: Path | None = None,
+    path: AnyPath,
+    corpus_folder: AnyPath | None = None,
     languages: Sequence[str] | None = None,
     batch_size: int | None = None,
     loaded: LoadedModel | None = None,
@@ -63,13 +65,14 @@ def evaluate_heldout(
     Raises:
       UserError: a model or corpus that cannot be read, no tokenizer of the model.
     """
+    path = Path(path)
     cfg, params, meta, mesh = loaded or load_params(path)
     if not (corpus_folder or cfg.data.corpus):
         raise UserError(
             f"{path} was not trained on a corpus here: give --corpus, a corpus folder "
             "with held-out sets, or --tasks"
         )
-    corpus = open_corpus(corpus_folder or Path(cfg.data.corpus))
+    corpus = open_corpus(Path(corpus_folder or cfg.data.corpus))
     tokenizer: TextCoder = corpus.tokenizer()
     if meta.tokenizer != tokenizer.fingerprint:
         tokenizer = open_tokenizer(path, meta.tokenizer, cfg.data.corpus)
@@ -87,9 +90,9 @@ def evaluate_heldout(
 
 
 def evaluate_model(
-    path: Path,
+    path: AnyPath,
     tasks: Sequence[Task],
-    corpus: Path | None = None,
+    corpus: AnyPath | None = None,
     heldout: bool = True,
     languages: Sequence[str] | None = None,
     batch_size: int | None = None,
@@ -110,6 +113,7 @@ def evaluate_model(
     Raises:
       UserError: a model that cannot be read, or without a tokenizer.
     """
+    path, corpus = Path(path), Path(corpus) if corpus else None
     loaded = load_params(path)
     cfg, params, meta, mesh = loaded
     result: dict[str, Any] = {
@@ -150,21 +154,23 @@ def evaluate_model(
 
 
 def evaluate_each(
-    models: Sequence[Path],
+    models: Sequence[AnyPath],
     tasks: Sequence[Task],
-    out: Path,
+    out: AnyPath | None,
     log: Callable[[str], None],
     watch: Watch = lambda name, total: None,
-) -> list[Path]:
-    """The result folder of each model; a result folder stands for itself.
+) -> list[Results]:
+    """The results of each model, as `read_results` has them.
 
     Models are evaluated into OUT/<n>-<name>, unless their results are there already, so
-    that an interrupted comparison goes on.
+    that an interrupted comparison goes on; without `out` nothing is written. A result
+    folder stands for itself.
 
     Raises:
       UserError: a result folder of a former version, or a model that cannot be read.
     """
-    for path in models:  # before hours of evaluating the others
+    paths, kept = [Path(m) for m in models], Path(out) if out else None
+    for path in paths:  # before hours of evaluating the others
         if (path / "eval.json").is_file() and not is_result(path):
             raise UserError(
                 f"{path} has no items/, written by a former version without tasks: run "
@@ -172,21 +178,24 @@ def evaluate_each(
             )
         if not is_result(path) and not is_hf_folder(path):
             find_checkpoint(path)
-    folders = []
-    for number, path in enumerate(models):
+    read: list[Results] = []
+    for number, path in enumerate(paths):
         if is_result(path):
-            folders.append(path)
+            read.append(read_results(path))
             continue
-        folder = out / f"{number}-{plain_name(path).replace(' ', '-')}"
-        folders.append(folder)
-        if is_result(folder):
-            result, _ = read_results(folder)
-            hashes = {name: task["hash"] for name, task in result["tasks"].items()}
-            same_model = result["model"]["path"] == str(path)
+        name = f"{number}-{plain_name(path).replace(' ', '-')}"
+        folder = kept / name if kept else None
+        if folder and is_result(folder):
+            former = read_results(folder)
+            hashes = {name: task["hash"] for name, task in former[0]["tasks"].items()}
+            same_model = former[0]["model"]["path"] == str(path)
             if same_model and hashes == {t.name: t.hash for t in tasks}:
                 log(f"{path}: results of before, in {folder}")
+                read.append(former)
                 continue
         log(f"{path}: evaluating")
         result, items = evaluate_model(path, tasks, heldout=False, watch=watch)
-        write_results(folder, result, items)
-    return folders
+        if folder:
+            write_results(folder, result, items)
+        read.append((with_sets(result), items))
+    return read

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from gamayun_jax import __version__
 from gamayun_jax.config import (
+    AnyPath,
     ComputeConfig,
     Config,
     DataConfig,
@@ -61,8 +62,9 @@ KEPT_FILES = (*TOKENIZER_FILES, "generation_config.json")
 # --- in -------------------------------------------------------------------------
 
 
-def is_hf_folder(folder: Path) -> bool:
+def is_hf_folder(folder: AnyPath) -> bool:
     """Whether a folder holds a model in Hugging Face's format, not a run."""
+    folder = Path(folder)
     path = folder / "config.json"
     if (folder / "checkpoints").is_dir() or not path.is_file():
         return False
@@ -137,13 +139,19 @@ def read_hf(folder: Path, mesh: Mesh | None = None) -> tuple[Config, Any, RunMet
     return cfg, params, meta
 
 
-def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, Any]:
+def import_hf(
+    folder: AnyPath, out: AnyPath, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Read a Hugging Face folder; write a run folder with one checkpoint, step 0.
 
     The run folder has the tokenizer's files too, where there are any.
 
     Args:
       mesh: parameters go straight onto it; default: onto one device.
+
+    Example:
+      >>> gx.import_hf("hf/tiny", "runs/imported")["parameters"]
+      35008
 
     Returns:
       parameters (their number), tokenizer (its vocabulary or None) and notes (lines
@@ -152,6 +160,7 @@ def import_hf(folder: Path, out: Path, mesh: Mesh | None = None) -> dict[str, An
     Raises:
       UserError: the folder is not a model that can be read, or `out` exists.
     """
+    folder = Path(folder)
     _, _, tokenizer = describe(folder)
     with files.new_folder(out) as temporary, freed_memory_given_back():
         cfg, params, meta = read_hf(folder, mesh)
@@ -212,12 +221,12 @@ def copy_kept(source: Path, out: Path) -> None:
 
 
 def export_hf(
-    model: Path,
-    out: Path,
+    model: AnyPath,
+    out: AnyPath,
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 4 * 2**30,
-    tokenizer: Path | None = None,
+    tokenizer: AnyPath | None = None,
     evaluation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint as a folder that `transformers` loads with no custom code.
@@ -229,6 +238,10 @@ def export_hf(
         corpus's.
       evaluation: results for the model card; default: the run's, of the same step.
 
+    Example:
+      >>> gx.export_hf("runs/tiny", "hf/tiny")["files"]
+      ['model.safetensors']
+
     Returns:
       parameters (their number), files (of weights) and notes (lines for the user).
 
@@ -239,6 +252,7 @@ def export_hf(
         raise UserError(
             f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
         )
+    model, tokenizer = Path(model), Path(tokenizer) if tokenizer else None
     folder, step = find_checkpoint(model)
     run = folder.parent if folder.name == "checkpoints" else folder
     with contextlib.closing(Checkpoints(folder, read_only=True)) as reader:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from gamayun_jax.config import Config, MeshConfig
+from gamayun_jax.config import AnyPath, Config, MeshConfig
 from gamayun_jax.inference import quantize
 from gamayun_jax.interop import huggingface
 from gamayun_jax.model import sharding
@@ -28,7 +28,7 @@ class LoadedModel(NamedTuple):
     mesh: Mesh
 
 
-def load_params(path: Path, quantised: bool = False) -> LoadedModel:
+def load_params(path: AnyPath, quantised: bool = False) -> LoadedModel:
     """A model with its parameters on this machine's devices.
 
     Args:
@@ -39,6 +39,7 @@ def load_params(path: Path, quantised: bool = False) -> LoadedModel:
     Raises:
       UserError: none of these, or damaged.
     """
+    path = Path(path)
     if huggingface.is_hf_folder(path):
         mesh = sharding.make_mesh(MeshConfig())
         loaded = LoadedModel(*huggingface.read_hf(path, mesh), mesh)

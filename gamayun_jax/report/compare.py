@@ -8,7 +8,7 @@ among a hundred cells of nothing five would else be marked.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,10 +214,8 @@ def task_section(c: Comparison, name: str) -> Markup:
     return section(name, text, block("table", task_table(c, name)), svg)
 
 
-def write_comparison(c: Comparison, out: Path) -> Path:
-    """OUT/compare.json and OUT/index.html."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "compare.json", to_json(c))
+def comparison_parts(c: Comparison) -> Iterable[Markup]:
+    """The page of a comparison: the models, and a section for each task."""
     facts = [
         [
             m["label"], Cell(f"{m['parameters']:,}", value=m["parameters"]),
@@ -232,6 +230,13 @@ def write_comparison(c: Comparison, out: Path) -> Path:
         "figures the latter are faint."
     )
     table = block("table", Table(heads, facts))
-    parts = [section("Models", note, table, block("glossary", GLOSSARY))]
-    parts += [task_section(c, name) for name in c.tasks]
-    return write_page(out, " · ".join(c.labels), "Comparison", parts)
+    yield section("Models", note, table, block("glossary", GLOSSARY))
+    for name in c.tasks:
+        yield task_section(c, name)
+
+
+def write_comparison(c: Comparison, out: Path) -> Path:
+    """OUT/compare.json and OUT/index.html."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "compare.json", to_json(c))
+    return write_page(out, " · ".join(c.labels), "Comparison", comparison_parts(c))

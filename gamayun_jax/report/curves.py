@@ -201,6 +201,16 @@ def curriculum_chart(title: str, run: Run, languages: Sequence[str]) -> Markup:
     return lines_chart(title, [panel], height=max(240.0, 11.0 * len(ends)))
 
 
+def rate_chart(title: str, points: Points, run: Run) -> Markup:
+    """Learning rate over tokens."""
+    panel = LinePanel(
+        "", [Line(points)], short, xlabel="tokens", ylabel="learning rate",
+        boundaries=boundaries_of(run),
+        names=[((begin + end) / 2, name) for name, begin, end in run.stages],
+    )  # fmt: skip
+    return lines_chart(title, [panel], height=100.0)
+
+
 def sources_chart(title: str, run: Run, languages: Sequence[str]) -> Markup:
     """Tokens and epochs of each source by stage, and a tick for what was served."""
     planned: dict[tuple[str, str, str], float | None] = {}

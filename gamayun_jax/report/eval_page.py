@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.report.formats import plain
 from gamayun_jax.report.html import block, section, write_page
@@ -12,12 +12,14 @@ from gamayun_jax.report.read_run import BASELINES, Evaluation, languages_of, set
 from gamayun_jax.report.scores import Column, score_chart, score_table
 from gamayun_jax.report.task_scores import languages_in, tasks_section
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
-def write_eval_page(result: Mapping[str, Any], out: Path) -> Path:
-    """OUT/index.html of an evaluation (see stored_model.evaluate_model)."""
-    parts = []
+
+def eval_parts(result: Mapping[str, Any]) -> Iterable[Markup]:
+    """The page of an evaluation (see stored_model.evaluate_model)."""
     if tasks := result.get("tasks"):
-        parts.append(tasks_section(tasks, languages_in(tasks), "Tasks by language"))
+        yield tasks_section(tasks, languages_in(tasks), "Tasks by language")
     for name in sets_of([result]):
         languages, column = languages_of([result], name), Column("bits/byte", result)
         table = score_table([column], name, languages, tuple(BASELINES))
@@ -25,7 +27,7 @@ def write_eval_page(result: Mapping[str, Any], out: Path) -> Path:
         title = f"Held-out set “{name}”"
         chart = score_chart(title, [Evaluation(result)], name, languages, {})
         legend = block("legend", ("● the model", "| xz -9e", "× token unigram"))
-        parts.append(section(title, text, block("table", table), chart, legend))
+        yield section(title, text, block("table", table), chart, legend)
     model = result["model"]
     versions = " ".join(f"{k} {v}" for k, v in result["versions"].items())
     facts = [
@@ -35,5 +37,9 @@ def write_eval_page(result: Mapping[str, Any], out: Path) -> Path:
         f"computed by: {plain(versions, 300)}",
         f"date: {plain(result['date'])}",
     ]
-    parts.append(block("notes", list(filter(None, facts))))
-    return write_page(out, result["label"], "Evaluation", parts)
+    yield block("notes", list(filter(None, facts)))
+
+
+def write_eval_page(result: Mapping[str, Any], out: Path) -> Path:
+    """OUT/index.html of an evaluation."""
+    return write_page(out, result["label"], "Evaluation", eval_parts(result))

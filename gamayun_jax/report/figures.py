@@ -6,6 +6,7 @@ Margins are given, in inches: matplotlib's layout engine draws everything twice.
 from __future__ import annotations
 
 import functools
+import io
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -60,6 +61,21 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+@functools.cache
+def figure_class() -> type:
+    """matplotlib's Figure, which shows itself as a cell's output without pyplot."""
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        @styled
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png", dpi=110)
+            return buffer.getvalue()
+
+    return ShownFigure
+
+
 def axes(
     width: float,
     height: float,
@@ -78,9 +94,7 @@ def axes(
       gaps: inches between columns, and between rows.
       kwargs: of matplotlib's Figure.subplots.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
+    figure = figure_class()(figsize=(width, height))
     left, right, top, bottom = margins
     across = (width - left - right - gaps[0] * (columns - 1)) / columns
     down = (height - top - bottom - gaps[1] * (rows - 1)) / rows
@@ -122,6 +136,7 @@ def label_ends(ax: Any, ends: Sequence[tuple[str, float, str]], height: float) -
             places[a] -= lack
             places[a + 1] += lack
     rise = max(0.0, low - min(places, default=low))
+    rise = rise or min(0.0, high - max(places, default=high))
     at = {"transform": ax.get_yaxis_transform(), "clip_on": False}
     for (name, y, colour), place in zip(ends, places, strict=True):
         inside, place = min(max(y, low), high), place + rise
@@ -181,4 +196,38 @@ def curriculum_figure(
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     token_axis(ax, spans(stages))
     label_ends(ax, ends, height - 0.75)
+    return figure
+
+
+@styled
+def lines_figure(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    ylabel: str,
+    languages: Sequence[str] = (),
+    stages: Sequence[Span] = (),
+    limits: tuple[float, float] | None = None,
+    height: float = 4.0,
+) -> Any:
+    """A line over tokens for each name, which is at its end.
+
+    Args:
+      lines: name -> (tokens, value).
+      languages: all of them, in the order of their colours; other names are ink.
+      limits: ends of y; default: the lines'.
+      height: inches.
+    """
+    lines = {name: points for name, points in lines.items() if points}
+    margins = (0.7, label_width(lines) + 0.15, 0.3, 0.45)
+    figure, (ax,) = axes(WIDTH, height, margins=margins)
+    colours, ends = colours_of(languages), []
+    for name, points in lines.items():
+        colour = colours.get(name, INK)
+        look = {"color": colour, "marker": "o" if len(points) < 12 else "", "ms": 3}
+        ax.plot(*zip(*points, strict=True), **look)
+        ends.append((name, points[-1][1], colour))
+    ax.set(xlabel="tokens", ylabel=ylabel, **({"ylim": limits} if limits else {}))
+    ax.margins(x=0.01)
+    token_axis(ax, stages)
+    if len(ends) > 1:
+        label_ends(ax, ends, height - 0.75)
     return figure

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gamayun_jax.config import AnyPath
 from gamayun_jax.data.files import write_text
 from gamayun_jax.report.colours import DARK, LIGHT
 from gamayun_jax.report.formats import plain
@@ -111,7 +112,20 @@ def with_anchors(text: str) -> tuple[Markup, list[tuple[str, str]]]:
     return Markup(made), list(places.items())
 
 
-def write_page(out: Path, title: str, kind: str, parts: Iterable[Markup]) -> Path:
+def fragment(parts: Iterable[Markup]) -> str:
+    """HTML parts as what a notebook shows for an object, in the style of the pages."""
+    from markupsafe import Markup
+
+    # The page's own rules come to stand inside of one for the fragment alone.
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    style = style.replace(":root {", "& {").replace("\nbody {", "\n& {")
+    template = environment().get_template("notebook.html.jinja")
+    return template.render(
+        parts=list(parts), style=Markup(style), light=LIGHT, dark=DARK
+    )
+
+
+def write_page(out: AnyPath, title: str, kind: str, parts: Iterable[Markup]) -> Path:
     """Write OUT/index.html of HTML parts; returns its path."""
     from markupsafe import Markup
 
@@ -127,6 +141,7 @@ def write_page(out: Path, title: str, kind: str, parts: Iterable[Markup]) -> Pat
         contents=block("contents", places) if len(places) > 2 else "",
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "index.html", text + "\n")
     return out / "index.html"

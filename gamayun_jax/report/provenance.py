@@ -93,9 +93,9 @@ def lineage_section(run: Run, who: str) -> Markup:
     )
 
 
-def curriculum_text(table: Sequence[Mapping[str, Any]], seq_len: int) -> str:
-    """Plain-text table: share, tokens and epochs per stage and source, and the total
-    of each language that has more than one source. "~" is before what is estimated."""
+def curriculum_table(table: Sequence[Mapping[str, Any]], seq_len: int) -> Table:
+    """Share, tokens and epochs per stage and source, and the total of each language
+    that has more than one source. "~" is before what is estimated."""
     lines: list[list[str]] = []
     for stage, group in itertools.groupby(table, lambda r: r["phase"]):
         lines += [[""] * 6] if lines else []
@@ -110,7 +110,7 @@ def curriculum_text(table: Sequence[Mapping[str, Any]], seq_len: int) -> str:
                 total = amounts(sources, seq_len)
                 lines.append([stage, f"{language}, all", *total, "", ""])
     heads = ("stage", "source", "share", "tokens", "epochs", "in all")
-    return Table(heads, lines, left=(0, 1)).text()
+    return Table(heads, lines, left=(0, 1))
 
 
 def amounts(sources: Sequence[Mapping[str, Any]], seq_len: int) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gamayun_jax.config import UserError
+from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.data.files import json_lines
 from gamayun_jax.report.formats import plain
 from gamayun_jax.training.run_folder import evaluations
@@ -158,12 +158,13 @@ def spans(stages: Iterable[Any]) -> list[Span]:
     ]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: AnyPath) -> Run:
     """Read a run folder.
 
     Raises:
       UserError: no run folder, or a record that is not JSON.
     """
+    folder = Path(folder)
     config, lineage, path = (
         folder / n for n in ("config.json", "lineage.json", "metrics.jsonl")
     )
@@ -198,13 +199,13 @@ def read_run(folder: Path) -> Run:
     return Run(folder, name, *known, metrics, evals, unread, goodput)
 
 
-def read_quantised(folder: Path) -> dict[str, Any] | None:
+def read_quantised(folder: AnyPath) -> dict[str, Any] | None:
     """What `gamayun quantize` recorded in a folder; None if it is no such folder.
 
     Raises:
       UserError: the record is not JSON.
     """
-    path = folder / "quantised.json"
+    path = Path(folder) / "quantised.json"
     try:
         return entries(json.loads(path.read_text("utf-8"))) if path.is_file() else None
     except (ValueError, RecursionError) as e:

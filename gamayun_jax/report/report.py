@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gamayun_jax.config import UserError
+from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.data.files import write_json
 from gamayun_jax.evaluate.paired import MACRO
 from gamayun_jax.report.changes import BITS, stage_sections
@@ -318,7 +318,7 @@ def languages_shown(runs: Sequence[Run], quantised: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(known))
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
+def write_report(folders: Sequence[AnyPath], out: AnyPath) -> Path:
     """Write OUT/index.html for one run folder, or for several overlaid; and beside it
     exposure.json, run -> its ledger (data/ledger.py).
 
@@ -327,7 +327,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     Raises:
       UserError: a folder that holds no run, or a record that is damaged.
     """
-    records = {Path(f): read_quantised(Path(f)) for f in folders}
+    out, records = Path(out), {Path(f): read_quantised(f) for f in folders}
     runs = [read_run(folder) for folder, record in records.items() if record is None]
     quantised = {f: record for f, record in records.items() if record is not None}
     if not runs:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gamayun_jax.config import AnyPath
 from gamayun_jax.evaluate.paired import MACRO, Estimate
 from gamayun_jax.report.changes import BITS, Change, changes_between
 from gamayun_jax.report.charts import Dot, Panel, dots_chart
@@ -145,7 +145,7 @@ def language_text(
     return "\n".join(parts).rstrip()
 
 
-def run_text(folder: Path) -> str:
+def run_text(folder: AnyPath) -> str:
     """The per-language table of a run: before, and after each stage."""
     run = read_run(folder)
     return language_text(run.stage_evals, run.languages) or "no evaluation in this run"

@@ -18,28 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from gamayun_jax.config import Config
 from gamayun_jax.data.files import write_text
 from gamayun_jax.study.registration import MadeArm
-from gamayun_jax.training.lineage import share_points, stage_spans
-from gamayun_jax.training.optimizer import learning_rate
+from gamayun_jax.training.lineage import rate_points, share_points, stage_spans
 
 FILE = "curricula.json"
-
-
-def rate_points(cfg: Config, each: int = 60) -> list[list[float]]:
-    """[tokens, learning rate], so many in each stage."""
-    points = []
-    for stage, span in zip(cfg.stages, stage_spans(cfg), strict=True):
-        begin, end = span["start_tokens"], span["end_tokens"]
-        at = np.linspace(begin, end, each)
-        rates = learning_rate(stage.schedule, jnp.asarray(at), begin, end)
-        pairs = zip(at, np.asarray(rates), strict=True)
-        points += [[round(x), float(f"{y:.4g}")] for x, y in pairs]
-    return points
 
 
 def write_curricula(folder: Path, made: Mapping[str, MadeArm]) -> None:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from gamayun_jax.config import UserError
+from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.model.weights import abstract_params
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.ema import new_ema
@@ -98,7 +98,7 @@ _added = jax.jit(lambda total, x: total + x, donate_argnums=0)
 
 
 def average_meta(
-    run: Path,
+    run: AnyPath,
     last: int | None = None,
     window: int | None = None,
     scheme: Scheme = "uniform",
@@ -145,7 +145,7 @@ def average_meta(
     return dataclasses.replace(meta, averaged=averaged, lineage=lineage)
 
 
-def average_of(run: Path, meta: RunMeta) -> Any:
+def average_of(run: AnyPath, meta: RunMeta) -> Any:
     """The averaged parameters, on the host: little is computed, and a device may have
     less memory.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gamayun_jax.config import Config, to_dict
@@ -21,6 +22,7 @@ from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.compatibility import check_tokenizer
 from gamayun_jax.training.corpus_changes import corpus_changes
+from gamayun_jax.training.optimizer import learning_rate
 from gamayun_jax.training.run_folder import find_checkpoint
 from gamayun_jax.training.run_meta import RunMeta
 from gamayun_jax.training.step import stage_tokens
@@ -164,6 +166,20 @@ def share_points(
             ramp = 0
         points.append({"tokens": begin + ramp, "shares": dict(plan.shares[k])})
         points.append({"tokens": end, "shares": dict(plan.shares[k])})
+    return points
+
+
+def rate_points(
+    cfg: Config, tokens_before: int = 0, each: int = 60
+) -> list[list[float]]:
+    """[tokens, learning rate], so many in each stage."""
+    points = []
+    for stage, span in zip(cfg.stages, stage_spans(cfg, tokens_before), strict=True):
+        begin, end = span["start_tokens"], span["end_tokens"]
+        at = np.linspace(begin, end, each)
+        rates = learning_rate(stage.schedule, jnp.asarray(at), begin, end)
+        pairs = zip(at, np.asarray(rates), strict=True)
+        points += [[round(x), float(f"{y:.4g}")] for x, y in pairs]
     return points
 
 

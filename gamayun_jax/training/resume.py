@@ -251,7 +251,10 @@ def go_on(
     lineage["events"] = [*lineage["events"], *events, resumed]
     note_versions(lineage, meta.lineage.get("versions", {}), step, log)
     note_corpus(lineage, meta, corpus, f"{setting.store.folder}/{step}", log)
-    log(f"going on from step {step} of {cfg.total_steps} in {folder.path}")
+    if step < cfg.total_steps:
+        log(f"going on from step {step} of {cfg.total_steps} in {folder.path}")
+    else:
+        log(f"{folder.path} was finished before: all {step} steps are done")
     for name, (old, new) in changes.items():
         log(f"config change since the checkpoint: {name}: {old!r} -> {new!r}")
         lineage["events"].append(

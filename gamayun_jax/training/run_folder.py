@@ -24,7 +24,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gamayun_jax.config import Config, UserError, check_local, to_dict, to_json
+from gamayun_jax.config import (
+    AnyPath,
+    Config,
+    UserError,
+    check_local,
+    to_dict,
+    to_json,
+)
 from gamayun_jax.data.files import (
     atomic,
     json_lines,
@@ -321,14 +328,14 @@ def is_step(name: str) -> bool:
     return name.isdecimal() and name == str(int(name))
 
 
-def find_checkpoint(path: Path) -> tuple[Path, int]:
+def find_checkpoint(path: AnyPath) -> tuple[Path, int]:
     """(checkpoints folder, step) of a run folder (its newest) or of one checkpoint.
 
     Raises:
       UserError: neither a run folder nor a checkpoint.
     """
-    check_local(path, "model ")
     path = Path(path)
+    check_local(path, "model ")
     if is_step(path.name) and (path / "meta").is_dir():
         return path.parent, int(path.name)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path

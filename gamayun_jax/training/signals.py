@@ -25,8 +25,10 @@ class StopSignal:
 
     PATIENCE = 2.0  # seconds that the main thread has to hear of a second signal
 
-    def __init__(self, log: Callable[[str], None]):
-        self._log = log
+    def __init__(self, log: Callable[[str], None], own_process: bool = True):
+        """`own_process`: whether a second signal may end the process where the main
+        thread does not hear of it; a notebook's kernel is not ours to end."""
+        self._log, self._own_process = log, own_process
         self.requested = False
         self._alone = jax.process_count() == 1
         self._former: dict[int, Any] = {}
@@ -59,7 +61,7 @@ class StopSignal:
                     self._log("stopping: saving after this step; again to quit now")
                     if not self._alone:
                         os.kill(os.getpid(), signal.SIGTERM)
-                elif not self._leaving.wait(self.PATIENCE):
+                elif not self._leaving.wait(self.PATIENCE) and self._own_process:
                     print("gamayun: interrupted", file=sys.stderr, flush=True)
                     os._exit(130)
 

@@ -312,10 +312,10 @@ def test_curriculum_figure_and_table(tmp_path):
          "epochs_total": 2.5}
         for p in ("align", "enrich") for s in ("en/hq", "ru/web")
     ]  # fmt: skip
-    table = provenance.curriculum_text(rows, 256).splitlines()
+    table = provenance.curriculum_table(rows, 256).text().splitlines()
     assert len(table) == 6
     rows.append({**rows[2], "source": "en/web", "share": 0.2})
-    total = provenance.curriculum_text(rows, 256).splitlines()[-1]
+    total = provenance.curriculum_table(rows, 256).text().splitlines()[-1]
     assert total.split() == ["enrich", "en,", "all", "70.00%", "4.1k"]
     assert table[1].split() == ["align", "en/hq", "50.00%", "2.05k", "1.50", "2.50"]
 

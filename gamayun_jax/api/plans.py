@@ -1,0 +1,101 @@
+"""What a config's training step takes on TPUs that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gamayun_jax.config import AnyPath, Config, UserError
+from gamayun_jax.plan import aot, choices, roofline
+from gamayun_jax.plan import text as plan_text
+
+
+class Plans(list[dict[str, Any]]):
+    """Plans as plain data, the best one first; a notebook shows them as text, or as a
+    table where there are several.
+
+    Example:
+      >>> plans = gx.plan(cfg, "v5e:2x2")  # doctest: +SKIP
+      >>> plans[0]["seconds"]["step"], plans[0]["memory"]["peak"]  # doctest: +SKIP
+      (0.0016, 15728640.0)
+    """
+
+    def __str__(self) -> str:
+        if len(self) == 1:
+            return plan_text.format_plan(self[0])
+        return self.table()
+
+    def table(self) -> str:
+        """One plan a row, in Markdown; and what is not known of them."""
+        return plan_text.format_table(self)
+
+    def __repr__(self) -> str:
+        where = ", ".join(f"{p['slices']} x {p['topology']}" for p in self)
+        return f"<Plans for {where}>"
+
+    def _repr_markdown_(self) -> str:
+        return f"```\n{self}\n```" if len(self) == 1 else str(self)
+
+
+def plan(
+    cfg: Config,
+    topology: str | Sequence[str],
+    *,
+    slices: int = 1,
+    search: bool = False,
+    price: float = 0.0,
+    efficiency: float = 0.6,
+    cache: AnyPath = "build/plan",
+    log: Callable[[str], None] | None = print,
+) -> Plans:
+    """Compile the training step for TPUs that need not be there: memory, time, cost.
+
+    Needs the extra `tpu` (libtpu), on Linux: `pip install -e '.[tpu]'`. Takes one to
+    five minutes per topology; what was compiled before is read from `cache`.
+
+    Example:
+      >>> gx.plan(cfg, "v5e:2x2")  # doctest: +SKIP
+      <Plans for 1 x v5e:2x2>
+
+    Args:
+      topology: "CHIP:AxB", such as "v5e:16x16"; or several, with "N*" before one for N
+        slices: a row of a table for each.
+      slices: of one topology, joined by the data center's network.
+      search: rank meshes, microbatches and remat policies of the config's batch.
+      price: of a chip-hour; 0: no costs are given.
+      efficiency: share of the dense peak that the step reaches when compute binds.
+      cache: folder of compilations' results.
+      log: takes lines about the progress; None: none.
+
+    Raises:
+      UserError: no compiler, unknown topology, sizes that do not divide, or a step
+        that does not fit.
+    """
+    names = [] if isinstance(topology, str) else list(topology)
+    if names and (search or slices > 1):
+        raise UserError("search and slices go with one topology (N*CHIP:AxB: slices)")
+    assume, cache = roofline.Assumptions(compute=efficiency), Path(cache)
+    options: dict[str, Any] = dict(price=price, assume=assume, cache=cache, log=log)
+    with without_compilation_cache():
+        if not isinstance(topology, str):
+            return Plans(choices.table(cfg, names, **options))
+        if search:
+            return Plans(choices.search(cfg, topology, slices, **options))
+        made = aot.plan_topology(cfg, topology, slices, **options)
+        made["faster"] = choices.faster(cfg, made, assume, cache)
+        return Plans([made])
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """JAX's own cache cannot read back what was compiled for absent devices."""
+    former = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", former)
