@@ -13,7 +13,7 @@ class Columns(dict[str, np.ndarray]):
 
     Example:
       >>> run.history["step"], run.history["nll/ru"].shape
-      (array([ 4,  7,  8, 12, 13]), (5,))
+      (array([ 4,  7, 11, 13]), (4,))
     """
 
     @classmethod

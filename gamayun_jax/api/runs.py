@@ -289,7 +289,7 @@ def read_run(path: AnyPath) -> Run:
 
     Example:
       >>> gx.read_run("runs/tiny").history["step"]
-      array([ 4,  7,  8, 12, 13])
+      array([ 4,  7, 11, 13])
 
     Raises:
       UserError: no run folder, or a record that is not JSON.
