@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gamayun_jax.config import ModelConfig, UserError
+from gamayun_jax.config import AnyPath, ModelConfig, UserError
 from gamayun_jax.data.hf_tokenizer import SETTINGS, HFTokenizer
 from gamayun_jax.data.tokenizer import Tokenizer
 
 
 def open_tokenizer(
-    path: Path,
+    path: AnyPath,
     fingerprint: str | None,
-    corpus: str | Path | None = None,
-    given: Path | None = None,
+    corpus: AnyPath | None = None,
+    given: AnyPath | None = None,
 ) -> Tokenizer | HFTokenizer:
     """The tokenizer that a model was trained with, ours or an imported one.
 

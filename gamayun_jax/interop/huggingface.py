@@ -252,7 +252,6 @@ def export_hf(
         raise UserError(
             f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
         )
-    model, tokenizer = Path(model), Path(tokenizer) if tokenizer else None
     folder, step = find_checkpoint(model)
     run = folder.parent if folder.name == "checkpoints" else folder
     with contextlib.closing(Checkpoints(folder, read_only=True)) as reader:
