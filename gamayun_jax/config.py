@@ -399,13 +399,6 @@ class Config:
         return not left or (done % every == 0 and 2 * left >= every)
 
 
-def language_domain(
-    languages: Mapping[str, float], domains: Mapping[str, float]
-) -> dict[str, float]:
-    """Shares as a product: {"ru": .3} x {"web": .8} -> {"ru/web": .24}."""
-    return {f"{a}/{b}": x * y for a, x in languages.items() for b, y in domains.items()}
-
-
 def load_config(
     path: AnyPath, overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> Config:

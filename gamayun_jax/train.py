@@ -175,9 +175,9 @@ def finish(run: Run, first_step: int) -> int:
     with run.meters.timer.measure("checkpoint"):
         run.store.wait()
     if run.step > first_step:
-        run.folder.write_lineage(run.lineage)
+        run.folder.write("lineage.json", run.lineage)
         seconds = run.meters.timer.goodput(run.lineage["started"])
-        run.folder.write_goodput(seconds)
+        run.folder.write("goodput.json", seconds)
         run.log(goodput_text(seconds))
     if run.step < run.cfg.total_steps:
         run.log(

@@ -149,7 +149,7 @@ def lock(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def read_json(path: Path, advice: str) -> dict[str, Any]:
+def read_json(path: Path, advice: str = "copy it again") -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:

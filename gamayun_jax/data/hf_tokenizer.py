@@ -32,17 +32,6 @@ TOKENIZER_FILES = (
 )
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError if the file is not one."""
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read ({e})") from e
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return data
-
-
 def byte_alphabet() -> dict[str, int]:
     """Character -> byte, as byte-level BPE writes bytes (GPT-2's table)."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -158,7 +147,7 @@ class HFTokenizer(TextCoder):
         settings: dict[str, Any] = {}
         for name in SETTINGS:
             if (folder / name).is_file():
-                settings[name] = read_object(folder / name)
+                settings[name] = files.read_json(folder / name)
         self.__setstate__((str(path), text, settings))
 
     def __getstate__(self) -> tuple[str, str, dict[str, Any]]:

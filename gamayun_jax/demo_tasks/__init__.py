@@ -10,8 +10,3 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER: Path = Path(__file__).parent
-
-
-def task_files() -> dict[str, Path]:
-    """Task name -> its YAML, in the order of names."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}

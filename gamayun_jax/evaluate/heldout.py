@@ -75,8 +75,8 @@ class HeldoutEvaluator:
         in training, or the model's own window where it was not trained here.
 
     Raises:
-      UserError: a language that no held-out set has, a tokenizer with more ids than
-        the model, a parallel set whose languages have different units.
+      UserError: a language that no held-out set has, a window that the model does not
+        have, a parallel set whose languages have different units.
     """
 
     name = "sets"
@@ -95,12 +95,6 @@ class HeldoutEvaluator:
         self._mesh = mesh
         tokenizer = corpus.tokenizer() if tokenizer is None else tokenizer
         sets = languages_of_sets(corpus, languages)
-        if tokenizer.vocab_size > cfg.model.vocab_size:
-            raise UserError(
-                f"the corpus's tokenizer has {tokenizer.vocab_size} ids, the model "
-                f"only model.vocab_size={cfg.model.vocab_size}: give the corpus that "
-                "the model was trained on"
-            )
         if window is None and not cfg.data.corpus:
             window = cfg.model.max_seq_len
         check_window(window, cfg.model)

@@ -143,31 +143,6 @@ class GamayunLM(TemplateLM):
                 ids[i] = self.tokenizer.encode(texts[i], add_special_tokens=False)
         return ids
 
-    def loglikelihood(
-        self, requests: list[Any], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
-        """(log-probability, whether it is what greedy decoding writes) of each."""
-        pairs: list[tuple[str, str]] = []
-        for context, continuation in (r.args for r in requests):
-            # As the harness does it: spaces at the end belong to the next word.
-            stem = context.rstrip() or context
-            pairs.append((stem, context[len(stem) :] + continuation))
-        texts = list(dict.fromkeys(x for a, b in pairs for x in (a, a + b) if a))
-        ids_of = dict(zip(texts, self._encode(texts), strict=True))
-        found = []
-        for request, (context, rest) in zip(requests, pairs, strict=True):
-            if context:
-                before = ids_of[context]
-                after = ids_of[context + rest][len(before) :]
-            else:
-                before, after = [], self.tok_encode(rest, add_special_tokens=False)
-                if after[:1] != [self.prefix_token_id]:
-                    before = [self.prefix_token_id]
-                else:
-                    before, after = after[:1], after[1:]
-            found.append((request.args, before, after))
-        return self._loglikelihood_tokens(found, disable_tqdm=disable_tqdm)
-
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[Any, list[int], list[int]]],

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, processors
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
-from gamayun_jax.data.hf_tokenizer import HFTokenizer, read_object
+from gamayun_jax.data.hf_tokenizer import HFTokenizer
 from gamayun_jax.data.tokenizer import FIXED_PIECES, SPACE, Tokenizer
 
 
@@ -118,5 +118,5 @@ def fingerprint_of(folder: Path, tokenizer: HFTokenizer | None) -> str | None:
         same = json.loads(to_tokenizers(ours).to_str())
     except UserError:  # another's, which loses text
         return tokenizer.fingerprint
-    equal = same == read_object(folder / "tokenizer.json")
+    equal = same == files.read_json(folder / "tokenizer.json")
     return (ours if equal else tokenizer).fingerprint

@@ -23,7 +23,6 @@ from flax import traverse_util
 
 from gamayun_jax.config import ModelConfig, UserError
 from gamayun_jax.data import files
-from gamayun_jax.data.hf_tokenizer import read_object
 from gamayun_jax.model.weights import WEIGHTS, size_of, weights_of
 
 # Tables that old files hold and every model computes for itself.
@@ -116,7 +115,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
                 "which writes safetensors"
             )
         raise UserError(f"{folder} has no model.safetensors and no index of several")
-    weight_map = read_object(index).get("weight_map")
+    weight_map = files.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map: copy it again")
     for name in weight_map.values():

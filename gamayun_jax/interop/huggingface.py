@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from gamayun_jax import __version__
 from gamayun_jax.config import (
@@ -33,7 +33,6 @@ from gamayun_jax.data import files
 from gamayun_jax.data.hf_tokenizer import (
     TOKENIZER_FILES,
     HFTokenizer,
-    read_object,
 )
 from gamayun_jax.data.model_tokenizer import (
     check_vocabulary,
@@ -50,6 +49,7 @@ from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.model_folder import (
     freed_memory_given_back,
     largest_bytes,
+    on_host,
     write_params,
 )
 from gamayun_jax.training.run_folder import find_checkpoint
@@ -68,7 +68,7 @@ def is_hf_folder(folder: AnyPath) -> bool:
     path = folder / "config.json"
     if (folder / "checkpoints").is_dir() or not path.is_file():
         return False
-    return "model_type" in read_object(path)
+    return "model_type" in files.read_json(path)
 
 
 def describe(folder: Path) -> tuple[dict[str, Any], ModelConfig, HFTokenizer | None]:
@@ -83,7 +83,7 @@ def describe(folder: Path) -> tuple[dict[str, Any], ModelConfig, HFTokenizer | N
             f"{folder} has no config.json: give a folder with a model in Hugging "
             "Face's format"
         )
-    data = read_object(path)
+    data = files.read_json(path)
     model = config_from_hf(data, str(path))
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
@@ -272,17 +272,11 @@ def export_hf(
             found = open_tokenizer(model, meta.tokenizer, cfg.data.corpus, tokenizer)
             check_vocabulary(found, cfg.model, run)
         with files.new_folder(out) as temporary:
-            # On the host: nothing is computed, and a device may have less memory.
-            host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
-                abstract_params(cfg.model),
-            )
             limit = largest_bytes(cfg.model)
             store = Checkpoints(folder, read_only=True, in_flight=limit)
             with contextlib.closing(store), freed_memory_given_back():
                 paths = write_weights(
-                    store.readers(step, abstract),
+                    store.readers(step, on_host(abstract_params(cfg.model))),
                     cfg.model,
                     temporary,
                     max_shard_bytes,
@@ -291,7 +285,7 @@ def export_hf(
             write_rest(found, cfg, data, temporary)
             path = run / "eval" / f"{step}.json"
             if evaluation is None and path.is_file():
-                evaluation = read_object(path)
+                evaluation = files.read_json(path)
             ledger = exposure_of(meta, run)
             card = model_card(cfg, meta, data, evaluation, ledger)
             if ledger is not None:
@@ -317,7 +311,7 @@ def write_rest(
     if isinstance(tokenizer, HFTokenizer):
         copy_kept(tokenizer.folder, out)
         path = out / "generation_config.json"
-        former = read_object(path) if path.is_file() else {}
+        former = files.read_json(path) if path.is_file() else {}
         files.write_json(path, {**ids, **former})
     else:
         files.write_json(out / "generation_config.json", {**ids, "do_sample": False})

@@ -23,13 +23,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 
 from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.model.weights import abstract_params
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.ema import new_ema
-from gamayun_jax.training.model_folder import freed_memory_given_back, largest_bytes
+from gamayun_jax.training.model_folder import (
+    freed_memory_given_back,
+    largest_bytes,
+    on_host,
+)
 from gamayun_jax.training.run_folder import find_checkpoint
 from gamayun_jax.training.run_meta import RunMeta
 
@@ -158,11 +161,7 @@ def average_of(run: AnyPath, meta: RunMeta) -> Any:
     """
     folder, _ = find_checkpoint(run)
     averaged, cfg = meta.averaged or {}, meta.config.model
-    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host),
-        jax.eval_shape(new_ema, abstract_params(cfg)),
-    )
+    abstract = on_host(jax.eval_shape(new_ema, abstract_params(cfg)))
     store = Checkpoints(folder, read_only=True, in_flight=largest_bytes(cfg))
     with contextlib.closing(store), freed_memory_given_back():
         if averaged["scheme"] != EMA:

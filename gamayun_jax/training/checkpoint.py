@@ -39,7 +39,6 @@ from gamayun_jax.training.run_folder import steps_in
 from gamayun_jax.training.run_meta import RunMeta
 
 FORMAT = 2
-READABLE = (1, 2)  # 1 had no checksums
 ITEMS = ("params", "opt_state", "ema")
 # Of a file of a checkpoint: a process holds as much in memory before it writes.
 DATA_FILE_BYTES = 32 * 2**20
@@ -153,12 +152,10 @@ class Checkpoints:
 
     def _meta(self, step: int) -> RunMeta:
         data = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-        if not isinstance(data, dict) or (
-            "sha256" in data and data.pop("sha256") != json_sha256(data)
-        ):
+        if not isinstance(data, dict) or data.pop("sha256", "") != json_sha256(data):
             raise self._damaged(step, "its meta has changed since it was written")
         where = f"{self.folder}/{step}"
-        if data.get("format") not in READABLE:
+        if data.get("format") != FORMAT:
             raise UserError(
                 f"checkpoint {where} has format {data.get('format')}, this version "
                 f"reads {FORMAT}"
@@ -227,27 +224,25 @@ class Checkpoints:
                             step, f"{item} {name!r} has changed since it was written"
                         )
 
-        if expected is not None:
-            # What every device has whole may be damaged on one process alone.
-            self._agreed(step, compare)
+        # What every device has whole may be damaged on one process alone.
+        self._agreed(step, compare)
         return restored
 
     def _read_arrays(
         self, step: int, items: dict[str, Any], partly: bool
-    ) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """The checksums that were written, and what this process reads."""
         where = self.folder / str(step)
-        expected = self._meta(step).checksums
+        expected = self._meta(step).checksums or {}
         # A checkpoint of another model, or of another version, is not a damaged one.
-        if expected is not None:
-            for item, tree in items.items():
-                names = {name for name, _ in named_leaves(tree)}
-                known = set(expected[item])
-                if names - known or (known - names and not partly):
-                    raise UserError(
-                        f"checkpoint {where} holds other {item} than this config and "
-                        "this version have"
-                    )
+        for item, tree in items.items():
+            names = {name for name, _ in named_leaves(tree)}
+            known = set(expected[item])
+            if names - known or (known - names and not partly):
+                raise UserError(
+                    f"checkpoint {where} holds other {item} than this config and "
+                    "this version have"
+                )
         arguments = {
             k: ocp.args.PyTreeRestore(
                 v,

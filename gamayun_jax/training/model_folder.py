@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from gamayun_jax.config import ModelConfig
 from gamayun_jax.data import files
@@ -53,6 +55,15 @@ def write_params(params: Any, meta: RunMeta, folder: Path) -> None:
 def largest_bytes(cfg: ModelConfig) -> int:
     """Of the largest float32 parameter: what a disk is given to do at a time."""
     return max(4 * math.prod(w.full_shape(cfg)) for w in weights_of(cfg)) + 2**20
+
+
+def on_host(tree: Any) -> Any:
+    """Abstract arrays as they are read into this machine's memory, of which it may have
+    more than its devices."""
+    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), tree
+    )
 
 
 @contextlib.contextmanager

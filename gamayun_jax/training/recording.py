@@ -101,7 +101,7 @@ def write_record(run: Run, step: int) -> None:
             {k: times.get(k, 0.0) for k in ("input_s", "wait_s")}
         )
     run.folder.add(record)
-    run.folder.write_goodput(timer.goodput(run.lineage["started"]))
+    run.folder.write("goodput.json", timer.goodput(run.lineage["started"]))
     flat = {k: record[k] for k in ("loss", "nll", "lr", "grad_norm")}
     flat |= {k: record["time"][k] for k in ("tokens_per_s", "mfu")}
     flat |= {f"nll/{k}": v["nll"] for k, v in record["languages"].items()}
@@ -153,7 +153,7 @@ def save(run: Run, reason: str) -> None:
         run.store.save(run.state, run_meta(run))
         # The one before is whole by now; this one is not yet.
         finished = run.lineage["checkpoints"][:-1]
-        run.folder.write_lineage({**run.lineage, "checkpoints": finished})
+        run.folder.write("lineage.json", {**run.lineage, "checkpoints": finished})
 
 
 def run_meta(run: Run) -> RunMeta:
@@ -224,7 +224,7 @@ def evaluate_if_due(run: Run, evaluators: Sequence[Evaluator]) -> None:
                 items |= {f"ema/{name}": rows for name, rows in its_items.items()}
     for name, rows in items.items() if label else ():
         run.folder.write_items(run.step, name, rows)
-    run.folder.write_evaluation(run.step, result)
+    run.folder.write(f"eval/{run.step}.json", result)
     for evaluator in due:
         log_scores(run, evaluator.name, result[evaluator.name])
         if "ema" in result:

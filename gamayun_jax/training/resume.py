@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from clu.parameter_overview import get_parameter_overview
 from jax.sharding import Mesh
 
-from gamayun_jax.config import Config, UserError, to_dict
+from gamayun_jax.config import Config, UserError, to_dict, to_json
 from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.plan import DataPlan, make_data_plan, mixture_notes
 from gamayun_jax.data.token_weights import build_token_weights
@@ -264,8 +264,8 @@ def go_on(
     if step == cfg.total_steps:
         # They tell what the steps were made with, and nothing of this start made any.
         past = meta.lineage
-        folder.write_lineage({**past, "events": [*past["events"], *events]})
-        folder.write_config(meta.config)
+        folder.write("lineage.json", {**past, "events": [*past["events"], *events]})
+        folder.write("config.json", to_json(meta.config))
         if changes:
             log("the run is complete: config.json and lineage.json stay as they were")
     return Start(step, state, plan, meta.origin, lineage, rollbacks, meta)
@@ -338,11 +338,11 @@ def begin_records(run: Run) -> None:
     """Open the run folder's records at the run's step."""
     cfg, folder = run.cfg, run.folder
     if run.step < cfg.total_steps:
-        folder.write_lineage(run.lineage)
-        folder.write_config(cfg)
+        folder.write("lineage.json", run.lineage)
+        folder.write("config.json", to_json(cfg))
         folder.write_tokenizer(run.corpus.tokenizer())
     overview = get_parameter_overview(run.abstract.params, include_stats=False)
-    folder.write_parameters(overview)
+    folder.write("parameters.txt", overview + "\n")
     tokens = run.tokens_at(run.step)
     for number in folder.start_metrics(run.step, tokens, cfg.log.tensorboard):
         run.log(

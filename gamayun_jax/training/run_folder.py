@@ -30,7 +30,6 @@ from gamayun_jax.config import (
     UserError,
     check_local,
     to_dict,
-    to_json,
 )
 from gamayun_jax.data.files import (
     atomic,
@@ -168,9 +167,11 @@ class RunFolder:
         (self.path / "eval").mkdir(exist_ok=True)
         return place
 
-    def write_config(self, cfg: Config) -> None:
+    def write(self, name: str, data: Any) -> None:
+        """Write a file of the folder whole: a text as it is, else as JSON."""
         if self.writer:
-            write_text(self.path / "config.json", to_json(cfg))
+            whole = write_text if isinstance(data, str) else write_json
+            whole(self.path / name, data)
 
     def write_tokenizer(self, tokenizer: TextCoder) -> None:
         """Beside the checkpoints, so that the run can be used without its corpus."""
@@ -196,18 +197,6 @@ class RunFolder:
             pass
         raise UserError(f"{path} is not what `gamayun train` writes: {advice}")
 
-    def write_lineage(self, lineage: Mapping[str, Any]) -> None:
-        if self.writer:
-            write_json(self.path / "lineage.json", lineage)
-
-    def write_goodput(self, seconds: Mapping[str, float]) -> None:
-        if self.writer:
-            write_json(self.path / "goodput.json", seconds)
-
-    def write_parameters(self, overview: str) -> None:
-        if self.writer:
-            write_text(self.path / "parameters.txt", overview + "\n")
-
     def has_evaluation(self, step: int, label: str) -> bool:
         """Whether the evaluation at `step` is there, under that label."""
         path = self.path / "eval" / f"{step}.json"
@@ -218,10 +207,6 @@ class RunFolder:
         except (ValueError, RecursionError):
             return False  # it is made again
         return isinstance(found, dict) and found.get("label") == label
-
-    def write_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
-        if self.writer:
-            write_json(self.path / "eval" / f"{step}.json", result)
 
     def write_items(self, step: int, name: str, rows: Iterable[Any]) -> None:
         """One JSON object a line; before the evaluation itself, which completes it."""

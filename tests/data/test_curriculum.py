@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gamayun_jax.config import DataConfig, UserError, language_domain, load_config
+from gamayun_jax.config import DataConfig, UserError, load_config
 from gamayun_jax.data import curriculum as cu
 from gamayun_jax.data import mixture
 from gamayun_jax.data.continuity import diff_past, fingerprint
@@ -524,12 +524,6 @@ def test_epoch_caps():
         check({"a/x": 3})
     with pytest.raises(UserError, match="did you mean 'a/x'"):
         check({"a/y": 3})
-
-
-def test_language_domain():
-    found = language_domain({"ru": 0.4, "en": 0.6}, {"web": 0.75, "wiki": 0.25})
-    assert found["ru/web"] == pytest.approx(0.3)
-    assert sum(found.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("path", sorted(Path("experiments").glob("*.py")), ids=str)

@@ -419,9 +419,9 @@ def test_a_run_folder_that_is_a_link_elsewhere(config, tmp_path):
     for name in ("config.json", "lineage.json", "metrics.jsonl", "parameters.txt"):
         os.symlink(victim, run / name)
     folder = RunFolder(run)
-    folder.write_config(config)
-    folder.write_lineage({"a": 1})
-    folder.write_parameters("x")
+    folder.write("config.json", to_json(config))
+    folder.write("lineage.json", {"a": 1})
+    folder.write("parameters.txt", "x")
     folder.start_metrics(0, 0, False)
     folder.add({"step": 1})
     folder.close()

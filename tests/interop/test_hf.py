@@ -525,7 +525,7 @@ def enormous(folder, **change):
         (disagreeing, "disagree about tensor"),
         (without_shard, "a.safetensors cannot be read"),
         (without_config, "no config.json"),
-        (broken_config, "config.json cannot be read"),
+        (broken_config, "config.json is damaged"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetens"),
     ],
 )

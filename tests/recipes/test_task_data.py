@@ -16,14 +16,15 @@ from test_demo_corpus import leaks, train_rows
 
 from gamayun_jax.cli import main
 from gamayun_jax.demo_corpus import LANGUAGES
-from gamayun_jax.demo_tasks import FOLDER, task_files
+from gamayun_jax.demo_tasks import FOLDER
 from gamayun_jax.evaluate.tasks import load_task
 from recipes.demo_data import cldr_tasks, tasks
 from recipes.demo_data.decontaminate import is_heldout_page
 from recipes.demo_data.extract_text import Document
 
 TASKS = {
-    name: yaml.safe_load(path.read_text("utf-8")) for name, path in task_files().items()
+    path.stem: yaml.safe_load(path.read_text("utf-8"))
+    for path in sorted(FOLDER.glob("*.yaml"))
 }
 CHOICE = ("next_paragraph", "cldr_facts", "cldr_lexicon")
 WITH_ITEMS = (*CHOICE, "last_word", "cldr_names", "cldr_calendar")
