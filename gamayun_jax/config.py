@@ -343,6 +343,12 @@ class Config:
                 f"data.batch_size={self.data.batch_size} is not a multiple of "
                 f"compute.microbatches={self.compute.microbatches}"
             )
+        chunk, length = self.compute.loss_chunk, self.data.seq_len
+        if 0 < chunk < length and length % chunk:
+            raise UserError(
+                f"compute.loss_chunk={chunk} does not divide data.seq_len={length}: "
+                "choose one that does"
+            )
         if 0 < self.optimizer.ema_tokens < self.tokens_per_step:
             raise UserError(
                 f"optimizer.ema_tokens={self.optimizer.ema_tokens} is less than the "

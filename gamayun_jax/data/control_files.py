@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gamayun_jax.config import Config, StageConfig, UserError
-from gamayun_jax.data.controls import Base, make_arm, stage_counts
+from gamayun_jax.data.controls import Base, check_counts, make_arm, stage_counts
 from gamayun_jax.data.curriculum import ONE
 from gamayun_jax.data.files import write_text
 from gamayun_jax.data.ledger import SourceSize, exposure, grouped
@@ -210,14 +210,8 @@ def ledger_text(
     rows = [ledger_row(*row, served, cfg, sizes) for row in grouped(base.sources)]
     heads = ("source", "tokens", "epochs", "repeats", *served)
     examples = base.total_steps * base.batch_size
-    first, *others = served.values()
-    for name, other in zip(list(served)[1:], others, strict=True):
-        for source in first:
-            if first[source] != other[source]:
-                raise UserError(
-                    f"arm {name}: source {source!r} has {other[source]} examples, and "
-                    f"{first[source]} in the base"
-                )
+    for name, plan in plans.items():
+        check_counts(name, base, plan)
     return (
         "examples of each source in every arm, and what follows from them\n"
         f"{Table(heads, rows).text()}\n"

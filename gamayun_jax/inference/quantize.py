@@ -8,6 +8,7 @@ float32.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
+from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import WEIGHTS
 from gamayun_jax.training.run_meta import RunMeta
 
@@ -117,23 +119,15 @@ def abstract_quantised(abstract: Any, bits: int) -> Any:
     def place(old: Any, new: Any) -> Any:
         if not is_quantised(new):
             return old
-        whole = jax.sharding.NamedSharding(
-            old.sharding.mesh, jax.sharding.PartitionSpec()
-        )
-        return {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
-            for (name, x), layout in zip(
-                sorted(new.items()), (like_matrix(old, new), whole), strict=True
-            )
-        }
-
-    def like_matrix(old: Any, new: Any) -> Any:
-        try:
+        codes = whole = sharding.replicated(old.sharding.mesh)
+        with contextlib.suppress(ValueError):  # two int4 codes a byte: half an axis
             old.sharding.shard_shape(new["codes"].shape)
-        except ValueError:  # two int4 codes a byte: an axis is half as long
-            spec = jax.sharding.PartitionSpec()
-            return jax.sharding.NamedSharding(old.sharding.mesh, spec)
-        return old.sharding
+            codes = old.sharding
+        layouts = {"codes": codes, "scale": whole}
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layouts[name])
+            for name, x in new.items()
+        }
 
     return jax.tree.map(
         place, abstract, shapes, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct)

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gamayun_jax.config import UserError
 from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import VOCAB_MATRIX_AXES
 
@@ -92,11 +91,6 @@ def _head(x_BTD, w_VD, targets_BT, weights_BT, z_loss, chunk, dw_dtype):
             dw_VD = sharding.constrain_parameter(grads[1].T, VOCAB_MATRIX_AXES)
             grads = (grads[0], dw_VD.astype(jnp.float32))
         return loss, nll_BT, grads
-    if T % chunk:
-        raise UserError(
-            f"compute.loss_chunk={chunk} does not divide data.seq_len={T}: choose one "
-            "that does"
-        )
 
     # Rows in groups P x Q, one for each part of the batch's division over devices, so
     # that a device sums its own part of dw over the chunks. Were dw one sum, it would

@@ -55,8 +55,6 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     count = len(devices)
     if sizes.count(-1) > 1:
         raise UserError("mesh: only one axis may be -1")
-    if any(s == 0 or s < -1 for s in sizes):
-        raise UserError(f"mesh: sizes {sizes} must be positive, or -1 for what is left")
     if -1 in sizes:
         known = int(np.prod([s for s in sizes if s > 0]))
         if count % known:

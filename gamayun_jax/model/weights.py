@@ -110,24 +110,8 @@ _OF_A_LAYER: tuple[Any, ...] = (
     ("attention/q_bias", "self_attn.q_proj.bias", BIAS, "NH", "", "heads -", "bias"),
     ("attention/k_bias", "self_attn.k_proj.bias", BIAS, "KH", "", "kv_heads -", "bias"),
     ("attention/v_bias", "self_attn.v_proj.bias", BIAS, "KH", "", "kv_heads -", "bias"),
-    (
-        "attention/q_norm/scale",
-        "self_attn.q_norm.weight",
-        NORM,
-        "H",
-        "",
-        "-",
-        "qk_norm",
-    ),
-    (
-        "attention/k_norm/scale",
-        "self_attn.k_norm.weight",
-        NORM,
-        "H",
-        "",
-        "-",
-        "qk_norm",
-    ),
+    ("attention/q_norm/scale", "self_attn.q_norm.weight", NORM, "H", "", "-", "norms"),
+    ("attention/k_norm/scale", "self_attn.k_norm.weight", NORM, "H", "", "-", "norms"),
     ("mlp_norm/scale", "post_attention_layernorm.weight", NORM, "D", "", "norm"),
     ("mlp/gate", "mlp.gate_proj.weight", MATRIX, "DF", "D", "embed mlp"),
     ("mlp/up", "mlp.up_proj.weight", MATRIX, "DF", "D", "embed mlp"),
@@ -152,7 +136,7 @@ def weights_of(cfg: ModelConfig) -> list[Weight]:
         "": True,
         "untied": not cfg.tie_embeddings,
         "bias": cfg.qkv_bias,
-        "qk_norm": cfg.qk_norm,
+        "norms": cfg.qk_norm,
     }
     return [w for _, w in sorted(WEIGHTS.items()) if conditions[w.condition]]
 

@@ -327,7 +327,9 @@ def test_a_checkpoint_under_another_number(small, straight, tmp_path):
     shutil.copytree(run / "checkpoints" / "6", run / "checkpoints" / "13")
     said = []
     assert train.train(small, run, log=said.append) == 0
-    assert any("was saved as that of step 6" in x and "damaged/13" in x for x in said)
+    assert any(
+        "was saved as that of step 6" in x and "damaged/13" in x for x in said
+    ), said
     assert records(run) == records(straight)
     assert leaves(run, 13) == leaves(straight, 13)
     (run / "checkpoints" / "13").rename(run / "checkpoints" / "14")

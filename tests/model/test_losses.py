@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gamayun_jax.config import UserError
 from gamayun_jax.model.loss import (
     TokenWeights,
     head_loss,
@@ -88,12 +87,6 @@ def test_gradients_equal_those_of_a_naive_loss(chunk):
     )
     for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_a_chunk_that_does_not_divide():
-    x, w, targets, weights = case()
-    with pytest.raises(UserError, match="does not divide"):
-        head_loss(x, w, targets, weights, 0.0, 5, "float32")
 
 
 def test_a_token_s_weight_is_the_product_and_zero_where_invalid(random_batch):
