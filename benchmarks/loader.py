@@ -33,13 +33,13 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from gamayun_jax import config as c
 from gamayun_jax.config import load_config
 from gamayun_jax.data import build, loader
 from gamayun_jax.data.corpus import Corpus, open_corpus
 from gamayun_jax.data.plan import make_data_plan
+from gamayun_jax.data.records import with_checksum
 
 T, B = 2048, 8
 TOKENS = 8_000_000  # of each source
@@ -90,10 +90,9 @@ def make_corpus(folder: Path) -> tuple[c.Config, Corpus]:
         ids = np.concatenate(stream).astype(manifest["dtype"])
         count = (len(ids) - 1) // T
         path = folder / source["shards"][0]["file"]
-        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        for r in range(count):
-            writer.write(ids[r * T : (r + 1) * T + 1].tobytes())
-        writer.close()
+        with open(path, "wb") as f:
+            for r in range(count):
+                f.write(with_checksum(ids[r * T : (r + 1) * T + 1].tobytes(), r))
         source["shards"] = [{**source["shards"][0], "records": count}]
         source |= {"records": count, "tokens": count * T}
     (folder / "manifest.json").write_text(json.dumps(manifest))

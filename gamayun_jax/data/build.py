@@ -289,7 +289,7 @@ def tokenise_all(
     jobs, sizes, places = [], [], []
     for name, shards in plan.items():
         for number, shard in enumerate(shards):
-            file = f"sources/{name}/{number:05d}.arrayrecord"
+            file = f"sources/{name}/{number:05d}.records"
             marker = out / ".work" / "shards" / name / f"{number:05d}.json"
             job = (out, shard.parts, cfg.record_tokens, out / file)
             jobs.append((*job, marker))

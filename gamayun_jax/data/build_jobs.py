@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import zstandard
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from gamayun_jax.config import CorpusConfig
 from gamayun_jax.data import tokenizer_training
@@ -41,10 +40,9 @@ from gamayun_jax.data.documents import (
 from gamayun_jax.data.files import atomic, file_sha256, sync, write_json
 from gamayun_jax.data.inputs import read_input
 from gamayun_jax.data.model_tokenizer import folder_tokenizer
-from gamayun_jax.data.records import check_shard
+from gamayun_jax.data.records import with_checksum
 from gamayun_jax.data.selection import Scanned
 
-WRITER_OPTIONS = "group_size:1,uncompressed"
 BATCH_BYTES = 1_000_000  # text given to the tokenizer at a time
 COMPARED = 100_000  # characters compared with the held-out texts at a time
 
@@ -327,35 +325,30 @@ def tokenise(
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     info = {"documents": 0, "characters": 0, "bytes": 0, "tokens": 0, "records": 0}
     stream = np.empty(0, dtype)  # tokens that are not all written yet
-    with atomic(shard) as temporary:
-        writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        try:
-            for texts in batched(t for part in parts for t in chunk_texts(*part)):
-                tokens = [start] if shared and not info["tokens"] else []
-                for ids in tokenizer.encode_batch(texts):
-                    tokens += ids if shared else (start, *ids)
-                    tokens.append(end)
-                new = np.array(tokens, dtype)
-                counts += np.bincount(new, minlength=len(counts))
-                info["documents"] += len(texts)
-                info["characters"] += sum(map(len, texts))
-                info["bytes"] += sum(len(t.encode()) for t in texts)
-                info["tokens"] += len(new)
-                stream = np.concatenate([stream, new])
-                whole = max(len(stream) - 1, 0) // record_tokens
-                for i in range(whole):
-                    begin = i * record_tokens
-                    writer.write(stream[begin : begin + record_tokens + 1].tobytes())
-                info["records"] += whole
-                stream = stream[whole * record_tokens :]
-            if len(stream) > 1:  # a single token is the last record's last
-                missing = record_tokens + 1 - len(stream)
-                padding = np.full(missing, pad, dtype)
-                writer.write(np.concatenate([stream, padding]).tobytes())
-                info["records"] += 1
-        finally:
-            writer.close()
-        check_shard(temporary, info["records"])  # the writer is silent on a full disk
+    with atomic(shard) as temporary, open(temporary, "wb") as f:
+
+        def write(record: np.ndarray) -> None:
+            f.write(with_checksum(record.tobytes(), info["records"]))
+            info["records"] += 1
+
+        for texts in batched(t for part in parts for t in chunk_texts(*part)):
+            tokens = [start] if shared and not info["tokens"] else []
+            for ids in tokenizer.encode_batch(texts):
+                tokens += ids if shared else (start, *ids)
+                tokens.append(end)
+            new = np.array(tokens, dtype)
+            counts += np.bincount(new, minlength=len(counts))
+            info["documents"] += len(texts)
+            info["characters"] += sum(map(len, texts))
+            info["bytes"] += sum(len(t.encode()) for t in texts)
+            info["tokens"] += len(new)
+            stream = np.concatenate([stream, new])
+            while len(stream) > record_tokens:
+                write(stream[: record_tokens + 1])
+                stream = stream[record_tokens:]
+        if len(stream) > 1:  # a single token is the last record's last
+            missing = record_tokens + 1 - len(stream)
+            write(np.concatenate([stream, np.full(missing, pad, dtype)]))
     assert counts.sum() == info["tokens"]
     assert info["records"] == -(-(info["tokens"] - 1) // record_tokens)
     with atomic(marker.with_suffix(".npy")) as temporary, open(temporary, "wb") as f:

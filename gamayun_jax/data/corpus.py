@@ -4,7 +4,7 @@ A corpus folder:
 
   manifest.json                      what it holds; written last
   tokenizer.model                    or an imported model's tokenizer.json, ...
-  sources/<lang>/<domain>/00000.arrayrecord ...
+  sources/<lang>/<domain>/00000.records ...
   sources/<lang>/<domain>/token_counts.npy        int64[V], counts of each token
   heldout/<set>.<lang>.jsonl                      {"id", "text"}
   rejected/<lang>.<domain>.jsonl                  what was left out, and why
@@ -15,12 +15,16 @@ stream, cut into records of `record_tokens + 1` tokens with stride `record_token
 record's last token comes again as the next one's first, so that every token but a
 shard's first is the target once. The tail is padded. Tokens are little-endian uint16,
 or uint32 if the vocabulary has more than 65,536 pieces.
+
+The manifest's `format` is 2 for flat shards (records.FlatShard): record after record,
+each followed by its checksum. In corpora of format 1 they are ArrayRecord files.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +34,11 @@ import numpy as np
 from gamayun_jax.config import AnyPath, Config, UserError, check_local
 from gamayun_jax.data.files import file_sha256, read_json, read_json_lines, unreadable
 from gamayun_jax.data.model_tokenizer import folder_tokenizer
-from gamayun_jax.data.records import COPY_AGAIN, Records, check_shard
+from gamayun_jax.data.records import COPY_AGAIN, SHARDS, Records, check_shard
 from gamayun_jax.data.tokenizer import TextCoder, whole_characters
 from gamayun_jax.tables import Table
 
-FORMAT = 1
+FORMAT = 2  # of what is built now; records.SHARDS has those that can be read
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -195,7 +199,7 @@ class Corpus:
         rows = self.manifest["sources"][self._source(source).name]["shards"]
         shards = [(str(self.folder / r["file"]), r["records"]) for r in rows]
         m = self.manifest
-        sizes = (m["tokenizer"]["vocab_size"], m["record_tokens"] + 1)
+        sizes = (m["tokenizer"]["vocab_size"], m["record_tokens"] + 1, m["format"])
         return Records(shards, m["dtype"], *sizes, retry_seconds, self.damaged)
 
     def _source(self, name: str) -> SourceInfo:
@@ -239,6 +243,7 @@ def open_corpus(path: AnyPath, set_aside: bool = False, hashes: bool = False) ->
     folder = Path(path)
     check_local(folder, "corpus ")
     manifest = read_manifest(folder)
+    size = (manifest["record_tokens"] + 1) * np.dtype(manifest["dtype"]).itemsize
     sources: dict[str, SourceInfo] = {}
     damaged: dict[str, str] = {}
     for name, s in manifest["sources"].items():
@@ -249,7 +254,7 @@ def open_corpus(path: AnyPath, set_aside: bool = False, hashes: bool = False) ->
         )
         for shard, row in zip(paths, s["shards"], strict=True):
             try:
-                check_shard(shard, row["records"])
+                check_shard(shard, row["records"], size, manifest["format"])
                 if hashes and file_sha256(shard) != row["sha256"]:
                     raise UserError(
                         f"shard {shard} has another SHA-256 than the manifest says: "
@@ -284,10 +289,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as e:
         raise unreadable(file, e) from e
     manifest = read_json(file, COPY_AGAIN)
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in SHARDS:
         raise UserError(
             f"{file} has format {manifest.get('format')!r}, this version reads "
-            f"{FORMAT}: build the corpus again"
+            f"{' and '.join(map(str, SHARDS))}: build the corpus again"
         )
     try:
         check_manifest(folder, manifest)
@@ -303,6 +308,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise KeyError, TypeError or AttributeError for an entry that is lacking or
     cannot be; UserError for a shard outside of the corpus."""
     _ = manifest["recipe"], manifest["tokenizer"]["fingerprint"]
+    real = functools.cache(os.path.realpath)
     if manifest["dtype"] not in ("uint16", "uint32"):
         raise KeyError("dtype")
     sizes = [manifest["record_tokens"], manifest["tokenizer"]["vocab_size"]]
@@ -312,7 +318,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         if sum(row["records"] for row in s["shards"]) != s["records"]:
             raise KeyError(f"records of {name}")
         for row in s["shards"]:
-            if not (folder / row["file"]).resolve().is_relative_to(folder.resolve()):
+            if not is_inside(folder, row["file"], real):
                 raise UserError(
                     f"{folder / 'manifest.json'} names a shard outside of the corpus: "
                     f"{row['file']}"
@@ -322,3 +328,13 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     if not all(type(n) is int and n >= 0 for n in sizes) or not sizes[0]:
         raise TypeError("its own numbers")
     Corpus(folder, dict(manifest), {}).contents()  # every hash is there
+
+
+def is_inside(folder: Path, file: str, real: Callable[[str], str]) -> bool:
+    """Whether a file of a corpus lies in its folder, wherever links lead; `real` is
+    os.path.realpath, which need not be asked for the same folder twice."""
+    path = str(folder / file)
+    parent, name = os.path.split(path)
+    if name == ".." or os.path.islink(path):
+        parent = path
+    return Path(real(parent)).is_relative_to(real(str(folder)))

@@ -41,6 +41,7 @@ from gamayun_jax.config import UserError
 ONE = 1 << 30  # weights are whole multiples of 1 / ONE
 NEVER = np.int64(1) << 62
 LONGEST = 1 << 32  # examples in a phase: times ONE, their integral fits in int64
+PART = 1 << 14  # blocks whose counts are computed together
 VERSION = 2  # of the mapping; part of the fingerprint
 
 
@@ -111,15 +112,66 @@ def earliest_deadline_counts(
       int64 [b + 1, S], beginning with zeros; row b sums to lengths[:b].sum().
     """
     blocks, sources = weights.shape
-    integral = np.cumsum(weights * lengths[:, None], axis=0)
-    floor = integral >> 30
-    total = np.cumsum(lengths)
-    # When the next example of each source is due: earliest first. A source whose
-    # integral is a whole number has to wait.
-    due = np.empty((sources, blocks), np.int64)
+    integral = np.empty((sources, blocks), np.int64)
     for s in range(sources):
-        column = np.ascontiguousarray(integral[:, s])
-        need = ((column >> 30) + 1) << 30
+        np.cumsum(weights[:, s] * lengths, out=integral[s])
+    total = np.cumsum(lengths)
+    counts = np.zeros((blocks + 1, sources), np.int64)
+    places = np.arange(sources)
+    ahead = np.zeros(sources, bool)  # in the block before
+    # In parts that fit a processor's cache: a phase may have a million blocks.
+    for part in range(0, blocks, PART):
+        blocks_of = slice(part, min(part + PART, blocks))
+        due = due_examples(integral, total, weights, final, blocks_of)
+        floor = (integral[:, blocks_of] >> 30).T
+        spare = total[blocks_of] - floor.sum(axis=1)
+        # A count is the integral rounded down, or one ahead of that. First as if
+        # nothing came from the block before.
+        now = np.zeros((len(due) + 1, sources), bool)
+        now[0] = ahead
+        order = np.argsort(due, axis=1, kind="stable")
+        np.put_along_axis(now[1:], order, places < spare[:, None], axis=1)
+        # A source that was ahead stays so until its integral passes a whole number,
+        # even if others are due before: these blocks, and what follows from them, one
+        # by one.
+        kept = floor == np.vstack([counts[part] - ahead, floor[:-1]])
+        done = 0
+        for b in np.flatnonzero((now[:-1] & kept & ~now[1:]).any(axis=1)).tolist():
+            while done <= b < len(due):
+                done = b + 1
+                stay = now[b] & kept[b]
+                order = np.argsort(np.where(stay, NEVER + 1, due[b]), kind="stable")
+                stay[order[: int(spare[b] - stay.sum())]] = True
+                if (stay == now[b + 1]).all():
+                    break
+                now[b + 1] = stay
+                b += 1
+        np.add(floor, now[1:], out=counts[blocks_of.start + 1 : blocks_of.stop + 1])
+        ahead = now[-1]
+    return counts
+
+
+def due_examples(
+    integral: np.ndarray,
+    total: np.ndarray,
+    weights: np.ndarray,
+    final: np.ndarray,
+    blocks_of: slice,
+) -> np.ndarray:
+    """When the next example of each source is due, int64 [len(blocks_of), S]: earliest
+    first. A source whose integral is a whole number has to wait.
+
+    Args:
+      integral: int64 [S, b] over ONE, at the ends of all blocks.
+      total: int64 [b], examples up to there.
+      weights, final: see earliest_deadline_counts.
+    """
+    sources, blocks = integral.shape
+    due = np.empty((blocks_of.stop - blocks_of.start, sources), np.int64)
+    for s in range(sources):
+        column = integral[s]
+        here = column[blocks_of]
+        need = ((here >> 30) + 1) << 30
         block = np.searchsorted(column, need, side="left")
         # The first example by which the integral reaches `need`. Blocks alone would
         # not do: a short last one would move the deadlines just beyond it, and ties
@@ -130,39 +182,10 @@ def earliest_deadline_counts(
         earlier = np.where(late, block, block - 1)  # block that ends before it
         reached = np.where(earlier < 0, 0, column[earlier])
         begin = np.where(earlier < 0, 0, total[earlier])
-        due[s] = begin - (reached - need) // np.maximum(rate, 1)  # rounds up
-        due[s, rate == 0] = NEVER
-        due[s, column & (ONE - 1) == 0] = NEVER + 1
-    due = np.ascontiguousarray(due.T)
-    # A count is the integral rounded down, or one ahead of that. First as if nothing
-    # came from the block before, in parts, since orders take much memory.
-    spare = total - floor.sum(axis=1)
-    ahead = np.zeros((blocks, sources), bool)
-    places = np.arange(sources)
-    for part in range(0, blocks, 1 << 14):
-        blocks_of = slice(part, part + (1 << 14))
-        order = np.argsort(due[blocks_of], axis=1, kind="stable")
-        first = places < spare[blocks_of, None]
-        np.put_along_axis(ahead[blocks_of], order, first, axis=1)
-    # A source that was ahead stays so until its integral passes a whole number, even
-    # if others are due before: these blocks, and what follows from them, one by one.
-    kept = floor[1:] == floor[:-1]
-    done = 0
-    for b in (
-        np.flatnonzero((ahead[:-1] & kept & ~ahead[1:]).any(axis=1)) + 1
-    ).tolist():
-        while done <= b < blocks:
-            done = b + 1
-            now = ahead[b - 1] & kept[b - 1]
-            order = np.argsort(np.where(now, NEVER + 1, due[b]), kind="stable")
-            now[order[: int(spare[b] - now.sum())]] = True
-            if (now == ahead[b]).all():
-                break
-            ahead[b] = now
-            b += 1
-    counts = np.zeros((blocks + 1, sources), np.int64)
-    np.add(floor, ahead, out=counts[1:])
-    return counts
+        due[:, s] = begin - (reached - need) // np.maximum(rate, 1)  # rounds up
+        due[rate == 0, s] = NEVER
+        due[here & (ONE - 1) == 0, s] = NEVER + 1
+    return due
 
 
 @functools.lru_cache(maxsize=8)  # a run makes the same plan several times

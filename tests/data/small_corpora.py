@@ -14,6 +14,7 @@ import zstandard
 
 from gamayun_jax import config as c
 from gamayun_jax.data import build as corpus_build
+from gamayun_jax.data.records import with_checksum
 
 ROOT = Path(__file__).parents[2]
 ALPHABETS = {
@@ -45,6 +46,12 @@ def write_jsonl(path, texts):
         data = gzip.compress(data)
     path.write_bytes(data)
     return str(path)
+
+
+def write_shard(path, records):
+    """A flat shard of records: bytes, or arrays of tokens in its own type."""
+    data = (r if isinstance(r, bytes) else r.tobytes() for r in records)
+    path.write_bytes(b"".join(with_checksum(r, i) for i, r in enumerate(data)))
 
 
 def make_config(sources, heldout=(), languages=("en", "ru", "zh"), **corpus_fields):

@@ -120,7 +120,7 @@ def test_finished_shards_are_not_done_again(built, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_build, "tokenise", fails_at_third)
     with pytest.raises(KeyboardInterrupt):
         build(cfg, tmp_path / "out")
-    done = {p: p.stat().st_ino for p in (tmp_path / "out").rglob("*.arrayrecord")}
+    done = {p: p.stat().st_ino for p in (tmp_path / "out").rglob("*.records")}
     assert len(done) == 2
     monkeypatch.setattr(corpus_build, "tokenise", tokenise)
     build(cfg, tmp_path / "out")

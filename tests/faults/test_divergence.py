@@ -131,7 +131,7 @@ def test_bad_steps_in_a_row_roll_back_and_are_left_out(
     assert [r["step"] for r in records(run)] == [4, 7, 11, 13]
     report = json.loads((run / "divergence" / "6.json").read_text())["examples"]
     assert len(report) == 16
-    assert all(r["text"] and r["shard"].endswith(".arrayrecord") for r in report)
+    assert all(r["text"] and r["shard"].endswith(".records") for r in report)
 
 
 @pytest.mark.slow

@@ -15,8 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
+import small_corpora
 from jax.profiler import ProfileData
 
 from gamayun_jax import cli, train
@@ -32,6 +31,7 @@ from gamayun_jax.data.files import file_sha256
 from gamayun_jax.data.ledger import uncounted
 from gamayun_jax.data.loader import LocalBatches
 from gamayun_jax.data.plan import make_data_plan
+from gamayun_jax.data.records import FlatShard
 from gamayun_jax.data.token_weights import build_token_weights
 from gamayun_jax.interop.model_card import exposure_of
 from gamayun_jax.report.exposure import ledger_of
@@ -409,7 +409,7 @@ def test_a_damaged_record_is_named_on_resume(straight, config, tmp_path):
 
 
 def test_what_is_set_aside_is_read_back(tmp_path):
-    place = ("ru/a", "corpus\u2028/00000.arrayrecord", 3)
+    place = ("ru/a", "corpus\u2028/00000.records", 3)
     BadRecordLog(tmp_path, 0)(*place, "why")
     with open(tmp_path / "set_aside.0.jsonl", "ab") as f:
         f.write(b'\n{"source": "ru/a", "sha\xff')  # torn
@@ -562,12 +562,9 @@ def reversed_corpus(corpus, tmp_path_factory):
     manifest["recipe"] = "0" * 64
     for row in manifest["sources"]["tr/help"]["shards"]:
         path = folder / row["file"]
-        source = ArrayRecordDataSource(str(path))
-        rows = [source[i] for i in reversed(range(len(source)))]
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        for record in rows:
-            writer.write(record)
-        writer.close()
+        shard = FlatShard(str(path), 2 * 65)
+        rows = [shard.read(i) for i in reversed(range(len(shard)))]
+        small_corpora.write_shard(path, rows)
         row["sha256"] = file_sha256(path)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return open_corpus(folder)
