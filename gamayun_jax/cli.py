@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "corpus build": data.build_corpus,
     "corpus debian": data.download_debian,
     "corpus inspect": data.inspect_corpus,
+    "corpus split": data.split_corpus,
     "tasks build": data.build_tasks,
     "tokenizer train": data.train_tokenizer,
     "tokenizer report": data.report_tokenizer,

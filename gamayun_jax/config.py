@@ -52,10 +52,10 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"  # of a clone
 class RopeScaling:
     """LLaMA-3 frequency scaling of rotary embeddings (Llama 3.1 model card)."""
 
-    factor: Finite
-    low_freq_factor: Finite
-    high_freq_factor: Finite
-    original_max_len: Count
+    factor: Finite  # by which long wavelengths are stretched
+    low_freq_factor: Finite  # wavelengths above length / this: stretched
+    high_freq_factor: Finite  # wavelengths below length / this: kept
+    original_max_len: Count  # the length, in tokens
 
     def __post_init__(self):
         settle(self, "model.rope_scaling")
@@ -70,21 +70,21 @@ class RopeScaling:
 class ModelConfig:
     """Architecture of a pre-norm decoder; these fields span all the presets."""
 
-    vocab_size: Count
-    num_layers: Count
-    d_model: Count
-    num_heads: Count
-    num_kv_heads: Count
-    head_dim: Count
-    d_ff: Count
-    max_seq_len: Count = 4096
-    rope_theta: Finite = 500_000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: Share = 1e-6
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    tie_embeddings: bool = True
-    init_std: Share = 0.02
+    vocab_size: Count  # rows of the embedding; at least the tokenizer's
+    num_layers: Count  # decoder blocks
+    d_model: Count  # width of the residual stream
+    num_heads: Count  # query heads
+    num_kv_heads: Count  # key and value heads; divides num_heads
+    head_dim: Count  # width of a head
+    d_ff: Count  # width of SwiGLU's hidden layer
+    max_seq_len: Count = 4096  # longest context, in tokens
+    rope_theta: Finite = 500_000.0  # base of the rotary embeddings
+    rope_scaling: RopeScaling | None = None  # none: as they are
+    norm_eps: Share = 1e-6  # added to the mean square by RMSNorm
+    qk_norm: bool = False  # RMSNorm of queries and keys
+    qkv_bias: bool = False  # biases of q, k and v (Qwen2)
+    tie_embeddings: bool = True  # the output head is the embedding
+    init_std: Share = 0.02  # of the initial weights
 
     def __post_init__(self):
         settle(self, "model")
@@ -125,11 +125,12 @@ class ComputeConfig:
 class DataConfig:
     """What training reads: a corpus folder, cut into examples of `seq_len` tokens."""
 
-    corpus: LocalPath = ""
-    seq_len: Count = 4096
+    corpus: LocalPath = ""  # folder of `gamayun corpus build`
+    seq_len: Count = 4096  # tokens of an example
     batch_size: Count = 512  # examples per step, over all devices and microbatches
     block_examples: Count = 1024  # curriculum block: counts are exact at its ends
     max_epochs: Positive = 4.0  # cap per source over all stages (math.inf: none)
+    # Source -> its own cap.
     max_epochs_of: Mapping[str, Positive] = field(default_factory=dict)
     # Records that cannot be read or fail their checks: stop, or set_aside (padding
     # takes their place; they are listed in the run folder).
@@ -137,7 +138,7 @@ class DataConfig:
     retry_seconds: Share = 120.0  # of trying to read a file before it is a fault
     verify: bool = False  # read the whole corpus at the start, to compare its hashes
     prefetch: Count = 8  # batches made ahead
-    threads: Count = 4
+    threads: Count = 4  # that read records
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,15 @@ class MixtureConfig:
     arXiv 2304.09151), or explicit (there is no rest).
     """
 
+    # How what is not named is divided.
     scheme: Literal["natural", "temperature", "unimax", "explicit"] = "explicit"
+    # Source or glob -> share of tokens.
     shares: Mapping[str, Share] = field(default_factory=dict)
-    alpha: Share = 0.3
-    max_epochs: Positive = 4.0
+    alpha: Share = 0.3  # temperature only
+    max_epochs: Positive = 4.0  # unimax only
     # How the former stage's shares leave.
     ramp: Literal["step", "linear", "cosine"] = "step"
-    ramp_tokens: Whole = 0
+    ramp_tokens: Whole = 0  # that it takes
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,8 @@ class TokenWeightConfig:
     do not). Normalised to mean 1 under the mixture.
     """
 
-    scheme: Literal["none", "static", "bytes", "target_share"] = "none"
-    weights: Mapping[str, Share] = field(default_factory=dict)
+    scheme: Literal["none", "static", "bytes", "target_share"] = "none"  # see above
+    weights: Mapping[str, Share] = field(default_factory=dict)  # by language
 
     def check_languages(self, languages: Sequence[str], where: str) -> None:
         """Raise UserError unless the weights are of these languages, and of all of
@@ -199,12 +202,12 @@ class ScheduleConfig:
     """
 
     kind: Literal["wsd", "cosine"] = "wsd"  # warmup-stable-decay
-    peak: Finite = 3e-4
-    warmup_tokens: Whole = 0
+    peak: Finite = 3e-4  # highest learning rate
+    warmup_tokens: Whole = 0  # from 0 to the peak
     decay_tokens: Whole = 0  # wsd only: length of the final decay
     decay_shape: Literal["linear", "1-sqrt"] = "linear"  # wsd only
     floor: Part = 0.0  # final learning rate as a fraction of the peak
-    position: Literal["global", "restart"] = "global"
+    position: Literal["global", "restart"] = "global"  # where tokens are counted from
 
 
 @dataclass(frozen=True)
@@ -219,12 +222,12 @@ class TransitionConfig:
 class StageConfig:
     """One segment of training: how long, on what, at which rate, with which weights."""
 
-    name: str
-    tokens: Count
-    mixture: MixtureConfig
-    schedule: ScheduleConfig
-    token_weights: TokenWeightConfig = TokenWeightConfig()
-    transition: TransitionConfig = TransitionConfig()
+    name: str  # names its checkpoints and fields
+    tokens: Count  # trained on in it
+    mixture: MixtureConfig  # what is served
+    schedule: ScheduleConfig  # learning rate
+    token_weights: TokenWeightConfig = TokenWeightConfig()  # of targets in the loss
+    transition: TransitionConfig = TransitionConfig()  # from the stage before
 
 
 @dataclass(frozen=True)
@@ -236,12 +239,12 @@ class OptimizerConfig:
     (training/ema.py); it is evaluated beside the parameters.
     """
 
-    b1: Decay = 0.9
-    b2: Decay = 0.95
-    eps: Finite = 1e-8
-    weight_decay: Share = 0.1
-    clip_norm: Positive = 1.0
-    z_loss: Share = 0.0
+    b1: Decay = 0.9  # decay of the mean of gradients
+    b2: Decay = 0.95  # decay of the mean of their squares
+    eps: Finite = 1e-8  # added to the root of the latter
+    weight_decay: Share = 0.1  # a step, times the learning rate
+    clip_norm: Positive = 1.0  # longest gradient (math.inf: any)
+    z_loss: Share = 0.0  # factor of log(sum of exp of logits) squared
     ema_tokens: Whole = 0  # time constant of the average of the parameters; 0: none
 
 
@@ -249,16 +252,16 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices per axis; one axis may be -1 (all devices that are left)."""
 
-    data: Axis = 1
-    fsdp: Axis = -1
-    tensor: Axis = 1
+    data: Axis = 1  # replicas
+    fsdp: Axis = -1  # parameters and batches are divided
+    tensor: Axis = 1  # heads and hidden layers are divided
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which of them stay."""
 
-    every_steps: Count = 1000
+    every_steps: Count = 1000  # between regular checkpoints
     keep: Count = 3  # how many of the newest; stage ends are kept forever
     keep_every_steps: Whole = 0  # keep one forever every so many steps (0: none)
     keep_every_tokens: Whole = 0  # and the first one every so many tokens (0: none)
@@ -282,7 +285,7 @@ class DivergenceConfig:
     # Go back at a loss so many robust standard deviations above the median of the last
     # `window` steps of the stage (0: never).
     spike: Share = 0.0
-    window: Count = 128
+    window: Count = 128  # steps
     rollbacks: Whole = 3  # most times to go back; then the run stops
 
 
@@ -291,7 +294,7 @@ class EvalConfig:
     """Evaluations: before the first step, at each stage's end, every so many steps."""
 
     every_steps: Whole = 0  # between evaluations on the held-out sets (0: no more)
-    batch_size: Count = 32
+    batch_size: Count = 32  # texts scored at once
     max_units: Whole = 0  # per language and set; 0: all
     # Embedded tasks by name, or YAML files (evaluate/tasks.py).
     tasks: tuple[LocalPath, ...] = ()
@@ -303,28 +306,29 @@ class EvalConfig:
 class LogConfig:
     """The records of a run: metrics.jsonl, console, TensorBoard."""
 
-    every_steps: Count = 10
-    tensorboard: bool = True
+    every_steps: Count = 10  # of a record, from a stage's first step on
+    tensorboard: bool = True  # event files in the run folder
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run; checked as a whole when it is made."""
 
-    name: str
-    languages: tuple[str, ...]
-    model: ModelConfig
-    stages: tuple[StageConfig, ...]
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    data: DataConfig = DataConfig()
-    compute: ComputeConfig = ComputeConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
+    name: str  # of the run
+    languages: tuple[str, ...]  # in the order of tables
+    model: ModelConfig  # the architecture
+    stages: tuple[StageConfig, ...]  # in order
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)  # how the corpus is made
+    data: DataConfig = DataConfig()  # how it is read
+    compute: ComputeConfig = ComputeConfig()  # how it is executed
+    optimizer: OptimizerConfig = OptimizerConfig()  # AdamW
+    mesh: MeshConfig = MeshConfig()  # devices
+    # What is saved.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    divergence: DivergenceConfig = DivergenceConfig()
-    evaluation: EvalConfig = EvalConfig()
-    log: LogConfig = LogConfig()
-    seed: Seed = 0
+    divergence: DivergenceConfig = DivergenceConfig()  # what is skipped or taken back
+    evaluation: EvalConfig = EvalConfig()  # held-out sets and tasks
+    log: LogConfig = LogConfig()  # records
+    seed: Seed = 0  # of initial weights and the order of data
 
     def __post_init__(self):
         settle(self, "")

@@ -27,10 +27,10 @@ class SourceConfig:
     may `id_field`, by which translations know each other (`parallel_documents`).
     """
 
-    name: str
-    files: tuple[LocalPath, ...]
-    text_field: str = "text"
-    id_field: str = "id"
+    name: str  # language/domain
+    files: tuple[LocalPath, ...]  # paths or globs
+    text_field: str = "text"  # of a row
+    id_field: str = "id"  # of a row
     tokens: Whole = 0  # about; for `gamayun curriculum` before there is a corpus
 
     @property
@@ -46,9 +46,9 @@ class HeldoutConfig:
     True for files without ids.
     """
 
-    name: str
-    files: Mapping[str, LocalPath]
-    parallel: bool | None = None
+    name: str  # of the set
+    files: Mapping[str, LocalPath]  # by language
+    parallel: bool | None = None  # none: see above
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ class TokenizerConfig:
 class CorpusConfig:
     """The recipe of a tokenised corpus: what `gamayun corpus build` makes."""
 
-    sources: tuple[SourceConfig, ...] = ()
-    heldout: tuple[HeldoutConfig, ...] = ()
+    sources: tuple[SourceConfig, ...] = ()  # training text
+    heldout: tuple[HeldoutConfig, ...] = ()  # evaluated, and never trained on
+    # Trained on the sources, or a ready one.
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(4096))
     record_tokens: Count = 4096  # tokens per record; a multiple of data.seq_len
     shard_bytes: Count = 256_000_000  # text per input chunk, so per shard
-    min_chars: Whole = 1
+    min_chars: Whole = 1  # of a document
     max_bad_share: Part = 0.01  # a larger share of unreadable documents is an error
     # Documents that hold a held-out text (data/contamination.py): remove, or report.
     # A document that equals one is always removed.
@@ -90,7 +91,7 @@ class CorpusConfig:
     # Documents with the same id in several languages: keep, or keep each id in one of
     # them only (disjoint), chosen by a hash with this seed; data/selection.py.
     parallel_documents: Literal["keep", "disjoint"] = "keep"
-    disjoint_seed: Whole = 0
+    disjoint_seed: Whole = 0  # of that choice
     # Files that end early or are damaged within: stop, or keep_readable (the build,
     # `corpus inspect` and the manifest list the losses).
     on_damaged_file: Literal["stop", "keep_readable"] = "stop"

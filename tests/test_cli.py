@@ -26,6 +26,7 @@ PARAMETERS = {
     "corpus build": "config --set --out --workers",
     "corpus debian": "--out --work --languages",
     "corpus inspect": "folder",
+    "corpus split": "files --out --share --text-field --id-field --seed",
     "tasks build": "--out --work --embedded",
     "tokenizer train": "config --set --out",
     "tokenizer report": "corpus --model",

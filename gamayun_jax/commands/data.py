@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gamayun_jax.commands import File, Folder, Picture, Repeated, in_repository, note
-from gamayun_jax.config import Count, UserError, load_config
+from gamayun_jax.config import Count, Part, SourceConfig, UserError, load_config
 
 
 def build_corpus(
@@ -48,6 +48,43 @@ def inspect_corpus(folder: Path) -> None:
     from gamayun_jax.data.inspect_corpus import inspect
 
     print(inspect(folder))
+
+
+def split_corpus(
+    files: list[str],
+    *,
+    out: Folder,
+    share: Part = 0.01,
+    text_field: str = "text",
+    id_field: str = "id",
+    seed: int = 0,
+) -> None:
+    """Hold out documents of your own: training text and a held-out set, by id.
+
+    Reads FILES as a source's. Writes OUT/train.jsonl.zst and OUT/heldout.jsonl, and
+    prints the counts. Which side a document is on depends on the hash of its id alone,
+    so translations with the same id are held out together, and more files later move
+    none; without an id, its text stands for it.
+
+    Example:
+      gamayun corpus split 'data/ru/*.jsonl.zst' --out data/split/ru --share 0.005
+
+    Args:
+      files: paths or globs, as SourceConfig.files.
+      out: folder to write; new.
+      share: of the documents that are held out.
+      text_field: of a row; may be inside another: "translation.ru".
+      id_field: of a row.
+      seed: of the hash.
+    """
+    from gamayun_jax.data.split import split
+
+    source = SourceConfig("split/files", tuple(files), text_field, id_field)
+    counts = split(source, out, share, seed)
+    print(
+        "\n".join(f"{name}: {count:,} documents" for name, count in counts.items())
+        + f"\n-> {out / 'train.jsonl.zst'}, {out / 'heldout.jsonl'}"
+    )
 
 
 def download_debian(
