@@ -58,7 +58,7 @@ def config(folder: Path, total: int) -> c.Config:
         cfg,
         model=replace(cfg.model, max_seq_len=T),
         corpus=replace(cfg.corpus, record_tokens=T),
-        data=replace(cfg.data, corpus=str(folder), seq_len=T, batch_size=B),
+        data=c.DataConfig(str(folder), seq_len=T, batch_size=B),
         stages=stages,
     )
 

@@ -175,6 +175,22 @@ def test_a_shard_outside_of_the_corpus(copy):
         open_corpus(cfg.data.corpus)
 
 
+@pytest.mark.parametrize("what", ["shard", "folder"])
+def test_a_link_out_of_the_corpus(copy, tmp_path, what):
+    """Refused; one inside of it is followed."""
+    cfg, shard = copy
+    link = shard if what == "shard" else shard.parent
+    inside = Path(cfg.data.corpus) / "elsewhere"
+    os.rename(link, inside)
+    link.symlink_to(inside)
+    assert len(open_corpus(cfg.data.corpus).records("ru/help")[0]) == 65
+    os.rename(inside, tmp_path / "outside")
+    link.unlink()
+    link.symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="outside of the corpus"):
+        open_corpus(cfg.data.corpus)
+
+
 @pytest.mark.slow
 def test_a_run_counts_what_it_set_aside(copy, tmp_path):
     cfg, shard = copy
