@@ -251,21 +251,29 @@ def tallies(changes: Iterable[Change]) -> list[str]:
     return lines
 
 
-def change_table(boundary: Boundary, languages: Sequence[str]) -> Table:
-    """Languages by tests: before and after the stage, and the change."""
+def change_table(
+    boundary: Boundary, languages: Sequence[str], narrow: bool = False
+) -> Table:
+    """Languages by tests: before and after the stage, and the change.
+
+    Args:
+      narrow: what was before and after stands below the change, on pages.
+    """
     tests = by_test(boundary.changes)
     heads = ["language"]
     for name, metric in tests:
-        heads += [plain(name, 20) + ("" if metric == BITS else ", %"), "change"]
+        heads.append(plain(name, 20) + ("" if metric == BITS else ", %"))
+        heads += [] if narrow else ["change"]
     rows = []
     order = order_of(boundary.changes, languages)
     for i, language in enumerate(order):
         row = [language_cell(i, language, language == MACRO)]
         for of_test in tests.values():
-            if c := of_test.get(language):
-                row += [Cell(c.arrow(), value=c.after), c.cell()]
+            c = of_test.get(language)
+            if narrow:
+                row.append(replace(c.cell(), below=c.arrow()) if c else Cell())
             else:
-                row += [Cell(), Cell()]
+                row += [Cell(c.arrow(), value=c.after), c.cell()] if c else [Cell()] * 2
         rows.append(row)
     means = order.count(MACRO)
     return Table(heads, rows[: len(rows) - means], rows[len(rows) - means :])
@@ -299,6 +307,7 @@ def stage_sections(run: Run, languages: Sequence[str], who: str) -> Iterable[Mar
     """A section of the report for each stage; none without two evaluations."""
     for boundary in boundaries(run):
         shown = order_of(boundary.changes, languages)
+        many = len(by_test(boundary.changes)) > 3
         panels = [
             Panel(
                 f"{plain(name, 20)}, {plain(metric, 13).replace('_', ' ')}",
@@ -315,7 +324,7 @@ def stage_sections(run: Run, languages: Sequence[str], who: str) -> Iterable[Mar
             "the figure: within noise, over all languages and tests together, so also "
             "where an interval alone leaves out 0.",
             *(block("gap", text) for text in damage_texts(boundary)),
-            block("table", change_table(boundary, languages), "pairs"),
+            block("table", change_table(boundary, languages, many), "pairs"),
             dots_chart(title, panels, shown, languages),
             block("notes", tallies(boundary.changes)),
         )

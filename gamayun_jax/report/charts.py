@@ -300,6 +300,8 @@ def lines_chart(
             {
                 "panel": panel, "left": left, "top": top, "width": size,
                 "height": height, "x": x, "y": y, "few": FEW,
+                "form": "percent" if panel.yform is percent else "short" if panel.yform
+                else "",
                 "numbers": i + across >= len(panels), "first": i % across == 0,
                 "boundaries": [x(b) for b in panel.boundaries if begin < b < end],
                 "ends": spread([(y(v), n, c) for v, n, c in panel.ends], height),

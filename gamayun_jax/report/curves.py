@@ -133,6 +133,7 @@ def panels_chart(
     cut: bool = True,
     faint_of: Callable[[Run, str], Points] | None = None,
     form: Callable[[float], str] | None = None,
+    alike: bool = False,
 ) -> Markup:
     """A small panel per key (a language, or a mean), a line style per run.
 
@@ -140,8 +141,11 @@ def panels_chart(
       cut: leave out the steep start.
       faint_of: what stands faintly behind the lines.
       form: how a number along y is written.
+      alike: all panels have the same y, from 0: noise doesn't look like a change.
     """
     colours, panels = colours_of(languages), []
+    values = [y for key in keys for run in runs for _, y in points_of(run, key)]
+    same = (0.0, 1.05 * max(values, default=1.0) or 1.0)
     for key in keys:
         colour, points = colours.get(key, INK), [points_of(run, key) for run in runs]
         lines = [
@@ -157,7 +161,7 @@ def panels_chart(
         panels.append(
             LinePanel(
                 plain(key, 20), lines, short, form, ylabel=ylabel, colour=colour,
-                limits=late_limits(points) if cut else None,
+                limits=same if alike else late_limits(points) if cut else None,
                 boundaries=boundaries_of(runs[0]),
             )
         )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.data.files import write_json
 from gamayun_jax.evaluate.paired import MACRO
-from gamayun_jax.report.changes import BITS, stage_sections
+from gamayun_jax.report.changes import BITS, Change, stage_sections
 from gamayun_jax.report.charts import DASHES, Panel, Points, dots_chart
 from gamayun_jax.report.curves import (
     course_chart,
@@ -142,21 +142,22 @@ def set_section(run: Run, name: str, languages: Sequence[str], who: str) -> Mark
     """A held-out set before training and after each stage, with baselines."""
     evals = run.tests(name)
     columns = [Column(label_of(evals[0]), evals[0])]
+    changes: Mapping[str, Change] = {}
     for old, new in itertools.pairwise(evals):
         changes = set_changes(name, old, new)
-        columns.append(Column(label_of(new), new, "change", changes))
+        # Of many stages the changes stand with them alone: the table has to fit a page.
+        shown = changes if len(evals) < 4 else None
+        columns.append(Column(label_of(new), new, "change", shown))
     kept = entries(evals[-1], "ema", "sets", name)
     told = " “average”: of the parameters over time, and its change." if kept else ""
     won = "; ".join(beaten(evals[-1], name, k) for k in ("unigram", "xz"))
     return section(
         f"{who}Held-out set “{name}” by language",
         "Bits per byte ± standard error; lower is better. A baseline above the model's "
-        f"number is green ✓; {won}.{told} The intervals of changes stand with the "
-        "stages. Click a heading to sort.",
+        f"number is green ✓; {won}.{told} The changes' intervals stand with the "
+        "stages above. Click a heading to sort.",
         block("table", score_table(columns, name, languages, tuple(BASELINES), False)),
-        score_chart(
-            f"Results on {name}", evals, name, languages, columns[-1].changes or {}
-        ),
+        score_chart(f"Results on {name}", evals, name, languages, changes),
         block("legend", SCORE_LEGEND),
     )
 

@@ -47,24 +47,38 @@ def summary_section(run: Run, who: str) -> Iterable[Markup]:
         )
         told.append(text)
     for boundary in boundaries(run):
-        told += [f"During “{boundary.stage}”, {line}." for line in tallies_of(boundary)]
+        lines = [*tallies_of(boundary), *within_noise(boundary)]
+        told += [f"During “{boundary.stage}”, {line}." for line in lines]
     if told:
         yield section(f"{who}In short", "", block("notes", told))
 
 
 def tallies_of(boundary: Boundary) -> Iterable[str]:
-    """A stage's tallies, each with its largest change for the better and what was
-    forgotten."""
+    """A stage's tallies of tests with a verdict, each with its largest change for the
+    better and what was forgotten."""
     tests = by_test(boundary.changes).values()
     for line, of_test in zip(tallies(boundary.changes), tests, strict=True):
         known = [c for k, c in of_test.items() if k != MACRO]
         better = [c for c in known if c.verdict == "better"]
         worse = [plain(c.language, 20) for c in known if c.verdict == "worse"]
-        text = line
         if better:
             most = max(better, key=lambda c: c.sign * c.estimate.value)
-            text += f"; the largest gain: {plain(most.language, 20)} {most.cell().text}"
-        yield text + (f"; forgotten: {', '.join(worse)}" if worse else "")
+            line += f"; the largest gain: {plain(most.language, 20)} {most.cell().text}"
+        if worse:
+            line += f"; forgotten: {', '.join(worse)}"
+        if better or worse:
+            yield line
+
+
+def within_noise(boundary: Boundary) -> Iterable[str]:
+    """The tests that changed in no language beyond noise, in one sentence, if any."""
+    names = [
+        plain(name, 20)
+        for (name, _), of_test in by_test(boundary.changes).items()
+        if all(c.verdict == "same" for c in of_test.values())
+    ]
+    if names:
+        yield f"within noise in all languages: {', '.join(names)}"
 
 
 def rate_text(run: Run, stage: str) -> str:

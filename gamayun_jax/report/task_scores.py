@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.evaluate.paired import MACRO, above_baseline, unpaired, verdicts
+from gamayun_jax.report.changes import BITS
 from gamayun_jax.report.charts import Dot, Panel, Points, dots_chart, percent
 from gamayun_jax.report.colours import language_cell
 from gamayun_jax.report.curves import panels_chart
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Tasks = Mapping[str, Mapping[str, Any]]
 MARKS = (
     "The headline metric ± standard error (none where all items are alike), and below "
-    "it the baseline that needs no model; green: better than that, significant at 5 % "
+    "it the baseline that needs no model; green ✓: better, significant at 5 % "
     "over all languages and tasks (Holm). In the figure: 95 %; dashed: chance; "
     "crosses: the baseline."
 )
@@ -183,6 +184,12 @@ def task_points(run: Run, language: str, name: str) -> Points:
     return points
 
 
+def metric_of(runs: Sequence[Run], name: str) -> str:
+    """The headline metric of a task, as the last evaluation of it says."""
+    told = [entries(e, "tasks", name).get("metric") for r in runs for e in r.evals]
+    return str(([*filter(None, told)] or [""])[-1])
+
+
 def task_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[Markup]:
     """Curves of the tasks that ran during training, and each run's last results."""
     names = dict.fromkeys(n for r in runs for e in r.evals for n in entries(e, "tasks"))
@@ -191,8 +198,12 @@ def task_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[Mar
         shown = [k for k in languages if any(points_of(r, k) for r in runs)]
         if any(len(points_of(r, MACRO)) > 1 for r in runs):
             title, keys = f"Task “{name}” over training", [MACRO, *shown]
-            svg = panels_chart(title, runs, keys, languages, points_of, cut=False)
-            yield section(title, "Every panel has its own scale.", svg)
+            svg = panels_chart(
+                title, runs, keys, languages, points_of, cut=False, alike=True,
+                form=None if metric_of(runs, name) == BITS else percent,
+            )  # fmt: skip
+            text = f"{plain(metric_of(runs, name))}; all panels have one scale, from 0."
+            yield section(title, text, svg)
     for run in runs:
         for e in [e for e in run.evals if entries(e, "tasks")][-1:]:
             who = f"{run.name}: " if len(runs) > 1 else ""

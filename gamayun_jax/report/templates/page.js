@@ -70,7 +70,8 @@ for (const plot of document.querySelectorAll(".plot")) {
       Math.abs(b[1][0] - at) < Math.abs(a[1][0] - at) ? b : a)[1][0];
     const value = (y) => {
       const v = high - (y / height) * (high - low);
-      return "short" in plot.dataset ? short(v) : v.toFixed(3);
+      if (plot.dataset.form == "percent") return `${(100 * v).toFixed(1)} %`;
+      return plot.dataset.form == "short" ? short(v) : v.toFixed(3);
     };
     const place = left + (x / width) * (right - left);
     const rows = near.filter(([, point]) => Math.abs(point[0] - x) < width / 50);
