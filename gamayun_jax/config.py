@@ -216,6 +216,10 @@ class TransitionConfig:
 
     moments: Literal["keep", "reset"] = "keep"  # Adam's running moments
     cursors: Literal["continue", "restart"] = "continue"  # data position per source
+    # Of a run's first stage, with --init-from a model of another tokenizer or of fewer
+    # rows: a piece that both have keeps its row, another gets the mean of the rows of
+    # the former pieces that spell it (pieces), or of all (mean). Moments begin anew.
+    embeddings: Literal["keep", "pieces", "mean"] = "keep"
 
 
 @dataclass(frozen=True)
@@ -339,6 +343,13 @@ class Config:
         names = [s.name for s in self.stages]
         if twice := [n for n in names if names.count(n) > 1]:
             raise UserError(f"stages: two are called {twice[0]!r}: give each its own")
+        for stage in self.stages[1:]:
+            if stage.transition.embeddings != "keep":
+                raise UserError(
+                    f"stages.{stage.name}.transition.embeddings="
+                    f"{stage.transition.embeddings!r}: only where a run begins, in its "
+                    "first stage; set it there"
+                )
         for stage in self.stages:
             where = f"stages.{stage.name}.token_weights"
             stage.token_weights.check_languages(self.languages, where)

@@ -17,6 +17,7 @@ from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.loader import batches
 from gamayun_jax.data.token_weights import build_token_weights
 from gamayun_jax.evaluate.run_tasks import training_evaluators
+from gamayun_jax.interop.init_from import open_model
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
 from gamayun_jax.training.checkpoint import Checkpoints, kept_forever
@@ -54,7 +55,8 @@ def train(
     """Run all the stages of `cfg`, going on where the run folder stands.
 
     Args:
-      init_from: a run folder or checkpoint whose parameters a new run begins with.
+      init_from: a run folder, checkpoint or Hugging Face folder whose parameters a new
+        run begins with.
       profile: the first and last step to trace, on the first process.
       fresh: begin anew in a run folder whose checkpoints are lost; its records are
         moved aside.
@@ -88,7 +90,9 @@ def train(
         ) as trace,
     ):
         trace.check(store.latest() or 0, cfg.total_steps)
-        setting = Setting(cfg, mesh, corpus, folder, store, init_from, report)
+        setting = Setting(
+            cfg, mesh, corpus, folder, store, init_from, report, open_model=open_model
+        )
         rollbacks = [] if fresh else load_rollbacks(folder.path)
         while True:
             discard_abandoned(store, rollbacks)

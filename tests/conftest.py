@@ -44,6 +44,7 @@ from gamayun_jax import config as c
 from gamayun_jax import train
 from gamayun_jax.data import build
 from gamayun_jax.data import corpus as corpus_module
+from gamayun_jax.interop.init_from import open_model
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
 from gamayun_jax.training import resume, step
@@ -212,7 +213,14 @@ def started(cfg: c.Config, folder: Path, init_from: Path | None = None) -> resum
         contextlib.closing(Checkpoints(folder / "checkpoints")) as store,
     ):
         setting = resume.Setting(
-            cfg, mesh, corpus, opened, store, init_from, said.append
+            cfg,
+            mesh,
+            corpus,
+            opened,
+            store,
+            init_from,
+            said.append,
+            open_model=open_model,
         )
         run = resume.start_or_resume(setting, [])
     return dataclasses.replace(run, log=said)

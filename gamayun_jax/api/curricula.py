@@ -17,6 +17,7 @@ from gamayun_jax.data.plan import (
     mixture_notes,
     unbuilt_plan,
 )
+from gamayun_jax.interop.init_from import open_model
 from gamayun_jax.report import figures
 from gamayun_jax.report import read_run as records
 from gamayun_jax.report.colours import language_cell
@@ -190,7 +191,7 @@ def curriculum(cfg: Config, init_from: AnyPath | None = None) -> CurriculumPrevi
         return CurriculumPreview(cfg, plan, rows, notes, None)
     corpus = open_corpus(folder)
     if init_from:
-        store, _, origin = lineage.load_origin(Path(init_from), cfg, corpus)
+        store, _, origin = lineage.load_origin(Path(init_from), cfg, corpus, open_model)
         store.close()
     plan = make_data_plan(cfg, corpus, origin)
     compatibility.check_corpus(cfg, corpus)

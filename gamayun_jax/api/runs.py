@@ -265,7 +265,8 @@ def train(
 
     Args:
       workdir: run folder.
-      init_from: a run or checkpoint whose parameters a new run begins with.
+      init_from: a run, checkpoint or Hugging Face folder whose parameters a new run
+        begins with.
       fresh: begin anew in a run folder whose checkpoints are lost.
       profile: the first and last step to trace into WORKDIR/profile.
       log: takes the lines about the course of the run.

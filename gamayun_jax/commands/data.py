@@ -187,7 +187,7 @@ def preview_curriculum(
 
     Args:
       out (PNG): picture to draw: .png, .svg or .pdf.
-      init_from (RUN): run whose checkpoint the run goes on from, as `gamayun train`.
+      init_from (MODEL): what the run begins from, as `gamayun train`.
     """
     from gamayun_jax.api.curricula import curriculum
 

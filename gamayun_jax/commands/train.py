@@ -90,11 +90,13 @@ def train(
     Examples:
       gamayun train experiments/tiny.py --workdir runs/tiny
       gamayun train experiments/stage2.py --workdir stage2 --init-from stage1
+      gamayun train CONFIG --workdir runs/a --init-from Qwen3-1.7B-Base
       gamayun train CONFIG --workdir runs/a --set seed=1 --set data.batch_size=8
 
     Args:
       workdir: run folder to write.
-      init_from (RUN|CHECKPOINT): begin a new run with the parameters of a former one.
+      init_from (MODEL): begin a new run with the parameters of a run, a checkpoint, or
+        a Hugging Face folder of LLaMA, Qwen2 or Qwen3 (docs/continue.md).
       profile (FIRST:LAST): trace these steps into WORKDIR/profile, for XProf or
         TensorBoard.
       fresh: begin anew in a run folder whose checkpoints are lost; its records move to

@@ -104,6 +104,10 @@ class TextCoder:
         text, and control tokens in it read as such unless it is `literal`."""
         raise NotImplementedError
 
+    def token_text(self, i: int) -> str:
+        """How the vocabulary writes an id, such as "<|endoftext|>"; "" for none."""
+        raise NotImplementedError
+
     def spell(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids spell; UserError if one is outside the vocabulary."""
         parts = []
@@ -237,6 +241,9 @@ class Tokenizer(TextCoder):
             ids += self._mark_ids
             ids += part
         return ids
+
+    def token_text(self, i: int) -> str:
+        return self.pieces[i]
 
     def write(self, folder: Path) -> None:
         self.save(folder / "tokenizer.model")

@@ -32,9 +32,9 @@ from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.evaluate.loglikelihood import Request, Scorer
 from gamayun_jax.inference.generator import Generator
 from gamayun_jax.inference.sampling import Sampling
-from gamayun_jax.interop import huggingface
 from gamayun_jax.interop.export_tokenizer import write_tokenizer
 from gamayun_jax.interop.load_model import load_params
+from gamayun_jax.training.run_folder import is_hf_folder
 
 MAX_NEW = 256  # tokens to generate where the task says nothing, as in --model hf
 
@@ -285,7 +285,7 @@ def load_tokenizer(path: Path, own: Any, window: int) -> Any:
     """
     from transformers import AutoTokenizer, PretrainedConfig
 
-    if huggingface.is_hf_folder(path):
+    if is_hf_folder(path):
         return AutoTokenizer.from_pretrained(path)
     # Not beside a config.json of transformers, so it shall look for none.
     options = dict(config=PretrainedConfig())

@@ -28,13 +28,12 @@ from gamayun_jax.evaluate.results import (
 )
 from gamayun_jax.evaluate.run_tasks import Watch, run_all
 from gamayun_jax.evaluate.tasks import Task
-from gamayun_jax.interop.huggingface import is_hf_folder
 from gamayun_jax.interop.load_model import LoadedModel, load_params
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, compute_dtype
 from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.training.lineage import versions
-from gamayun_jax.training.run_folder import find_checkpoint
+from gamayun_jax.training.run_folder import find_checkpoint, is_hf_folder
 
 # What decides an evaluation's numbers.
 PACKAGES = (

@@ -62,17 +62,8 @@ KEPT_FILES = (*TOKENIZER_FILES, "generation_config.json")
 # --- in -------------------------------------------------------------------------
 
 
-def is_hf_folder(folder: AnyPath) -> bool:
-    """Whether a folder holds a model in Hugging Face's format, not a run."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    if (folder / "checkpoints").is_dir() or not path.is_file():
-        return False
-    return "model_type" in files.read_json(path)
-
-
-def describe(folder: Path) -> tuple[dict[str, Any], ModelConfig, HFTokenizer | None]:
-    """A Hugging Face folder's config.json, our config of the model, its tokenizer.
+def describe(folder: Path) -> tuple[HFTokenizer | None, RunMeta]:
+    """A Hugging Face folder's tokenizer, and its meta as of a checkpoint.
 
     Raises:
       UserError: the folder is not a model that can be read.
@@ -89,28 +80,7 @@ def describe(folder: Path) -> tuple[dict[str, Any], ModelConfig, HFTokenizer | N
     if (folder / "tokenizer.json").is_file():
         tokenizer = HFTokenizer(folder)
         check_vocabulary(tokenizer, model, folder)
-    return data, model, tokenizer
-
-
-def read_hf(folder: Path, mesh: Mesh | None = None) -> tuple[Config, Any, RunMeta]:
-    """A Hugging Face folder's config, parameters and meta, as of a checkpoint.
-
-    Nothing is written: `load_model.load_params` takes such folders as they are.
-
-    Args:
-      mesh: parameters go straight onto it; default: onto one device.
-
-    Raises:
-      UserError: the folder is not a model that can be read.
-    """
-    data, model, tokenizer = describe(folder)
-    shardings = None
-    if mesh is not None:
-        sharding.check_model(model, mesh)
-        shardings = sharding.parameter_shardings(abstract_params(model), mesh)
-    params = read_weights(folder, model, shardings)
     name = folder.resolve().name
-    cfg = imported_config(name, model)
     origin = {
         "format": "huggingface",
         "folder": name,
@@ -130,13 +100,32 @@ def read_hf(folder: Path, mesh: Mesh | None = None) -> tuple[Config, Any, RunMet
         "events": [],
         "versions": {"gamayun_jax": __version__, "jax": jax.__version__},
     }
-    meta = RunMeta(
+    return tokenizer, RunMeta(
         step=0,
-        config=cfg,
+        config=imported_config(name, model),
         tokenizer=fingerprint_of(folder, tokenizer),
         lineage=lineage,
     )
-    return cfg, params, meta
+
+
+def read_hf(folder: Path, mesh: Mesh | None = None) -> tuple[Config, Any, RunMeta]:
+    """A Hugging Face folder's config, parameters and meta, as of a checkpoint.
+
+    Nothing is written: `load_model.load_params` takes such folders as they are.
+
+    Args:
+      mesh: parameters go straight onto it; default: onto one device.
+
+    Raises:
+      UserError: the folder is not a model that can be read.
+    """
+    _, meta = describe(folder)
+    model = meta.config.model
+    shardings = None
+    if mesh is not None:
+        sharding.check_model(model, mesh)
+        shardings = sharding.parameter_shardings(abstract_params(model), mesh)
+    return meta.config, read_weights(folder, model, shardings), meta
 
 
 def import_hf(
@@ -161,7 +150,7 @@ def import_hf(
       UserError: the folder is not a model that can be read, or `out` exists.
     """
     folder = Path(folder)
-    _, _, tokenizer = describe(folder)
+    tokenizer, _ = describe(folder)
     with files.new_folder(out) as temporary, freed_memory_given_back():
         cfg, params, meta = read_hf(folder, mesh)
         write_params(params, meta, temporary)
@@ -287,7 +276,8 @@ def export_hf(
             if evaluation is None and path.is_file():
                 evaluation = files.read_json(path)
             ledger = exposure_of(meta, run)
-            card = model_card(cfg, meta, data, evaluation, ledger)
+            ours = isinstance(found, Tokenizer)
+            card = model_card(cfg, meta, data, evaluation, ledger, ours)
             if ledger is not None:
                 files.write_json(temporary / "exposure.json", ledger)
             files.write_text(temporary / "README.md", card)

@@ -15,7 +15,7 @@ from gamayun_jax.interop import huggingface
 from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import abstract_params
 from gamayun_jax.training import checkpoint
-from gamayun_jax.training.run_folder import find_checkpoint
+from gamayun_jax.training.run_folder import find_checkpoint, is_hf_folder
 from gamayun_jax.training.run_meta import RunMeta
 
 
@@ -40,7 +40,7 @@ def load_params(path: AnyPath, quantised: bool = False) -> LoadedModel:
       UserError: none of these, or damaged.
     """
     path = Path(path)
-    if huggingface.is_hf_folder(path):
+    if is_hf_folder(path):
         mesh = sharding.make_mesh(MeshConfig())
         loaded = LoadedModel(*huggingface.read_hf(path, mesh), mesh)
         for note in huggingface.notes_on(loaded.meta.lineage["imported"]):

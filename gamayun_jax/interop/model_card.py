@@ -32,6 +32,7 @@ def model_card(
     data: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
     ledger: Mapping[str, Any] | None = None,
+    sentencepiece: bool = True,
 ) -> str:
     """README.md of an exported model: what it is, where from, how well it does.
 
@@ -39,6 +40,7 @@ def model_card(
       data: the exported config.json.
       ledger: what it was trained on, by `exposure_of`.
       evaluation: held-out results, as eval/<step>.json has them.
+      sentencepiece: whether the tokenizer is ours.
     """
     lineage, sets = meta.lineage, (evaluation or {}).get("sets") or {}
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
@@ -53,6 +55,7 @@ def model_card(
         dtype=data["torch_dtype"],
         languages=[k for k in cfg.languages if k != "und"],
         imported=lineage.get("imported"),
+        sentencepiece=sentencepiece,
         sources=lineage.get("corpus", {}).get("sources", {}),
         exposure=ledger and ledger_table(ledger).markdown(),
         objective=ledger

@@ -19,7 +19,7 @@ from gamayun_jax.training import cluster, optimizer
 from gamayun_jax.training.run_folder import (
     checkpoint_steps,
     differences,
-    find_checkpoint,
+    model_name,
 )
 from gamayun_jax.training.run_meta import RunMeta
 from gamayun_jax.training.step import stage_tokens
@@ -113,7 +113,9 @@ def check_tokenizer(meta: RunMeta, corpus: Corpus, where: str) -> None:
         raise UserError(
             f"{where} was trained with another tokenizer ({meta.tokenizer[:12]}) "
             f"than corpus {corpus.folder} has ({tokenizer[:12]}): use the corpus it "
-            "was trained on, or one built with its tokenizer.model"
+            "was trained on, or one built with its tokenizer "
+            "(corpus.tokenizer.model); or begin a run with the embeddings exchanged "
+            '(transition.embeddings="pieces" of its first stage)'
         )
 
 
@@ -193,8 +195,7 @@ def check_origin(
                 "another --workdir"
             )
         return
-    folder, step = find_checkpoint(path)
-    asked = f"{folder.parent.name}/{folder.name}/{step}"
+    asked = model_name(path)
     if began is None:
         raise UserError(
             f"the run in {where} began from nothing and has checkpoints: --init-from "
@@ -202,7 +203,8 @@ def check_origin(
         )
     # A run folder stands for its newest checkpoint, which may have moved on since.
     same_run = asked.rsplit("/", 1)[0] == began["checkpoint"].rsplit("/", 1)[0]
-    if asked != began["checkpoint"] and not (same_run and path.name != str(step)):
+    newest = path.name != asked.rsplit("/", 1)[-1]
+    if asked != began["checkpoint"] and not (same_run and newest):
         raise UserError(
             f"the run in {where} began from {began['checkpoint']}, not from {asked}: "
             "leave --init-from out, or give another --workdir"

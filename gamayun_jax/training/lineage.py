@@ -8,7 +8,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.plan import DataPlan
 from gamayun_jax.data.token_weights import build_token_weights, objective_shares
 from gamayun_jax.model.weights import parameter_count
-from gamayun_jax.training.checkpoint import Checkpoints
+from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.compatibility import check_tokenizer
 from gamayun_jax.training.corpus_changes import corpus_changes
 from gamayun_jax.training.optimizer import learning_rate
-from gamayun_jax.training.run_folder import find_checkpoint
+from gamayun_jax.training.run_folder import find_checkpoint, model_name
 from gamayun_jax.training.run_meta import RunMeta
 from gamayun_jax.training.step import stage_tokens
 
@@ -183,9 +183,29 @@ def rate_points(
     return points
 
 
+class ModelStore(Protocol):
+    """Where a model is that a run begins from; `Checkpoints` are one."""
+
+    @property
+    def folder(self) -> Path: ...
+    def meta(self, step: int) -> RunMeta: ...
+    def restore(self, step: int, abstract: TrainState) -> TrainState: ...
+    def restore_params(self, step: int, abstract_params: Any) -> Any: ...
+    def close(self) -> None: ...
+
+
+OpenModel = Callable[[Path], tuple[ModelStore, int]]
+
+
+def open_checkpoint(path: Path) -> tuple[ModelStore, int]:
+    """The store and step of a run folder's newest checkpoint, or of one checkpoint."""
+    folder, step = find_checkpoint(path)
+    return Checkpoints(folder, read_only=True), step
+
+
 def load_origin(
-    path: Path, cfg: Config, corpus: Corpus
-) -> tuple[Checkpoints, RunMeta, dict[str, Any]]:
+    path: Path, cfg: Config, corpus: Corpus, open_model: OpenModel = open_checkpoint
+) -> tuple[ModelStore, RunMeta, dict[str, Any]]:
     """The checkpoint to start from: its store and meta, and the `origin` that the new
     run keeps: where it came from, and what its data plan goes on with.
 
@@ -196,11 +216,11 @@ def load_origin(
     Raises:
       UserError: no checkpoint there, or one of another tokenizer.
     """
-    folder, step = find_checkpoint(path)
-    store = Checkpoints(folder, read_only=True)
+    store, step = open_model(path)
     meta = store.meta(step)
-    where = f"--init-from {folder}/{step}"
-    check_tokenizer(meta, corpus, where)
+    where = f"--init-from {path}"
+    if cfg.stages[0].transition.embeddings == "keep":
+        check_tokenizer(meta, corpus, where)
     sizes = corpus.examples(cfg.data.seq_len)
     former: dict[str, int] = {}
     seed = meta.seed
@@ -214,7 +234,7 @@ def load_origin(
     other = {c.source for c in changes if c.served}
     other |= {k for k in cursors if sizes.get(k) != former[k]}
     origin = {
-        "checkpoint": f"{folder.parent.name}/{folder.name}/{step}",
+        "checkpoint": model_name(path),
         "run": meta.lineage.get("run"),
         "step": step,
         "tokens": meta.tokens,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from gamayun_jax.config import Config, UserError, to_dict, to_json
 from gamayun_jax.data.corpus import Corpus
+from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.data.plan import DataPlan, make_data_plan, mixture_notes
 from gamayun_jax.data.token_weights import build_token_weights
 from gamayun_jax.training import cluster
@@ -35,11 +36,15 @@ from gamayun_jax.training.divergence import (
     load_rollbacks,
     rollbacks_of,
 )
+from gamayun_jax.training.embeddings import exchange, former_abstract, plan_rows
 from gamayun_jax.training.lineage import (
+    ModelStore,
+    OpenModel,
     load_origin,
     new_lineage,
     note_ema,
     note_versions,
+    open_checkpoint,
 )
 from gamayun_jax.training.meters import Meters
 from gamayun_jax.training.run_folder import (
@@ -70,6 +75,7 @@ class Setting:
     store: Checkpoints
     init_from: Path | None  # where a run without a checkpoint of its own begins
     log: Log
+    open_model: OpenModel = field(default=open_checkpoint, kw_only=True)
 
 
 class Start(NamedTuple):
@@ -284,7 +290,9 @@ def begin_run(
     if setting.init_from is None:
         check_origin(None, None, former.get("init_from"), setting.folder.path)
     else:
-        source, meta, origin = load_origin(setting.init_from, cfg, corpus)
+        source, meta, origin = load_origin(
+            setting.init_from, cfg, corpus, setting.open_model
+        )
         for text in origin["corpus_changes"]:
             log(f"corpus: {text}")
         for name in origin["restarted"]:
@@ -294,7 +302,16 @@ def begin_run(
     if origin is None:
         state = new_state(cfg, setting.mesh)
     else:
-        state = start_from(cfg, abstract, source, meta)
+        if cfg.stages[0].transition.embeddings == "keep":
+            state = start_from(cfg, abstract, source, meta)
+        else:
+            state, counts = start_exchanged(cfg, abstract, source, meta, corpus)
+            origin["embeddings"] = counts
+            log(
+                f"rows of the embeddings: {counts['kept']:,} kept, "
+                f"{counts['pieces']:,} made of former pieces, {counts['mean']:,} the "
+                "mean of all"
+            )
         source.close()
     lineage = new_lineage(cfg, corpus, plan, origin)
     if origin is not None:
@@ -305,7 +322,7 @@ def begin_run(
 
 
 def start_from(
-    cfg: Config, abstract: TrainState, store: Checkpoints, meta: RunMeta
+    cfg: Config, abstract: TrainState, store: ModelStore, meta: RunMeta
 ) -> TrainState:
     """First state of a run that begins from another's checkpoint: with its parameters,
     not with the average of them, which goes on where both have one.
@@ -313,25 +330,60 @@ def start_from(
     The optimiser's moments of an imported model or of an average of checkpoints begin
     anew, whatever the config says.
     """
+    check_model(cfg, store, meta)
+    if meta.params_alone:
+        params = store.restore_params(meta.step, abstract.params)
+        return state_with(cfg, params, abstract)
+    state = store.restore(meta.step, abstract)
+    state = state.replace(step=jnp.zeros_like(state.step))
+    if cfg.stages[0].transition.moments == "reset":
+        state = reset_moments(cfg, state, abstract)
+    return state
+
+
+def start_exchanged(
+    cfg: Config, abstract: TrainState, store: ModelStore, meta: RunMeta, corpus: Corpus
+) -> tuple[TrainState, dict[str, Any]]:
+    """First state of a run with another tokenizer than the model that it begins from,
+    with new moments; and how many rows of its embeddings come from where."""
+    check_model(cfg, store, meta, {"model.vocab_size"})
+    old = open_tokenizer(store.folder, meta.tokenizer, meta.config.data.corpus)
+    scheme = cfg.stages[0].transition.embeddings
+    rows = plan_rows(old, corpus.tokenizer(), cfg.model.vocab_size, scheme == "pieces")
+    former = former_abstract(abstract.params, meta.config.model)
+    params = exchange(store.restore_params(meta.step, former), rows, abstract.params)
+    counts = {"scheme": scheme, "former_tokenizer": old.fingerprint, **rows.counts}
+    return state_with(cfg, params, abstract), counts
+
+
+def state_with(cfg: Config, params: Any, abstract: TrainState) -> TrainState:
+    """The state at step 0 of parameters on their devices, with new moments."""
+    first = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+    return reset_moments(cfg, TrainState(first, params, None), abstract)
+
+
+def check_model(
+    cfg: Config, store: ModelStore, meta: RunMeta, but: Collection[str] = ()
+) -> None:
+    """Raise UserError unless a run of `cfg` can begin with a model's parameters.
+
+    Args:
+      but: fields of the model that may differ; `init_std` always may.
+    """
     where = f"--init-from {store.folder}/{meta.step}"
     other = differences(to_dict(meta.config.model), to_dict(cfg.model), "model")
-    if other:
-        told = "; ".join(f"{k} is {a!r} there and {b!r}" for k, (a, b) in other.items())
+    told = "; ".join(
+        f"{k} is {a!r} there and {b!r}"
+        for k, (a, b) in other.items()
+        if k not in {"model.init_std", *but}
+    )
+    if told:
         raise UserError(f"{where} is another model than the config's: {told} here")
     if meta.bits:
         raise UserError(
             f"{where} is quantised to {meta.bits} bits, which no run begins from: give "
             "the checkpoint that it was made from"
         )
-    if meta.params_alone:
-        params = store.restore_params(meta.step, abstract.params)
-        first = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
-        return reset_moments(cfg, TrainState(first, params, None), abstract)
-    state = store.restore(meta.step, abstract)
-    state = state.replace(step=jnp.zeros_like(state.step))
-    if cfg.stages[0].transition.moments == "reset":
-        state = reset_moments(cfg, state, abstract)
-    return state
 
 
 def begin_records(run: Run) -> None:

@@ -3,7 +3,7 @@
 config.json     the resolved config of the last start
 lineage.json    where the run comes from and what happened to it
 parameters.txt  names, shapes and sizes of the parameters
-tokenizer.model the corpus's tokenizer
+tokenizer.model the corpus's tokenizer; an imported one: tokenizer.json, its settings
 metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash
 goodput.json    where the run's time went
 events.*        the same for TensorBoard
@@ -43,7 +43,9 @@ from gamayun_jax.data.tokenizer import TextCoder
 
 # What a start writes, besides the checkpoints themselves.
 RECORDS = (
-    *("config.json", "lineage.json", "parameters.txt", "tokenizer.*", "eval"),
+    *("config.json", "lineage.json", "parameters.txt", "eval"),
+    *("tokenizer*", "generation_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
     *("metrics.jsonl", "goodput.json", "events.*", "set_aside.*", "rollbacks.json"),
     *("divergence", "damaged", "profile", "report"),
 )
@@ -311,6 +313,27 @@ def steps_in(folder: Path) -> list[int]:
 def is_step(name: str) -> bool:
     """Whether a file or folder is named as a step's is."""
     return name.isdecimal() and name == str(int(name))
+
+
+def is_hf_folder(folder: AnyPath) -> bool:
+    """Whether a folder holds a model in Hugging Face's format, not a run."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    if (folder / "checkpoints").is_dir() or not path.is_file():
+        return False
+    return "model_type" in read_json(path)
+
+
+def model_name(path: Path) -> str:
+    """How a lineage names a model: RUN/checkpoints/STEP, or a folder of others.
+
+    Raises:
+      UserError: neither a run folder, nor a checkpoint, nor a model.
+    """
+    if is_hf_folder(path):
+        return path.resolve().name
+    folder, step = find_checkpoint(path)
+    return f"{folder.parent.name}/{folder.name}/{step}"
 
 
 def find_checkpoint(path: AnyPath) -> tuple[Path, int]:
