@@ -24,10 +24,13 @@ from gamayun_jax.config import (
     to_dict,
     to_json,
 )
+from gamayun_jax.data.plan import unbuilt_plan
 from gamayun_jax.model import presets
 from gamayun_jax.model.weights import parameter_count
 
-EXPERIMENTS = ("tiny", "stage1", "stage2")
+EXPERIMENTS = (
+    "tiny", "stage1", "stage2", "continue_tiny", "continue_qwen3", "continue_llama",
+)  # fmt: skip
 PRESETS = ("gamayun_1p5b", "llama3p2_1b", "qwen2p5_1p5b", "qwen3_1p7b", "tiny")
 
 
@@ -435,6 +438,23 @@ def test_steps_of_stages(wide_config):
     at = [cfg.stage_at(k) for k in range(cfg.total_steps)]
     assert at == [0] * steps[0] + [1] * steps[1]
     assert [cfg.stage_start(k) for k in (0, 1)] == [0, steps[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("continue_qwen3", 1.721), ("continue_llama", 1.236)]
+)
+def test_continued_runs(name, billions):
+    cfg = load_config(f"experiments/{name}.py")
+    assert parameter_count(cfg.model) == pytest.approx(billions * 1e9, rel=1e-3)
+    assert cfg.tokens_per_step == 1_048_576
+    assert sum(s.tokens for s in cfg.stages) == 100_000_000_000
+    _, _, table = unbuilt_plan(cfg)
+    for stage, share in (("adapt", 0.25), ("anneal", 0.30)):
+        rows = [r for r in table if r["phase"] == stage]
+        assert sum(r["share"] for r in rows) == pytest.approx(1, abs=1e-3)
+        english = sum(r["share"] for r in rows if r["source"].startswith("en/"))
+        # A stage's mean: the ramp comes from the former share.
+        assert english == pytest.approx(share, abs=0.003)
 
 
 def test_the_real_run():
