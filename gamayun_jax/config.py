@@ -343,13 +343,6 @@ class Config:
         names = [s.name for s in self.stages]
         if twice := [n for n in names if names.count(n) > 1]:
             raise UserError(f"stages: two are called {twice[0]!r}: give each its own")
-        for stage in self.stages[1:]:
-            if stage.transition.embeddings != "keep":
-                raise UserError(
-                    f"stages.{stage.name}.transition.embeddings="
-                    f"{stage.transition.embeddings!r}: only where a run begins, in its "
-                    "first stage; set it there"
-                )
         for stage in self.stages:
             where = f"stages.{stage.name}.token_weights"
             stage.token_weights.check_languages(self.languages, where)

@@ -43,12 +43,19 @@ def check_same(cfg: Config, **options: Any) -> None:
 
 
 def check_schedules(cfg: Config, tokens_before: int = 0) -> None:
-    """Raise UserError if a stage's warm-up and decay do not fit; `tokens_before`:
-    tokens that were trained on before this run."""
+    """Raise UserError if a stage's warm-up and decay do not fit, or if it would take
+    another tokenizer on the way; `tokens_before`: tokens that were trained on before
+    this run."""
     for k, stage in enumerate(cfg.stages):
         begin, end = stage_tokens(cfg, k, tokens_before)
         where = f"stages.{stage.name}.schedule"
         optimizer.check_schedule(stage.schedule, where, begin, end)
+        if k and stage.transition.embeddings != "keep":
+            raise UserError(
+                f"stages.{stage.name}.transition.embeddings="
+                f"{stage.transition.embeddings!r}: only where a run begins, in its "
+                "first stage; set it there"
+            )
 
 
 def check_corpus(cfg: Config, corpus: Corpus) -> None:

@@ -15,6 +15,7 @@ from gamayun_jax.data import tokenizer_training
 from gamayun_jax.data.hf_tokenizer import HFTokenizer
 from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import abstract_params
+from gamayun_jax.training.compatibility import check_schedules
 from gamayun_jax.training.embeddings import exchange, former_abstract, plan_rows
 
 TEXTS = {
@@ -109,5 +110,6 @@ def test_only_where_a_run_begins(config):
     late = dataclasses.replace(
         stages[1], transition=c.TransitionConfig(embeddings="mean")
     )
+    cfg = dataclasses.replace(config, stages=(stages[0], late))
     with pytest.raises(UserError, match=r"stages.enrich.transition.embeddings='mean'"):
-        dataclasses.replace(config, stages=(stages[0], late))
+        check_schedules(cfg)
