@@ -20,6 +20,7 @@ from gpu_sizes import (
     decode_sizes,
     decoding_bytes,
     packed_batch,
+    resized,
     step_config,
 )
 
@@ -298,16 +299,8 @@ def seed_config(name: str, toy: bool) -> c.Config:
     model, length, rows = sizes[name]
     if toy:
         model, length, rows = replace(model, num_layers=1, d_ff=64), 64, 2
-    corpus = replace(
-        base.corpus,
-        record_tokens=length,
-        tokenizer=replace(base.corpus.tokenizer, vocab_size=model.vocab_size),
-    )
     return replace(
-        base,
-        model=model,
-        corpus=corpus,
-        data=replace(base.data, seq_len=length, batch_size=rows),
+        resized(base, model, length, rows),
         # JAX cannot vmap cuDNN's attention with a mask that heads share.
         compute=replace(base.compute, attention="xla"),
     )

@@ -53,6 +53,17 @@ def packed_batch(vocab: int, rows: int, length: int, seed: int = 0) -> dict[str,
     }
 
 
+def resized(base: c.Config, model: c.ModelConfig, length: int, rows: int) -> c.Config:
+    """A config of another model and batch, and of the corpus that they need."""
+    corpus = replace(
+        base.corpus,
+        record_tokens=length,
+        tokenizer=replace(base.corpus.tokenizer, vocab_size=model.vocab_size),
+    )
+    data = replace(base.data, seq_len=length, batch_size=rows)
+    return replace(base, model=model, corpus=corpus, data=data)
+
+
 def step_config(toy: bool) -> c.Config:
     """Stage 1 on one device, a batch of 8 sequences (the H200 has room for more)."""
     base = c.load_config(EXPERIMENTS / "stage1.py")
@@ -60,16 +71,8 @@ def step_config(toy: bool) -> c.Config:
     if toy:
         model = replace(presets.tiny(512), max_seq_len=256)
         length, rows, chunk = 128, 4, 64
-    corpus = replace(
-        base.corpus,
-        record_tokens=length,
-        tokenizer=replace(base.corpus.tokenizer, vocab_size=model.vocab_size),
-    )
     return replace(
-        base,
-        model=model,
-        corpus=corpus,
-        data=replace(base.data, seq_len=length, batch_size=rows),
+        resized(base, model, length, rows),
         mesh=c.MeshConfig(),
         compute=c.ComputeConfig(loss_chunk=chunk),
     )

@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import json
 import math
 import subprocess
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ from gamayun_jax.data import corpus as corpus_module
 from gamayun_jax.interop.init_from import open_model
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
+from gamayun_jax.model.transformer import Transformer
 from gamayun_jax.training import resume, step
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.run_meta import RunMeta
@@ -277,6 +279,27 @@ def wide_config() -> c.Config:
     data = dataclasses.replace(cfg.data, batch_size=ROWS, seq_len=LENGTH)
     optimizer = dataclasses.replace(cfg.optimizer, z_loss=1e-3)
     return dataclasses.replace(cfg, model=WIDE, data=data, optimizer=optimizer)
+
+
+@pytest.fixture(scope="module")
+def parameters(config: c.Config) -> Any:
+    """Weights of the small config, large enough that attention looks at something and
+    predictions differ from uniform."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    model = Transformer(config.model, config.compute)
+    params = model.init(jax.random.key(3), one, one, one)["params"]
+    return jax.tree.map(lambda x: np.asarray(8 * x) if x.ndim > 2 else x, params)
+
+
+@pytest.fixture(scope="module")
+def experiment(config: c.Config, tmp_path_factory) -> Path:
+    """The small config as an experiment file, for other processes."""
+    path = tmp_path_factory.mktemp("experiment") / "small.py"
+    path.write_text(
+        "from gamayun_jax.config import from_json\n"
+        f"def get_config():\n    return from_json({json.dumps(c.to_dict(config))!r})\n"
+    )
+    return path
 
 
 def mesh_of(sizes: tuple[int, int, int]) -> jax.sharding.Mesh:

@@ -14,22 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from gamayun_jax.config import to_dict
 from gamayun_jax.model.sharding import make_mesh
 from gamayun_jax.training import checkpoint
 from gamayun_jax.training.step import abstract_state
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def experiment(config, tmp_path_factory):
-    path = tmp_path_factory.mktemp("experiment") / "small.py"
-    path.write_text(
-        "from gamayun_jax.config import from_json\n"
-        f"def get_config():\n    return from_json({json.dumps(to_dict(config))!r})\n"
-    )
-    return path
 
 
 def start(experiment, run, devices, *words, python=sys.executable):

@@ -314,12 +314,8 @@ def data_files(
 def read_bytes(path: Path) -> bytes:
     """A data file's bytes, unpacked if it ends in .zst."""
     try:
-        with open(path, "rb") as f:
-            if path.suffix != ".zst":
-                data = f.read(LARGEST + 1)
-            else:
-                with zstandard.ZstdDecompressor().stream_reader(f) as reader:
-                    data = reader.read(LARGEST + 1)
+        with (zstandard.open if path.suffix == ".zst" else open)(path, "rb") as f:
+            data = f.read(LARGEST + 1)
     except (OSError, zstandard.ZstdError) as e:
         why = e.strerror if isinstance(e, OSError) and e.strerror else e
         raise UserError(f"task data {path} cannot be read: {why}") from e

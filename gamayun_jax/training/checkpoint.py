@@ -123,7 +123,7 @@ class Checkpoints:
         """
         items = items_of(state)
         data = {**meta.to_json(), "format": FORMAT, "checksums": checksums(items)}
-        with self._writing():
+        with of_files(self._unwritten):
             self._manager.save(
                 meta.step,
                 args=ocp.args.Composite(
@@ -354,20 +354,13 @@ class Checkpoints:
                 f"checkpoint {where} does not exist; there are: "
                 f"{', '.join(map(str, self.steps())) or 'none'}"
             )
-        try:
+        with of_files(lambda reason: self._damaged(step, reason)):
             # Not by the manager, which ends with a barrier: see `_agreed`.
             folder = self._manager.directory / str(step)
             return {
                 name: self._handlers[name].restore(folder / name, args=args)
                 for name, args in items.items()
             }
-        except (jax.errors.JaxRuntimeError, MemoryError):  # nothing of the files
-            raise
-        except Exception as e:  # Orbax and TensorStore raise many kinds
-            if cluster.is_loss(e):
-                raise
-            reason = shortened(e)
-            raise self._damaged(step, f"{type(e).__name__}: {reason}") from e
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
         others = [s for s in self.steps() if s != step]
@@ -379,32 +372,22 @@ class Checkpoints:
             else "There is no other: start again in an empty folder",
         )
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (jax.errors.JaxRuntimeError, MemoryError):  # nothing of the files
-            raise
-        except Exception as e:  # Orbax and TensorStore raise many kinds
-            if cluster.is_loss(e):
-                raise
-            there = steps_in(self.folder)  # none if the folder itself is gone
-            reason = shortened(e)
-            raise UserError(
-                f"a checkpoint cannot be written to {self.folder} "
-                f"({type(e).__name__}: {reason}): make room or give --workdir a folder "
-                "that can be written; the same command then goes on from "
-                + (f"step {max(there)}" if there else "the beginning")
-            ) from e
+    def _unwritten(self, reason: str) -> UserError:
+        there = steps_in(self.folder)  # none if the folder itself is gone
+        return UserError(
+            f"a checkpoint cannot be written to {self.folder} ({reason}): make room or "
+            "give --workdir a folder that can be written; the same command then goes "
+            f"on from {f'step {max(there)}' if there else 'the beginning'}"
+        )
 
     def check(self) -> None:
         """Raise what went wrong in the background since the last save began."""
-        with self._writing():
+        with of_files(self._unwritten):
             self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Return when the last save is committed; raises what it raised."""
-        with self._writing():
+        with of_files(self._unwritten):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -439,7 +422,18 @@ def items_of(state: TrainState) -> dict[str, Any]:
     return {k: v for k, v in items.items() if v is not None}
 
 
-def shortened(e: Exception) -> str:
-    """An error's message on one line: its beginning and, for the cause, its end."""
-    text = " ".join(str(e).split())
-    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+@contextlib.contextmanager
+def of_files(error: Callable[[str], UserError]) -> Iterator[None]:
+    """What Orbax or TensorStore raise inside, of many kinds, as the error that `error`
+    makes of the reason; not what has nothing to do with the files."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as e:
+        if cluster.is_loss(e):
+            raise
+        text = " ".join(str(e).split())
+        if len(text) > 300:  # the beginning and, for the cause, the end
+            text = f"{text[:150]} ... {text[-150:]}"
+        raise error(f"{type(e).__name__}: {text}") from e

@@ -201,14 +201,11 @@ class RunFolder:
 
     def has_evaluation(self, step: int, label: str) -> bool:
         """Whether the evaluation at `step` is there, under that label."""
-        path = self.path / "eval" / f"{step}.json"
-        if not path.exists():
-            return False
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
+            found = read_json(self.path / "eval" / f"{step}.json")
+        except UserError:
             return False  # it is made again
-        return isinstance(found, dict) and found.get("label") == label
+        return found.get("label") == label
 
     def write_items(self, step: int, name: str, rows: Iterable[Any]) -> None:
         """One JSON object a line; before the evaluation itself, which completes it."""

@@ -25,15 +25,6 @@ from gamayun_jax.training.run_meta import RunMeta
 MESH = MeshConfig(2, 2, 2)
 
 
-@pytest.fixture(scope="module")
-def parameters(config):
-    one = jnp.zeros((1, 1), jnp.int32)
-    model = Transformer(config.model, config.compute)
-    params = model.init(jax.random.key(3), one, one, one)["params"]
-    # Large enough weights that attention looks at something.
-    return jax.tree.map(lambda x: np.asarray(8 * x) if x.ndim > 2 else x, params)
-
-
 def some_texts(cfg, lengths, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(3, cfg.model.vocab_size, n).tolist() for n in lengths]

@@ -25,15 +25,6 @@ from gamayun_jax.model.transformer import Transformer, unembedding
 MESH = MeshConfig(2, 2, 2)  # one for most tests, so that they share a program
 
 
-@pytest.fixture(scope="module")
-def parameters(config):
-    one = jnp.zeros((1, 1), jnp.int32)
-    model = Transformer(config.model, config.compute)
-    params = model.init(jax.random.key(3), one, one, one)["params"]
-    # Large enough weights that the predictions differ from uniform.
-    return jax.tree.map(lambda x: np.asarray(8 * x) if x.ndim > 2 else x, params)
-
-
 def scores(config, corpus, params, mesh, devices=None, **changes):
     evaluation = dataclasses.replace(config.evaluation, **changes)
     cfg = dataclasses.replace(config, evaluation=evaluation)

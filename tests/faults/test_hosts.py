@@ -15,19 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import read_only
 
-from gamayun_jax.config import to_dict
-
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def experiment(config, tmp_path_factory):
-    path = tmp_path_factory.mktemp("hosts") / "small.py"
-    path.write_text(
-        "from gamayun_jax.config import from_json\n"
-        f"def get_config():\n    return from_json({json.dumps(to_dict(config))!r})\n"
-    )
-    return path
 
 
 def start(experiment, run, words=(), devices=1, program=("-m", "gamayun_jax")):
