@@ -137,6 +137,8 @@ BAD = [
     ("compute.microbatches=5", "not a multiple of compute.microbatches=5"),
     ("compute.microbatches=0", "compute.microbatches=0 must be greater than 0"),
     ("compute.loss_chunk=-1", "compute.loss_chunk=-1"),
+    ("corpus.tokenizer.shares.en=NaN", "is not a number"),
+    ("corpus.tokenizer.shares.en=-1", "at least 0"),
     ("compute.loss_chunk=5", "loss_chunk=5 does not divide data.seq_len="),
     ("mesh.data=0", "mesh.data=0 must be at least 1, or -1"),
     ("mesh.fsdp=-2", "mesh.fsdp=-2 must be at least 1, or -1"),

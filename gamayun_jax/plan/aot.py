@@ -147,12 +147,13 @@ def read_program(text: str, mesh: Mapping[str, int]) -> dict[str, Any]:
     """
     known: dict[str, Any] = {"collectives": None, "cycles": None, "unknown": []}
     try:
+        program = hlo.Program(text)
         known["unknown"] = [
             f"how often the loop {name} runs: its traffic and cycles count once"
-            for name in hlo.unknown_loops(text)
+            for name in sorted(program.unknown)
         ]
-        known["cycles"] = hlo.estimated_cycles(text)
-        known["collectives"] = hlo.summarise(hlo.collectives(text, mesh))
+        known["cycles"] = hlo.estimated_cycles(program)
+        known["collectives"] = hlo.summarise(hlo.collectives(program, mesh))
     except Exception as e:  # whatever a text that nobody foresaw gives rise to
         names = {"cycles": "the compiler's estimates", "collectives": "the traffic"}
         lost = " and ".join(names[k] for k in names if known[k] is None)

@@ -110,12 +110,19 @@ def group_axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, 
 
 
 class Program:
-    """The computations of a module, by name, as lines of text."""
+    """A compiled module, read from its text.
+
+    Attributes:
+      lines: computation -> its lines.
+      executed: (computation, line, executions) of every line that a run executes.
+      unknown: loops whose number of trips cannot be read; what they hold counts once.
+    """
 
     def __init__(self, text: str):
         self.lines: dict[str, list[str]] = {}
         self.entry = ""
-        self.unknown: set[str] = set()  # bodies of loops, as far as `executed` went
+        self.executed: list[tuple[str, str, int]] = []
+        self.unknown: set[str] = set()
         name = None
         for line in text.splitlines():
             if m := COMPUTATION.match(line):
@@ -129,6 +136,7 @@ class Program:
                 self.lines[name].append(line)
         if not self.entry:
             raise ValueError("no ENTRY computation: this is not the text of an HLO")
+        self._execute(self.entry, 1)
 
     def trips(self, line: str, condition: str, body: str) -> int | None:
         """How often a while loop runs, as XLA notes it or as its counter tells.
@@ -169,44 +177,33 @@ class Program:
             found[words[0]] = line
         return found
 
-    def executed(self) -> list[tuple[str, str, int]]:
-        """(computation, line, executions) of every line that a run executes.
-
-        A loop whose trips cannot be read counts once, and is named in `unknown`.
-        """
-        found: list[tuple[str, str, int]] = []
-
-        def visit(name: str, times: int) -> None:
-            for line in self.lines[name]:
-                found.append((name, line, times))
-                if m := LOOP.search(line):
-                    trips = self.trips(line, m[1], m[2])
-                    if trips is None:
-                        self.unknown.add(m[2])
-                    visit(m[2], times * (1 if trips is None else trips))
-                elif m := CALLED.search(line):
-                    rest = line[m.end() :].split("metadata=")[0]
-                    callee = re.findall(r"%?([\w.\-]+)", rest.split(")")[0])
-                    for called in callee:
-                        # Reductions' scalar functions hold nothing of interest.
-                        if called in self.lines and called not in (name,):
-                            visit(called, times)
-                            if "branch_computations" not in line:
-                                break
-
-        visit(self.entry, 1)
-        return found
+    def _execute(self, name: str, times: int) -> None:
+        for line in self.lines[name]:
+            self.executed.append((name, line, times))
+            if m := LOOP.search(line):
+                trips = self.trips(line, m[1], m[2])
+                if trips is None:
+                    self.unknown.add(m[2])
+                self._execute(m[2], times * (1 if trips is None else trips))
+            elif m := CALLED.search(line):
+                rest = line[m.end() :].split("metadata=")[0]
+                callee = re.findall(r"%?([\w.\-]+)", rest.split(")")[0])
+                for called in callee:
+                    # Reductions' scalar functions hold nothing of interest.
+                    if called in self.lines and called != name:
+                        self._execute(called, times)
+                        if "branch_computations" not in line:
+                            break
 
 
-def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """All collectives of a program's optimised HLO text, compiled for a mesh.
+def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    """All collectives of a program that was compiled for a mesh.
 
     Those of one kind, group and size are added up.
     """
-    program = Program(text)
     devices = math.prod(mesh_shape.values())
     channels: dict[tuple[str, int], Collective] = {}
-    for number, (computation, line, times) in enumerate(program.executed()):
+    for number, (computation, line, times) in enumerate(program.executed):
         m = COLLECTIVE.search(line)
         if not m:
             continue
@@ -241,27 +238,17 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return [dataclasses.replace(c, count=n) for c, n in totals.items()]
 
 
-def estimated_cycles(text: str) -> int:
+def estimated_cycles(program: Program) -> int:
     """The TPU compiler's own estimates of its operations, added over one run.
 
     Pallas kernels have none, so that attention by a kernel is not in the sum.
     """
     return sum(
         times * int(m[1])
-        for _, line, times in Program(text).executed()
+        for _, line, times in program.executed
         if (m := re.search(r'"estimated_cycles":"(\d+)"', line))
         and int(m[1]) < NO_CYCLES
     )
-
-
-def unknown_loops(text: str) -> list[str]:
-    """Names of the loops of a program whose number of trips cannot be read.
-
-    `collectives` and `estimated_cycles` count what they hold once.
-    """
-    program = Program(text)
-    program.executed()
-    return sorted(program.unknown)
 
 
 def summarise(collectives: Sequence[Collective]) -> list[dict[str, Any]]:

@@ -67,19 +67,10 @@ def check_schedule(cfg: ScheduleConfig, where: str, start: int, end: int) -> Non
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies, by the table of weights.
-
-    Raises:
-      UserError: a parameter that is not in the table.
-    """
-
-    def decayed(path: tuple[Any, ...], _: Any) -> bool:
-        name = parameter_path(path)
-        if name not in WEIGHTS:
-            raise UserError(f"parameter {name!r} has no line in model/weights.py")
-        return WEIGHTS[name].kind.decayed
-
-    return jax.tree_util.tree_map_with_path(decayed, params)
+    """True where weight decay applies, by the table of weights."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: WEIGHTS[parameter_path(path)].kind.decayed, params
+    )
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:

@@ -78,7 +78,7 @@ def test_loops_are_counted_by_their_trips():
         return jax.lax.scan(outer, x, length=7)[0]
 
     text = compiled(run, mesh, (P("data"), (4, 16)), (P("fsdp"), (16, 16)))
-    found = hlo.collectives(text, dict(mesh.shape))
+    found = hlo.collectives(hlo.Program(text), dict(mesh.shape))
     gathers = [c for c in found if c.kind == "all-gather"]
     # The compiler may take the gather of a constant out of the loops, or not.
     assert [(c.axes, c.group) for c in gathers] == [(("fsdp",), 4)]
@@ -106,7 +106,7 @@ def test_what_each_kind_moves():
         check_vma=False,
     )  # fmt: skip
     text = compiled(run, mesh, (P("data", "fsdp"), (16, 64)))
-    found = {c.kind: c for c in hlo.collectives(text, dict(mesh.shape))}
+    found = {c.kind: c for c in hlo.collectives(hlo.Program(text), dict(mesh.shape))}
     moved = {
         "all-reduce": 2 * 512 / 2,
         "reduce-scatter": 512 * 3 / 4,
@@ -160,12 +160,14 @@ ENTRY %main.6 (x: bf16[8,16]) -> bf16[8,16] {
   %no = f32[] add(%x, %x), backend_config={"estimated_cycles":"9223372036854775807"}
 }
 """
-    gather, scatter = hlo.collectives(text, {"data": 2, "fsdp": 4, "tensor": 1})
+    gather, scatter = hlo.collectives(
+        hlo.Program(text), {"data": 2, "fsdp": 4, "tensor": 1}
+    )
     assert (gather.kind, gather.count, gather.axes) == ("all-gather", 26, ("fsdp",))
     assert gather.moved_bytes == 26 * 32 * 16 * 2 * 3 / 4
     assert (scatter.kind, scatter.count) == ("reduce-scatter", 26)
     assert scatter.moved_bytes == 26 * 32 * 16 * 4 * 3 / 4
-    assert hlo.estimated_cycles(text) == 26 * 150
+    assert hlo.estimated_cycles(hlo.Program(text)) == 26 * 150
 
 
 WINDOWED = """HloModule m
@@ -196,12 +198,12 @@ ENTRY %main.6 (x: bf16[128,64]) -> bf16[128,64] {
 def test_a_product_that_is_windowed_counts_in_twos():
     """As the TPU compiler writes what it splits to overlap with its own transfers."""
     shape = {"data": 1, "fsdp": 4, "tensor": 1}
-    (found,) = hlo.collectives(WINDOWED, shape)
+    (found,) = hlo.collectives(hlo.Program(WINDOWED), shape)
     assert (found.kind, found.count, found.axes) == ("collective-permute", 4, ("fsdp",))
     # Of what a start returns, the result alone is moved.
     assert found.moved_bytes == 4 * 128 * 64 * 2
-    assert hlo.estimated_cycles(WINDOWED) == 40
-    assert hlo.unknown_loops(WINDOWED) == []
+    assert hlo.estimated_cycles(hlo.Program(WINDOWED)) == 40
+    assert sorted(hlo.Program(WINDOWED).unknown) == []
 
 
 @pytest.mark.parametrize(
@@ -209,8 +211,8 @@ def test_a_product_that_is_windowed_counts_in_twos():
 )
 def test_a_loop_that_cannot_be_read_is_named_and_counts_once(wrong):
     text = WINDOWED.replace("add(%j, %two)", f"add({wrong})")
-    assert hlo.unknown_loops(text) == ["windowed_dot_general_body_rs.1"]
-    (found,) = hlo.collectives(text, {"data": 1, "fsdp": 4, "tensor": 1})
+    assert sorted(hlo.Program(text).unknown) == ["windowed_dot_general_body_rs.1"]
+    (found,) = hlo.collectives(hlo.Program(text), {"data": 1, "fsdp": 4, "tensor": 1})
     assert found.count == 1
 
 
@@ -221,9 +223,9 @@ def test_a_loop_that_ends_by_what_it_computes_is_unknown():
         return jax.lax.while_loop(lambda x: x[0] < 10.0, lambda x: x * 2, x)
 
     text = jax.jit(run).lower(jnp.ones(3)).compile().as_text()
-    assert len(hlo.unknown_loops(text)) == 1
+    assert len(sorted(hlo.Program(text).unknown)) == 1
 
 
 def test_what_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.collectives("HloModule m", {"data": 1})
+        hlo.collectives(hlo.Program("HloModule m"), {"data": 1})
