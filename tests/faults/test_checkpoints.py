@@ -422,7 +422,7 @@ def test_checkpoints_that_vanish_under_a_run(straight, tmp_path):
     store = Checkpoints(folder)
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="cannot be written .*from the beginning"):
-        with store._writing():
+        with checkpoint.of_files(store._unwritten):
             raise FileNotFoundError(2, "No such file or directory", str(folder))
     folder.write_text("")
     with pytest.raises(UserError, match="has no checkpoint"):
