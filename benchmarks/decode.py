@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 
 import jax
 import numpy as np
 import torch
 import transformers
+from rows import ratio, row
 
 from gamayun_jax import config as c
 from gamayun_jax.inference.generator import Generator
@@ -136,17 +136,10 @@ def main() -> None:
                 begin = time.perf_counter()
                 run()
                 rates[name].append(batch * NEW / (time.perf_counter() - begin))
-        a, b = (statistics.median(x) for x in rates.values())
-        # Of each round, as what else runs on the machine slows down both.
-        ratios = sorted(x / y for x, y in zip(*rates.values(), strict=True))
-        print(
-            f"batch {batch:2}: {a:8.1f} tokens/s (gamayun_jax), {b:8.1f} tokens/s "
-            f"(transformers), ratio {statistics.median(ratios):.2f} "
-            f"({ratios[0]:.2f}-{ratios[-1]:.2f}); same tokens {same:.1%}; "
-            f"spread {min(rates['ours']):.0f}-{max(rates['ours']):.0f}, "
-            f"{min(rates['transformers']):.0f}-{max(rates['transformers']):.0f}",
-            flush=True,
-        )
+        for name, values in rates.items():
+            row(f"batch {batch}: {name}", "tokens/s", values)
+        ratio(f"batch {batch}: ours over transformers", *rates.values())
+        row(f"batch {batch}: same tokens", "of 1", [float(same)])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rows import row
 
 from gamayun_jax.interop import hf_config, hf_weights, huggingface
 from gamayun_jax.model import presets
@@ -112,13 +113,12 @@ def main() -> None:
             found = json.loads(run.stdout.splitlines()[-1])
             size = size_of(folder / made) if made else 0
             disk = disk_seconds(folder, size) if made else 0.0
-            print(
-                f"{name:7} {found['count'] / 1e9:.3f}B parameters: "
-                f"{found['seconds']:6.1f} s ({found['busy']:.1f} s of processor), peak "
-                f"{found['peak'] / (4 * found['count']):.2f}x their float32 size; "
-                f"writes {size / 1e9:.2f} GB, for which the disk takes {disk:.1f} s",
-                flush=True,
-            )
+            whole = 4 * found["count"]
+            row(name, "s", [found["seconds"]])
+            row(name, "CPU s", [found["busy"]])
+            row(f"{name}: peak over the float32 size", "times", [found["peak"] / whole])
+            row(f"{name}: written", "GB", [size / 1e9])
+            row(f"{name}: the disk alone", "s", [disk])
     finally:
         shutil.rmtree(folder)
 

@@ -25,9 +25,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from rows import row
 
 from gamayun_jax import config as c
 from gamayun_jax.data import build, loader, records
@@ -114,14 +114,14 @@ def measure(folder: Path, total: int, reads: int) -> dict[str, float]:
     return {
         "open, s": opened - begin,
         "plan, s": ready - opened,
-        "both, s of a processor": spent,
+        "both, CPU s": spent,
         "imports, MiB": imported,
         "begun, MiB": begun,
         "read, MiB": resident(),
         "open files": len(os.listdir("/proc/self/fd")),
         "shards read": touched,
-        "M tokens/s": len(steps) * ROWS * T / wall / 1e6,
-        "M tokens per CPU second": len(steps) * ROWS * T / cpu / 1e6,
+        "batches, M tokens/s": len(steps) * ROWS * T / wall / 1e6,
+        "batches, M tokens per CPU second": len(steps) * ROWS * T / cpu / 1e6,
     }
 
 
@@ -161,10 +161,10 @@ def array_record(folder: Path, count: int, reads: int) -> dict[str, float]:
         shard.read(number)
     cpu = time.process_time() - cpu
     return {
-        "open one shard, s": opened,
-        "its index, bytes a record": index * 2**20 / count,
-        "bytes on disk a record": os.path.getsize(path) / count,
-        "M tokens per CPU second, records alone": reads * T / cpu / 1e6,
+        "a shard opened, s": opened,
+        "index, bytes a record": index * 2**20 / count,
+        "on disk, bytes a record": os.path.getsize(path) / count,
+        "records alone, M tokens per CPU second": reads * T / cpu / 1e6,
     }
 
 
@@ -186,23 +186,22 @@ def main() -> None:
     if args.worker:
         return
 
-    def run(worker: str, folder: str, *words: str) -> None:
+    def run(about: str, worker: str, folder: str, *words: str) -> None:
         command = [sys.executable, __file__, "--worker", worker, "--folder", folder]
         numbers = ["--reads", str(args.reads), "--former", str(args.former)]
         output = subprocess.check_output([*command, *numbers, *words], text=True)
-        rows: dict[str, Any] = json.loads(output)
-        for name, value in rows.items():
-            print(f"  {name}: {value:.4g}")
+        for name, value in json.loads(output).items():
+            what, _, unit = name.partition(", ")
+            row(f"{about}: {what}", unit, [value])
 
     for part in (100, 1):
         total, shards = args.records // part, max(args.shards // part, 12)
         with tempfile.TemporaryDirectory() as folder:
             make_corpus(Path(folder), total, shards)
-            print(f"{total:,} records in {shards:,} shards")
-            run("measure", folder, "--records", str(total))
+            about = f"{total:,} records in {shards:,} shards"
+            run(about, "measure", folder, "--records", str(total))
     with tempfile.TemporaryDirectory() as folder:
-        print(f"ArrayRecord, {args.former:,} records in one shard")
-        run("former", folder)
+        run("ArrayRecord", "former", folder)
 
 
 if __name__ == "__main__":

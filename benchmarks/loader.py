@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from rows import ratio, row
 
 from gamayun_jax import config as c
 from gamayun_jax.config import load_config
@@ -42,7 +42,6 @@ from gamayun_jax.data.plan import make_data_plan
 from gamayun_jax.data.records import with_checksum
 
 T, B = 2048, 8
-TOKENS = 8_000_000  # of each source
 TINY = Path(__file__).parents[1] / "experiments" / "tiny.py"
 
 
@@ -55,8 +54,8 @@ def documents(corpus: Corpus, source: str, bos: int) -> list[np.ndarray]:
     return found
 
 
-def make_corpus(folder: Path) -> tuple[c.Config, Corpus]:
-    """The embedded corpus, grown to `TOKENS` per source with records of T tokens."""
+def make_corpus(folder: Path, tokens: int) -> tuple[c.Config, Corpus]:
+    """The embedded corpus, grown to `tokens` per source with records of T tokens."""
     replace = dataclasses.replace
     cfg = load_config(TINY)
     cfg = replace(
@@ -83,7 +82,7 @@ def make_corpus(folder: Path) -> tuple[c.Config, Corpus]:
     for name, source in manifest["sources"].items():
         texts = documents(small, name, bos)
         stream, size = [], 0
-        while size < TOKENS:
+        while size < tokens:
             for i in rng.permutation(len(texts)):
                 stream.append(texts[i])
                 size += len(texts[i])
@@ -187,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
+    parser.add_argument("--tokens", type=int, default=8_000_000, help="of each source")
     args = parser.parse_args()
     makers: dict[str, Callable[..., Iterator[dict[str, np.ndarray]]]] = {
         "gamayun_jax": ours,
@@ -195,7 +195,7 @@ def main() -> None:
         "datasets": hugging_face,
     }
     with tempfile.TemporaryDirectory() as folder:
-        cfg, corpus = make_corpus(Path(folder))
+        cfg, corpus = make_corpus(Path(folder), args.tokens)
         running = {}
         for name, make in makers.items():
             try:
@@ -214,14 +214,10 @@ def main() -> None:
                     count += 1
                 spent = time.process_time() - begin
                 rates[name].append(count * B * T / spent / 1e6)
-        mine = statistics.median(rates["gamayun_jax"])
         for name, values in rates.items():
-            median = statistics.median(values)
-            print(
-                f"{name:>15} {median:7.2f} M tokens/s per core "
-                f"({min(values):.2f}-{max(values):.2f}), "
-                f"gamayun_jax is {mine / median:.2f} times that"
-            )
+            row(name, "M tokens/s of a core", values)
+            if name != "gamayun_jax":
+                ratio(f"gamayun_jax over {name}", rates["gamayun_jax"], values)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 import zstandard
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from rows import ratio, row
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gamayun_jax import config as c
@@ -138,12 +138,8 @@ def main() -> None:
     print(f"largest difference of a log-likelihood: {abs(x - y).max():.1e}")
     assert abs(x - y).max() < 1e-4
     for name, values in times.items():
-        middle, low, high = statistics.median(values), min(values), max(values)
-        print(f"{name:>7}: {middle:6.1f} items/s ({low:.1f}-{high:.1f})")
-    ratio = statistics.median(
-        a / b for a, b in zip(times["ours"], times["theirs"], strict=True)
-    )
-    print(f"ratio: {ratio:.2f} (median of rounds); best batch size there: {best}")
+        row(name, "items/s", values)
+    ratio(f"ours over theirs, at their best batch of {best}", *times.values())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ import json
 import os
 import resource
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rows import ratio, row
 
 LAYERS, D, N, F, V, T, B = 8, 256, 4, 1024, 8192, 256, 16
 STEPS = 3  # of a turn
@@ -299,13 +299,13 @@ def maxtext(python: str) -> None:
             wall, spent = time.perf_counter(), cpu()
             wait(STEPS)
             status = Path(f"/proc/{process.pid}/status").read_text()
-            row = {
+            found = {
                 "wall": STEPS * B * T / (time.perf_counter() - wall),
                 "cpu": STEPS * B * T / (cpu() - spent),
                 "peak": int(status.split("VmHWM:")[1].split()[0]) / 1024,
             }
             process.send_signal(signal.SIGSTOP)
-            print(json.dumps(row), flush=True)
+            print(json.dumps(found), flush=True)
         process.kill()
         process.wait()
 
@@ -325,17 +325,21 @@ def worker(peer: str, threads: int) -> None:
     one()
     print(json.dumps({"first": time.perf_counter() - begin}), flush=True)
     for _ in sys.stdin:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(STEPS):
             one()
-        count = STEPS * B * T
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        row = {
-            "wall": count / (time.perf_counter() - wall),
-            "cpu": count / (time.process_time() - cpu),
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        count, peak = STEPS * B * T, used.ru_maxrss / 1024
+        step = {
+            "faults": (used.ru_minflt - before) / STEPS,
+            "cpu": cpu / STEPS,
+            "wall": wall / STEPS,
             "peak": peak,
         }
-        print(json.dumps(row), flush=True)
+        rates = {"wall": count / wall, "cpu": count / cpu, "peak": peak}
+        print(json.dumps({**rates, "step": step}), flush=True)
 
 
 def main() -> None:
@@ -376,27 +380,26 @@ def main() -> None:
             print(f"{peer}: left out, it cannot be run here")
             continue
         running[peer], first[peer] = process, json.loads(line)["first"]
-    rows: dict[str, list[dict[str, float]]] = {peer: [] for peer in running}
+    rates: dict[str, list[dict[str, float]]] = {peer: [] for peer in running}
     for _ in range(args.rounds):
         for peer, process in running.items():
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.write("\n")
             process.stdin.flush()
-            rows[peer].append(json.loads(process.stdout.readline()))
+            rates[peer].append(json.loads(process.stdout.readline()))
     for process in running.values():
         process.communicate()
-    base = statistics.median(r["wall"] for r in rows[args.peers[0]])
     print(f"{args.threads} threads, {args.rounds} rounds of {STEPS} steps")
-    for peer, found in rows.items():
-        wall = [r["wall"] for r in found]
-        median = statistics.median(wall)
-        print(
-            f"{peer:>16} {median:6.0f} tokens/s ({min(wall):.0f}-{max(wall):.0f}), "
-            f"{statistics.median(r['cpu'] for r in found):6.0f} per CPU second; first "
-            f"step {first[peer]:4.0f} s; peak {found[-1]['peak']:5.0f} MiB; "
-            f"{args.peers[0]} is {base / median:.2f} times that"
-        )
+    base = rates[args.peers[0]]
+    for peer, found in rates.items():
+        row(peer, "tokens/s", [r["wall"] for r in found])
+        row(peer, "tokens per CPU second", [r["cpu"] for r in found])
+        row(f"{peer}: peak", "MiB", [found[-1]["peak"]])
+        row(f"{peer}: to the second step", "s", [first[peer]])
+        if peer != args.peers[0]:
+            over = [[r["wall"] for r in x] for x in (base, found)]
+            ratio(f"{args.peers[0]} over {peer}", *over)
 
 
 if __name__ == "__main__":

@@ -310,8 +310,9 @@ def tokenise_all(
         path = out / "sources" / name / "token_counts.npy"
         with atomic(path) as temporary, open(temporary, "wb") as f:
             np.save(f, totals[name])
-    # Temporary files of jobs that were killed.
-    for stray in (*out.glob(".*.tmp"), *out.glob("*/**/.*.tmp")):
+    # Temporary files of jobs that were killed, shards of a former version's build.
+    strays = (".*.tmp", "*/**/.*.tmp", "sources/*/*/*.arrayrecord")
+    for stray in (path for pattern in strays for path in out.glob(pattern)):
         stray.unlink(missing_ok=True)
 
 

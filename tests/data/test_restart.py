@@ -122,6 +122,8 @@ def test_finished_shards_are_not_done_again(built, tmp_path, monkeypatch):
         build(cfg, tmp_path / "out")
     done = {p: p.stat().st_ino for p in (tmp_path / "out").rglob("*.records")}
     assert len(done) == 2
+    former = next(iter(done)).with_suffix(".arrayrecord")  # a former version began it
+    former.write_bytes(b"of another format")
     monkeypatch.setattr(corpus_build, "tokenise", tokenise)
     build(cfg, tmp_path / "out")
     assert {p: p.stat().st_ino for p in done} == done
