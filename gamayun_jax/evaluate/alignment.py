@@ -1,4 +1,4 @@
-"""Do languages share a space? Retrieval of translations by layer, and consistency.
+"""Do languages share a space? Retrieval of translations by layer.
 
 A text is the mean of its tokens' hidden states, without BOS. A translation is retrieved
 if, among all units of a parallel set in the other language, it has the greatest cosine
@@ -6,7 +6,7 @@ with the text (accuracy@1; a tie with n others counts 1/(n+1), so a model whose 
 are all alike is at chance). Beside it stands the accuracy after each language's mean
 was taken off: languages may hold the same map, each in its own corner of the space.
 
-Consistency is of answers: how often two languages pick the same choice of an item.
+Of answers, consistency.py has how often two languages pick the same choice of an item.
 Information parity, the bits of the same content relative to English, is heldout.py's.
 
 Shape suffixes: B rows, T length, D model, S states (embedding and layers), U units.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from gamayun_jax.data.heldout_sets import subsample_units
 from gamayun_jax.data.model_tokenizer import open_tokenizer
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.demo_corpus import HELDOUT, heldout_files
+from gamayun_jax.evaluate.consistency import consistency_of
 from gamayun_jax.evaluate.heldout import HeldoutEvaluator
-from gamayun_jax.evaluate.results import read_items
 from gamayun_jax.evaluate.scoring import batches, pack, sum_over_batches, windows
 from gamayun_jax.interop.load_model import load_params
 from gamayun_jax.model import sharding
@@ -106,6 +106,83 @@ class PooledStates:
         return sums_SUD / counts[None, :, None]
 
 
+class ParallelStates:
+    """Mean hidden states of parallel sets by changing parameters.
+
+    Args:
+      texts: set -> language -> (id, text), by `parallel_texts`.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        mesh: Mesh,
+        tokenizer: TextCoder,
+        texts: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]],
+    ):
+        most = max(len(rows) for units in texts.values() for rows in units.values())
+        model = Transformer(cfg.model, cfg.compute)
+        self._pooled = PooledStates(cfg, mesh, model, most)
+        self._bos = tokenizer.start_id if tokenizer.prefix_ids else None
+        self._ids = {
+            name: {
+                k: [tokenizer.encode(text) for _, text in rows]
+                for k, rows in units.items()
+            }
+            for name, units in texts.items()
+        }
+
+    def __call__(self, params: Any, name: str) -> dict[str, np.ndarray]:
+        """Language -> float32 [S, U, D] of a set."""
+        return {
+            k: self._pooled(params, ids, self._bos)
+            for k, ids in self._ids[name].items()
+        }
+
+
+class RetrievalEvaluator:
+    """The translations that are not retrieved, by layer (recording.Evaluator).
+
+    Args:
+      wanted: parallel held-out set -> name of the items -> layer; 0: the embedding.
+
+    Raises:
+      UserError: none of the corpus's parallel sets has two languages.
+    """
+
+    name, every_steps = "retrieval", 0
+
+    def __init__(
+        self,
+        cfg: Config,
+        corpus: Corpus,
+        mesh: Mesh,
+        wanted: Mapping[str, Mapping[str, int]],
+    ):
+        texts = parallel_texts(corpus, None, cfg.evaluation.max_units)
+        self._texts = {name: texts[name] for name in wanted}
+        self._states = ParallelStates(cfg, mesh, corpus.tokenizer(), self._texts)
+        self._wanted = wanted
+
+    def run(
+        self, params: Any
+    ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+        """No results of their own, and each unit's share missed as its `bits`."""
+        items: dict[str, list[dict[str, Any]]] = {}
+        for name, layers in self._wanted.items():
+            states = self._states(params, name)
+            for measure, layer in layers.items():
+                missed = misses({k: x_SUD[layer] for k, x_SUD in states.items()})
+                items[measure] = [
+                    {"id": id, "language": k, "bits": float(share), "bytes": 1}
+                    for k, missed_U in missed.items()
+                    for (id, _), share in zip(
+                        self._texts[name][k], missed_U, strict=True
+                    )
+                ]
+        return {}, items
+
+
 # --- retrieval
 
 
@@ -117,11 +194,26 @@ def unit_vectors(x_UD: np.ndarray, centred: bool) -> np.ndarray:
     return x_UD / np.where(norms > 0, norms, 1)
 
 
-def hits(similarity_UU: np.ndarray) -> float:
-    """Share of rows whose greatest entry is on the diagonal; ties count their share."""
+def hits(similarity_UU: np.ndarray) -> np.ndarray:
+    """Of each row 1 if its greatest entry is on the diagonal, else 0; of a tie its
+    share. float64 [U]."""
     best = similarity_UU.max(axis=1, keepdims=True)
     ties = (similarity_UU == best).sum(axis=1)
-    return float(((np.diag(similarity_UU) == best[:, 0]) / ties).mean())
+    return (np.diag(similarity_UU) == best[:, 0]) / ties
+
+
+def misses(states: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Language -> the share of its translations into the others that is not retrieved,
+    float64 [U], of each unit.
+
+    Args:
+      states: language -> float [U, D] of one layer, units in the same order.
+    """
+    vectors = {k: unit_vectors(x_UD, centred=False) for k, x_UD in states.items()}
+    return {
+        a: 1 - np.mean([hits(x @ y.T) for b, y in vectors.items() if b != a], axis=0)
+        for a, x in vectors.items()
+    }
 
 
 def retrieval(states: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -153,8 +245,8 @@ def retrieval(states: Mapping[str, np.ndarray]) -> dict[str, Any]:
                 similarity_UU = vectors[a][s] @ vectors[b][s].T
                 units = len(similarity_UU)
                 trace = float(np.trace(similarity_UU))
-                forth.append(hits(similarity_UU))
-                back.append(hits(similarity_UU.T))
+                forth.append(float(hits(similarity_UU).mean()))
+                back.append(float(hits(similarity_UU.T).mean()))
                 near.append(trace / units)
                 rest = float(similarity_UU.sum()) - trace
                 others[s] += rest / max(1, units * (units - 1)) / len(pairs)
@@ -166,81 +258,6 @@ def retrieval(states: Mapping[str, np.ndarray]) -> dict[str, Any]:
             "cosine": cosine,
             "others": others.tolist(),
         }
-    return found
-
-
-# --- consistency of answers
-
-
-def consistency(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """How often two languages pick the same choice of the same item.
-
-    Args:
-      rows: of an items file of `gamayun eval`, of a parallel multiple-choice task.
-      metric: whose pick counts: raw, token, norm or pmi.
-
-    Returns:
-      {"pairs": {"en-ru": {"items", "same", "expected": if right answers were spread
-      over the items independently and wrong ones evenly over the choices, "chance": of
-      random answers, "both_wrong", "same_wrong": share of the items that both get wrong
-      with the same choice, None without such items, "chance_wrong"}}, "mean": ...}.
-    """
-    picks: dict[str, dict[str, tuple[int, int, int]]] = {}
-    for row in rows:
-        told = (row["picked"][metric], row["answer"], len(row["logprobs"]))
-        picks.setdefault(row["language"], {})[row["id"]] = told
-    pairs: dict[str, dict[str, Any]] = {}
-    for a, b in itertools.combinations(picks, 2):
-        ids = [i for i in picks[a] if i in picks[b]]
-        if not ids:
-            continue
-        p, answer, sizes = np.array([picks[a][i] for i in ids]).T
-        q, other, _ = np.array([picks[b][i] for i in ids]).T
-        if (answer != other).any():
-            raise UserError(
-                f"languages {a} and {b} have different answers to the same items: the "
-                "task is not parallel"
-            )
-        same, wrong = p == q, (p != answer) & (q != answer)
-        right_a, right_b = (p == answer).mean(), (q == answer).mean()
-        even = (1 / np.maximum(1, sizes - 1)).mean()
-        pairs[f"{a}-{b}"] = {
-            "items": len(ids),
-            "same": float(same.mean()),
-            "expected": float(right_a * right_b + (1 - right_a) * (1 - right_b) * even),
-            "chance": float((1 / sizes).mean()),
-            "both_wrong": int(wrong.sum()),
-            "same_wrong": float(same[wrong].mean()) if wrong.any() else None,
-            "chance_wrong": float(even),
-        }
-    mean: dict[str, float | None] = {}
-    for key in ("same", "expected", "chance", "same_wrong", "chance_wrong"):
-        values = [pair[key] for pair in pairs.values() if pair[key] is not None]
-        mean[key] = float(np.mean(values)) if values else None
-    return {"metric": metric, "pairs": pairs, "mean": mean}
-
-
-def consistency_of(folder: Path) -> dict[str, Any]:
-    """Task -> `consistency`, of the parallel multiple-choice tasks in the folder that
-    `gamayun eval` wrote.
-
-    Raises:
-      UserError: it has no eval.json, or items that cannot be read.
-    """
-    try:
-        result = json.loads((folder / "eval.json").read_text("utf-8"))
-        found = {}
-        for name, told in result.get("tasks", {}).items():
-            if told["kind"] == "multiple_choice" and told["parallel"]:
-                rows = read_items(folder / "items", name)
-                found[name] = consistency(rows, told["metric"])
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"{folder} is no folder of answers ({type(e).__name__}: {e}): give the OUT "
-            "of `gamayun eval MODEL --tasks ... --out OUT`"
-        ) from e
     return found
 
 
@@ -340,28 +357,19 @@ def align(
     }
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         model = Transformer(cfg.model, cfg.compute)
-        most = max(len(rows) for units in texts.values() for rows in units.values())
-        pooled = PooledStates(cfg, mesh, model, most)
+        states_of = ParallelStates(cfg, mesh, tokenizer, texts)
         parity: dict[str, Any] = {}
         if corpus is not None:
             evaluator = HeldoutEvaluator(cfg, corpus, mesh, model, languages, tokenizer)
             parity = evaluator.run(params)[0]
         for name, units in texts.items():
-            states = {
-                k: pooled(
-                    params,
-                    [tokenizer.encode(text) for _, text in rows],
-                    tokenizer.start_id if tokenizer.prefix_ids else None,
-                )
-                for k, rows in units.items()
-            }
             found = parity.get(name, {}).get("languages", {})
             count = len(next(iter(units.values())))
             result["sets"][name] = {
                 "units": count,
                 "chance": 1 / count,
                 "languages": list(units),
-                "retrieval": retrieval(states),
+                "retrieval": retrieval(states_of(params, name)),
                 "parity": {k: found[k]["parity"] for k in units if k in found},
             }
     if out:

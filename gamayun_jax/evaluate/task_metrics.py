@@ -9,6 +9,7 @@ Shape suffixes: C choices of an item.
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from gamayun_jax.evaluate.standard_errors import (
     compression,
     mean_error,
     mean_se,
+    ratio,
     ratio_residuals,
     root,
 )
@@ -169,9 +171,18 @@ def summarise(task: Task, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         results["chance"] = float(np.mean([1 / len(r["logprobs"]) for r in items]))
         sure = [confidence(np.array(r["logprobs"])) for r in items]
         results["ece"] = calibration_error(sure, [r["correct"]["raw"] for r in items])
+        # Of the right choices as texts: it moves long before the first answer does.
+        value, error = ratio(*map(np.array, zip(*map(answer_size, items), strict=True)))
+        results |= {"answer_bits_per_byte": value, "answer_bits_per_byte_se": error}
     if "dropped" in items[0]:
         results["truncated"] = sum(r["dropped"] > 0 for r in items)
     return results
+
+
+def answer_size(item: Mapping[str, Any]) -> tuple[float, float]:
+    """Bits and bytes of a multiple-choice item's right choice."""
+    n = item["answer"]
+    return -item["logprobs"][n] / math.log(2), float(item["bytes"][n])
 
 
 def macro(

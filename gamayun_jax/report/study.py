@@ -54,6 +54,8 @@ WORDS = {
     "smallest effect": "The difference that so many seeds would have shown with 80 % "
     "power, at the spread over seeds that was seen.",
     "bits per byte": GLOSSARY["bits per byte"],
+    "share of translations missed": "Of retrieval among all units of a parallel set by "
+    "a layer's hidden states, the mean over the other languages.",
     "bits per question": "Bits that the right choice takes among a question's choices: "
     "0 where the model is sure of it, log2 of their number by chance.",
 }
@@ -63,7 +65,7 @@ def head_parts(f: Findings) -> Iterable[Markup]:
     """The question, the headline numbers, and what is missing."""
     marks = [c.verdict for c in f.hypotheses]
     seeds = {s for a in f.arms for s in a.plan["seeds"]}
-    yield section(plain(f.study["question"], 400), "")
+    yield section("Question", plain(f.study["question"], 400))
     yield block(
         "cards",
         {
@@ -194,7 +196,13 @@ def exploratory_section(f: Findings) -> Markup:
         parts.append(block("folded", title, content))
     if f.averages:
         table = block("table", exploratory_table(f.averages))
-        parts.append(block("folded", "Averaged against last parameters", [table]))
+        told = (
+            "The average of a run's checkpoints minus its last parameters. These "
+            "intervals are over seeds alone, since of the last parameters no units "
+            "are kept: they do not speak of other languages and texts."
+        )
+        content = [block("notes", [told]), table]
+        parts.append(block("folded", "Averaged against last parameters", content))
     return section(
         "Exploratory",
         "Not registered: all other pairs of matched arms, of one size. Of a hundred "

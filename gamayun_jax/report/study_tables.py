@@ -15,7 +15,8 @@ from gamayun_jax.report.formats import fixed, interval_text, plain, short
 from gamayun_jax.report.read_run import entries, get, num, rows
 from gamayun_jax.study import findings
 from gamayun_jax.study.analysis import CONTRADICTED, SUPPORTED, smallest_effect
-from gamayun_jax.study.findings import PER_BYTE, ArmRuns, Compared, Findings
+from gamayun_jax.study.design import PER_BYTE
+from gamayun_jax.study.findings import ArmRuns, Compared, Findings
 from gamayun_jax.tables import Cell, Table
 
 MARKS = {SUPPORTED: "better", CONTRADICTED: "worse"}

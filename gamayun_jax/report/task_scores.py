@@ -44,13 +44,16 @@ def task_text(tasks: Tasks) -> str:
             error = error_text(task, row).removesuffix(" %")
             value = Cell(metric_text(task, row[metric]), error)
             parity = "" if row.get("parity") is None else f"{row['parity']:.2f}"
+            bits = row.get("answer_bits_per_byte")
             cells += [
+                "" if bits is None else f"{bits:.3f}",
                 str(row.get("items", "")),
                 parity,
                 str(row.get("truncated") or ""),
             ]
             rows.append([language, value, *cells])
-        heads = ["language", metric, "chance", task["baseline"], "items", "parity"]
+        heads = ["language", metric, "chance", task["baseline"], "right, bits/byte"]
+        heads += ["items", "parity"]
         table = Table([*heads, "prompts cut"], rows).without_empty_columns()
         parts += [f"{name}: {task['description']}", table.text()]
         if task["gaps"]:

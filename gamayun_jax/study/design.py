@@ -17,6 +17,10 @@ from gamayun_jax.config import Config
 from gamayun_jax.fields import Seed, Share, UserError, Whole, call_in_file, settle
 
 Levels = Mapping[str, str]  # factor -> level
+# Beginnings of the names of measures (measures.py), and what sets are measured in.
+ANSWER, RETRIEVAL = "answer:", "retrieval:"
+PER_BYTE, PER_QUESTION = "bits per byte", "bits per question"
+SHARE_MISSED = "share of translations missed"
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ class Outcome:
     A task of the configs (evaluation.tasks) is a set too. Of multiple choice it is the
     bits per question that the right choice takes among the choices
     (records.choice_bits); of the other kinds, bits per byte of the text or target.
+    "answer:TASK" and "retrieval:SET:LAYER" are further measures (measures.py). Of all
+    of them, less is better.
 
     Attributes:
-      sets: held-out sets or tasks, all measured per byte or all per question.
+      sets: held-out sets, tasks or measures, all in one unit.
       languages: "others" (all but English), "all", or one language.
     """
 

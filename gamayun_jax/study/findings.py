@@ -25,12 +25,17 @@ from gamayun_jax.study.analysis import (
     paired_difference,
     verdicts,
 )
-from gamayun_jax.study.design import Outcome
+from gamayun_jax.study.design import (
+    PER_BYTE,
+    PER_QUESTION,
+    RETRIEVAL,
+    SHARE_MISSED,
+    Outcome,
+)
 from gamayun_jax.study.records import read_records, read_units
 from gamayun_jax.study.registration import read_registration
 
 NO_VERDICT, EXCLUDED = "no verdict yet", "excluded"
-PER_BYTE, PER_QUESTION = "bits per byte", "bits per question"
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ class Findings:
     def unit(self, outcome: str) -> str:
         """What an outcome is measured in."""
         measured = self.outcome(outcome).sets
+        if measured[0].startswith(RETRIEVAL):
+            return SHARE_MISSED
         sizes = (
             size
             for corpus in self.units.values()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,15 @@ from gamayun_jax.data.plan import DataPlan, make_data_plan
 from gamayun_jax.evaluate.tasks import Task, load_task
 from gamayun_jax.fields import decode
 from gamayun_jax.study.analysis import RULES
-from gamayun_jax.study.design import Arm, Study
+from gamayun_jax.study.design import (
+    ANSWER,
+    PER_BYTE,
+    PER_QUESTION,
+    RETRIEVAL,
+    SHARE_MISSED,
+    Arm,
+    Study,
+)
 from gamayun_jax.training.run_folder import differences
 
 FILE = "registration.json"
@@ -37,12 +46,14 @@ class MadeArm:
     Attributes:
       cfg: the twin's config, where the arm is one.
       plan: of its first seed; other seeds serve as many examples of each source.
+      measures: what is measured beyond its held-out sets and tasks (measures.py).
     """
 
     arm: Arm
     cfg: Config
     corpus: Corpus
     plan: DataPlan
+    measures: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -63,7 +74,8 @@ def make_arms(study: Study) -> dict[str, MadeArm]:
     Raises:
       UserError: a corpus that is not there, a twin that cannot be made, arms that are
         declared matched and would serve other examples, an outcome on a held-out set
-        or in a language that an arm's corpus does not have.
+        or in a language that an arm's corpus does not have, a hypothesis on arms that
+        are scored on other texts.
     """
     corpora: dict[str, Corpus] = {}
     made: dict[str, MadeArm] = {}
@@ -81,9 +93,11 @@ def make_arms(study: Study) -> dict[str, MadeArm]:
                 bases[key] = controls.plan_base(cfg, corpus)
             cfg = controls.make_arm(arm.twin, bases[key])
         cfg = dataclasses.replace(cfg, name=arm.name)
-        made[arm.name] = MadeArm(arm, cfg, corpus, make_data_plan(cfg, corpus))
+        plan = make_data_plan(cfg, corpus)
+        made[arm.name] = MadeArm(arm, cfg, corpus, plan, measures_of(study))
     for group in study.matched_groups():
         check_exposure([made[a.name] for a in group])
+    check_texts(study, made)
     return made
 
 
@@ -94,38 +108,87 @@ def tasks_of(cfg: Config) -> dict[str, Task]:
     return {task.name: task for task in tasks}
 
 
+def measurable(
+    cfg: Config, corpus: Corpus, tasks: Mapping[str, Task]
+) -> dict[str, tuple[str, list[str]]]:
+    """Name of each set that an arm can be measured on -> its unit, its languages."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for name, task in tasks.items():
+        if task.kind == "multiple_choice":
+            found[name] = PER_QUESTION, list(task.languages)
+            found[ANSWER + name] = PER_BYTE, list(task.languages)
+        elif task.kind != "generation":
+            found[name] = PER_BYTE, list(task.languages)
+    for name, languages in corpus.heldout_sets().items():
+        found[name] = PER_BYTE, languages
+        if corpus.manifest["heldout"][name]["parallel"] and len(languages) > 1:
+            for layer in (*range(cfg.model.num_layers + 1), "last"):
+                found[f"{RETRIEVAL}{name}:{layer}"] = SHARE_MISSED, languages
+    return found
+
+
+def measures_of(study: Study) -> tuple[str, ...]:
+    """The measures that a study's outcomes name, each once."""
+    names = itertools.chain(*(o.sets for o in study.outcomes))
+    return tuple(dict.fromkeys(n for n in names if n.startswith((ANSWER, RETRIEVAL))))
+
+
 def check_outcomes(study: Study, arm: Arm, corpus: Corpus) -> None:
     """Raise UserError for an outcome that this arm's corpus and tasks don't measure."""
-    tasks = tasks_of(arm.config)
-    sets = {k: list(t.languages) for k, t in tasks.items() if t.kind != "generation"}
-    texts = corpus.heldout_sets()
-    if both := sets.keys() & texts.keys():
+    tasks, texts = tasks_of(arm.config), corpus.heldout_sets()
+    if both := tasks.keys() & texts.keys():
         raise UserError(
             f"arm {arm.name}: {min(both)!r} is a held-out set and a task of "
             "evaluation.tasks, and records have one of that name: leave the task out"
         )
-    sets |= texts
-    choices = {k for k, t in tasks.items() if t.kind == "multiple_choice"}
+    known = measurable(arm.config, corpus, tasks)
+    plain = [name for name in known if not name.startswith((ANSWER, RETRIEVAL))]
     for outcome in study.outcomes:
-        asked = [n for n in outcome.sets if n in choices]
-        if asked and len(asked) < len(outcome.sets):
-            raise UserError(
-                f"outcome {outcome.name!r} is a mean over {', '.join(outcome.sets)}: "
-                "some are measured in bits per question and some per byte; make two "
-                "outcomes of it"
-            )
         for name in outcome.sets:
-            if name not in sets:
+            if name not in known:
                 raise UserError(
                     f"outcome {outcome.name!r} is on {name!r}, which is no held-out "
                     f"set of the corpus of arm {arm.name} and no task of its config "
-                    f"that has bits; there are {', '.join(sets) or 'none'}"
+                    f"that has bits; there are {', '.join(plain) or 'none'}, "
+                    f"{ANSWER}TASK of multiple choice, and {RETRIEVAL}SET:LAYER of "
+                    f"parallel sets (LAYER: 0 to {arm.config.model.num_layers}, last)"
                 )
-            if not outcome.languages_of(sets[name]):
+            if not outcome.languages_of(known[name][1]):
                 raise UserError(
                     f"outcome {outcome.name!r} is about languages="
                     f"{outcome.languages!r}, and {name!r} has "
-                    f"{', '.join(sets[name])}"
+                    f"{', '.join(known[name][1])}"
+                )
+        units = list(dict.fromkeys(known[name][0] for name in outcome.sets))
+        if len(units) > 1:
+            raise UserError(
+                f"outcome {outcome.name!r} is a mean over {', '.join(outcome.sets)}: "
+                f"some are measured in {' and some in '.join(units)}; make an outcome "
+                "of each"
+            )
+
+
+def check_texts(study: Study, made: Mapping[str, MadeArm]) -> None:
+    """Raise UserError for a hypothesis whose arms are scored on other held-out texts or
+    questions, which do not compare."""
+    for hypothesis in study.hypotheses:
+        where = f"hypothesis {hypothesis.name!r}"
+        arms = [
+            made[study.find(side, where).name]
+            for side in (hypothesis.better, hypothesis.than)
+        ]
+        one, other = (
+            arm.corpus.contents()["heldout"]
+            | {f"task {k}": task.hash for k, task in tasks_of(arm.cfg).items()}
+            for arm in arms
+        )
+        for name in dict.fromkeys([*one, *other]):
+            if one.get(name) != other.get(name):
+                raise UserError(
+                    f"{where}: arms {arms[0].name} and {arms[1].name} do not have the "
+                    f"same held-out texts and tasks ({name}), so that their outcomes "
+                    "do not compare: build their corpora with the same held-out sets, "
+                    "and ask both the same"
                 )
 
 

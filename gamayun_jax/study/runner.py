@@ -9,6 +9,7 @@ record alone (records.py): run folders may be deleted.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fnmatch
 import shutil
@@ -21,12 +22,17 @@ import flax.linen as nn
 import jax
 
 from gamayun_jax.data.files import read_json_lines
-from gamayun_jax.evaluate.run_tasks import training_evaluators
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import compute_dtype
-from gamayun_jax.model.weights import flops_per_token
+from gamayun_jax.model.weights import abstract_params, flops_per_token
 from gamayun_jax.study.curricula import write_curricula
 from gamayun_jax.study.design import Study, with_seed
+from gamayun_jax.study.measures import (
+    items_of,
+    measured,
+    retrieval_evaluators,
+    with_answers,
+)
 from gamayun_jax.study.records import (
     Items,
     bits_of,
@@ -41,11 +47,11 @@ from gamayun_jax.study.side_by_side import (
     Member,
     Trained,
     group_key,
-    items_of,
     train_group,
 )
 from gamayun_jax.train import PREEMPTED, train
 from gamayun_jax.training.average import average_meta, average_of
+from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.divergence import DivergedForGoodError
 from gamayun_jax.training.lineage import versions
 from gamayun_jax.training.run_folder import FolderInUseError
@@ -171,9 +177,10 @@ def run_alone(
         for name, row in metrics[-1]["sources"].items()
     }
     folder_of_items = workdir / "eval" / f"{cfg.total_steps}.items"
-    evaluations: list[Items] = [
-        {p.stem: read_json_lines(p) for p in sorted(folder_of_items.glob("*.jsonl"))}
-    ]
+    items = {
+        p.stem: read_json_lines(p) for p in sorted(folder_of_items.glob("*.jsonl"))
+    }
+    evaluations: list[Items] = [{**items, **retrieval_items(made, seed, workdir)}]
     if made.arm.average_tokens:
         evaluations.append(evaluate_average(made, seed, workdir))
     curve = [
@@ -195,14 +202,29 @@ def run_alone(
     return 0
 
 
+def retrieval_items(made: MadeArm, seed: int, workdir: Path) -> Items:
+    """What is not evaluated in the course of training, by a run's last checkpoint."""
+    cfg = with_seed(made.cfg, made.name, seed)
+    mesh = sharding.make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        evaluators = retrieval_evaluators(cfg, made.corpus, mesh, made.measures)
+        if not evaluators:
+            return {}
+        abstract = sharding.place_abstract(abstract_params(cfg.model), mesh)
+        store = Checkpoints(workdir / "checkpoints", read_only=True)
+        with contextlib.closing(store):
+            params = store.restore_params(cfg.total_steps, abstract)
+        return items_of(evaluators, params)
+
+
 def evaluate_average(made: MadeArm, seed: int, workdir: Path) -> Items:
-    """The held-out sets and tasks by the mean of a run's last checkpoints."""
+    """The same and all else by the mean of a run's last checkpoints."""
     cfg = with_seed(made.cfg, made.name, seed)
     meta = average_meta(workdir, window=made.arm.average_tokens)
     params = average_of(workdir, meta)
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        evaluators = training_evaluators(cfg, made.corpus, mesh)
+        evaluators = measured(cfg, made.corpus, mesh, made.measures)
         placed = jax.device_put(params, sharding.replicated(mesh))
         return items_of(evaluators, placed)
 
@@ -222,9 +244,12 @@ def next_group(todo: Todo, limit: int) -> Todo:
 def run_group(folder: Path, sha256: str, group: Todo, log: Log) -> None:
     """Train runs side by side and write their records."""
     members = [
-        Member(with_seed(m.cfg, m.name, seed), m.plan_of(seed), m.arm.average_tokens)
+        Member(
+            with_seed(m.cfg, m.name, seed), m.plan_of(seed), m.arm.average_tokens,
+            m.measures,
+        )
         for m, seed in group
-    ]
+    ]  # fmt: skip
     log(f"{len(group)} runs side by side: {group[0][0].name} and others")
     begun = time.monotonic()
     trained = train_group(members, group[0][0].corpus, log)
@@ -275,7 +300,9 @@ def finish(
     Args:
       evaluations: of the last parameters, and of their average where the arm has one.
     """
-    cfg, items = made.cfg, evaluations[-1]
+    cfg = made.cfg
+    evaluations = [with_answers(items, made.measures) for items in evaluations]
+    items = evaluations[-1]
     corpus = digest(made.corpus.contents())
     write_units(folder, corpus, items)
     record = head(made, seed, sha256) | {

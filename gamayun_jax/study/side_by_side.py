@@ -33,14 +33,13 @@ from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.loader import LocalBatches
 from gamayun_jax.data.plan import DataPlan
 from gamayun_jax.data.token_weights import build_token_weights
-from gamayun_jax.evaluate.run_tasks import training_evaluators
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
+from gamayun_jax.study.measures import items_of, measured
 from gamayun_jax.study.records import Items
 from gamayun_jax.training.average import average_weights
 from gamayun_jax.training.checkpoint import TrainState
 from gamayun_jax.training.optimizer import learning_rate
-from gamayun_jax.training.recording import Evaluator
 from gamayun_jax.training.step import init_state, stage_tokens, update
 
 OWN = ("name", "seed", "stages", "corpus")  # fields in which runs of a group may differ
@@ -51,11 +50,13 @@ class Member(NamedTuple):
 
     Attributes:
       average_tokens: as `design.Arm.average_tokens`.
+      measures: as `registration.MadeArm.measures`, the same for all runs.
     """
 
     cfg: Config
     plan: DataPlan
     average_tokens: int = 0
+    measures: tuple[str, ...] = ()
 
 
 class Trained(NamedTuple):
@@ -81,7 +82,7 @@ def group_key(cfg: Config) -> str:
 
 def check_members(members: Sequence[Member]) -> None:
     """Raise UserError for what a group cannot do and a run alone can."""
-    for cfg, _, _ in members:
+    for cfg in (m.cfg for m in members):
         for stage in cfg.stages[1:]:
             if stage.transition.moments == "reset":
                 raise UserError(
@@ -189,7 +190,7 @@ def average_shares(members: Sequence[Member]) -> np.ndarray:
     """float32 [N, K]: the weight of the parameters after each step in a run's average;
     as `gamayun average --window` weighs the run's checkpoints."""
     shares = np.zeros((len(members), members[0].cfg.total_steps), np.float32)
-    for n, (cfg, _, tokens) in enumerate(members):
+    for n, (cfg, _, tokens, _) in enumerate(members):
         if not tokens:
             continue
         total, every = cfg.total_steps, cfg.checkpoint.every_steps
@@ -273,11 +274,6 @@ def curve_point(cfg: Config, step: int, sums: Any) -> dict[str, Any]:
     }
 
 
-def items_of(evaluators: Sequence[Evaluator], params: Any) -> Items:
-    """The items of all evaluators."""
-    return dict(itertools.chain(*(e.run(params)[1].items() for e in evaluators)))
-
-
 def evaluate_group(
     members: Sequence[Member],
     cfg: Config,
@@ -289,7 +285,7 @@ def evaluate_group(
     skipped: np.ndarray,
 ) -> list[Trained]:
     """Each run's last parameters on the held-out sets and tasks, and its average's."""
-    evaluators = training_evaluators(cfg, corpus, mesh)
+    evaluators = measured(cfg, corpus, mesh, members[0].measures)
     pick = jax.jit(lambda tree, n: jax.tree.map(lambda x: x[n], tree))
     made = []
     for n, member in enumerate(members):

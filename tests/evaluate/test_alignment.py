@@ -14,7 +14,7 @@ from flax import linen as nn
 from gamayun_jax.cli import main
 from gamayun_jax.config import ComputeConfig, MeshConfig, UserError
 from gamayun_jax.data.tokenizer import Tokenizer
-from gamayun_jax.evaluate import alignment, results
+from gamayun_jax.evaluate import alignment, consistency, results
 from gamayun_jax.interop import hf_config, hf_weights
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
@@ -153,6 +153,12 @@ def test_retrieval_is_what_loops_find():
     assert found["plain"]["cosine"]["en"]["tr"][1] == pytest.approx(
         (x * y).sum(1).mean(), abs=1e-5
     )
+    for layer in (0, 1):
+        missed = alignment.misses({k: x[layer] for k, x in states.items()})
+        for a, by in found["plain"]["accuracy"].items():
+            assert len(missed[a]) == 30
+            mean = np.mean([row[layer] for row in by.values()])
+            assert missed[a].mean() == pytest.approx(1 - mean)
     # An offset of a whole language hides what centring shows.
     assert found["centred"]["mean"][0] > found["plain"]["mean"][0] + 0.2
     result = {"sets": {"s": {"retrieval": found}}}
@@ -195,7 +201,7 @@ def test_consistency_counts_picks():
     picks = {"en": [0, 0, 1, 2, 3], "ru": [0, 1, 1, 3, 0]}
     rows = [answer(k, f"i{n}", p) for k, v in picks.items() for n, p in enumerate(v)]
     rows.append(answer("ru", "only here", 0))
-    pair = alignment.consistency(rows, "norm")["pairs"]["en-ru"]
+    pair = consistency.consistency(rows, "norm")["pairs"]["en-ru"]
     assert pair["items"] == 5
     assert pair["same"] == 2 / 5  # i0 and i2
     assert pair["both_wrong"] == 2  # i2 and i3
@@ -212,13 +218,13 @@ def test_answers_are_read_line_by_line(tmp_path):
     (tmp_path / "items").mkdir()
     (tmp_path / "eval.json").write_text(json.dumps({"tasks": {"t": told}}))
     results.write_items(tmp_path / "items", "t", rows)
-    found = alignment.consistency_of(tmp_path)["t"]
-    assert found == alignment.consistency(rows, "norm")
+    found = consistency.consistency_of(tmp_path)["t"]
+    assert found == consistency.consistency(rows, "norm")
     path = tmp_path / "items" / "t.jsonl"
     lines = path.read_text().split("\n")
     path.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]))
     with pytest.raises(UserError, match=r"t\.jsonl cannot be read \(line 4 is no JSON"):
-        alignment.consistency_of(tmp_path)
+        consistency.consistency_of(tmp_path)
 
 
 def test_random_answers_are_at_chance_and_copies_are_not():
@@ -229,7 +235,7 @@ def test_random_answers_are_at_chance_and_copies_are_not():
         for k, picks in (("en", a), ("ru", b), ("tr", a))
         for n, p in enumerate(picks)
     ]
-    pairs = alignment.consistency(rows, "norm")["pairs"]
+    pairs = consistency.consistency(rows, "norm")["pairs"]
     assert pairs["en-ru"]["same"] == pytest.approx(0.25, abs=0.03)
     assert pairs["en-ru"]["same_wrong"] == pytest.approx(1 / 3, abs=0.04)
     assert pairs["en-ru"]["expected"] == pytest.approx(0.25, abs=0.02)
@@ -239,7 +245,7 @@ def test_random_answers_are_at_chance_and_copies_are_not():
 def test_items_that_differ_are_refused():
     rows = [answer("en", "1", 0, 0), answer("ru", "1", 0, 1)]
     with pytest.raises(UserError, match="en and ru have different answers"):
-        alignment.consistency(rows, "norm")
+        consistency.consistency(rows, "norm")
 
 
 # --- a model

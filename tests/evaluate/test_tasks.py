@@ -341,8 +341,8 @@ def test_the_error_of_a_parallel_mean_is_that_of_its_ids(tmp_path):
     rng = np.random.default_rng(0)
     right = rng.integers(0, 2, 50).astype(float)
     rows = [
-        {"id": i, "language": k, "logprobs": [0.0, 0.0], "dropped": 0,
-         "correct": {"raw": r, "norm": r, "token": r}}
+        {"id": i, "language": k, "logprobs": [0.0, -i - 1.0], "dropped": 0,
+         "answer": 1, "bytes": [9, 4], "correct": {"raw": r, "norm": r, "token": r}}
         for k in ("en", "ru", "de")
         for i, r in enumerate(right)
     ]  # fmt: skip
@@ -350,6 +350,10 @@ def test_the_error_of_a_parallel_mean_is_that_of_its_ids(tmp_path):
         k: task_metrics.summarise(task, [r for r in rows if r["language"] == k])
         for k in ("en", "ru", "de")
     }
+    # Bits of the right choices over their bytes: 1 to 50 nats, 4 bytes each.
+    assert languages["en"]["answer_bits_per_byte"] == pytest.approx(
+        25.5 / 4 / math.log(2)
+    )
     found = task_metrics.macro(task, languages, rows)
     assert found["raw_se"] == pytest.approx(languages["en"]["raw_se"])
     apart = tasks.Task("t", "multiple_choice", "t.jsonl", metric="raw", parallel=False)
