@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": train.plan,
     "eval": models.evaluate,
     "align": models.align,
+    "forgetting": train.forgetting,
     "compare": models.compare,
     "generate": models.generate,
     "lm-eval": models.lm_eval,

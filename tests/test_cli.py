@@ -39,6 +39,7 @@ PARAMETERS = {
     "--json --cache",
     "eval": "model --tasks --limit --corpus --languages --batch-size --window --out",
     "align": "model --out --corpus --languages --eval",
+    "forgetting": "run --examples --steps --corpus",
     "compare": "models --tasks --limit --languages --out",
     "generate": "model --prompt --interactive --literal --max-tokens --temperature "
     "--top-k --top-p --min-p --repetition-penalty --seed",
@@ -92,6 +93,8 @@ PARSED = [
     ("eval --out o m --batch-size 1 --window 8",
      {"model": Path("m"), "out": Path("o"), "batch_size": 1, "window": 8}),
     ("align m --eval e", {"model": Path("m"), "eval": Path("e")}),
+    ("forgetting r --examples 8 --steps 3 7",
+     {"run": Path("r"), "examples": 8, "steps": [3, 7]}),
     ("compare a b --out o", {"models": [Path("a"), Path("b")], "out": Path("o")}),
     ("compare --out o", None),
     ("generate m --prompt a --prompt 'b c' --literal --top-k 3 --min-p 0.1",

@@ -185,6 +185,36 @@ def plan(
         write_text(json_, json.dumps(plans, indent=1) + "\n")
 
 
+def forgetting(
+    run: Path,
+    *,
+    examples: Count = 64,
+    steps: list[int] | None = None,
+    corpus: Path | None = None,
+) -> None:
+    """Measure what checkpoints still know of the examples that they were trained on.
+
+    Scores a sample of each language's examples, even over the steps that served them,
+    against the tokens since; and examples that were not served. Writes
+    RUN/forgetting.json, of which `gamayun report` makes a figure.
+
+    Example:
+      gamayun forgetting runs/demo --examples 64
+
+    Args:
+      run: run folder with its checkpoints.
+      examples (N): of each language.
+      steps (STEP): of the checkpoints (default: those at the stages' ends).
+      corpus: the corpus that it was trained on (default: where it was).
+    """
+    from gamayun_jax.evaluate import forgetting as measure
+    from gamayun_jax.report import forgetting as page
+
+    asked = measure.forgetting(run, examples, steps or (), corpus)["checkpoints"]
+    languages = list(dict.fromkeys(k for told in asked for k in told["languages"]))
+    print(page.forgetting_table(asked, languages).text())
+
+
 def report(runs: list[Path], *, out: Folder | None = None) -> None:
     """Make the HTML report of one run, or of several overlaid.
 

@@ -114,24 +114,28 @@ class LocalBatches:
             corpus.records(name, cfg.data.retry_seconds) for name in plan.sources
         ]
         self._languages = np.array(plan.languages, np.int32)
-        self._order = []
+        # Of each dataset (DataPlan.lookup): position -> example of its source.
+        self.order: list[Any] = []
         for run in plan.runs:
             for name, records in zip(plan.sources, self._records, strict=True):
                 seed = run.curriculum.seed
-                self._order.append(example_order(seed, name, records, self._per_record))
+                self.order.append(example_order(seed, name, records, self._per_record))
 
     def __len__(self) -> int:
         return self._plan.total_steps
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         examples = int(step) * self._plan.batch_size + self._rows
-        datasets, positions = self._plan.lookup(examples)
+        return self.read(*self._plan.lookup(examples))
+
+    def read(self, datasets: np.ndarray, positions: np.ndarray) -> dict[str, Any]:
+        """A batch of any examples, as DataPlan.lookup names them, int64 [B]."""
         sources = datasets % len(self._records)
-        tokens = np.empty((len(examples), self._seq_len + 1), np.int32)
+        tokens = np.empty((len(datasets), self._seq_len + 1), np.int32)
         for row, (dataset, source, position) in enumerate(
             zip(datasets.tolist(), sources.tolist(), positions.tolist(), strict=True)
         ):
-            example = self._order[dataset][position]
+            example = self.order[dataset][position]
             record, part = divmod(example, self._per_record)
             at = part * self._seq_len
             try:

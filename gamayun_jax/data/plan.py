@@ -120,6 +120,30 @@ class DataPlan:
             position[mine] = self._step_over(run, name, position[mine])
         return dataset, position
 
+    def place(self, source: str, number: int) -> tuple[int, int]:
+        """(dataset, position), as of `lookup`, of an example by its number among those
+        of its source that this run serves, from 0."""
+        index = self.sources.index(source)
+        for k, r in enumerate(self.runs):
+            count = int(r.curriculum.counts_at(r.curriculum.total)[index])
+            if number < count:
+                at = np.array(int(r.curriculum.offsets[index]) + number)
+                dataset = k * len(self.sources) + index
+                return dataset, int(self._step_over(k, source, at))
+            number -= count
+        raise IndexError(f"{source} has not so many examples")
+
+    def step_of(self, source: str, number: int) -> int:
+        """The step, from 1, that serves an example; see `place`."""
+        low, high = 1, self.total_steps
+        while low < high:
+            middle = (low + high) // 2
+            if self.served(middle)[source] > number:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
     def behind(self, source: str, step: int) -> Iterator[tuple[int, int]]:
         """(curriculum run, position in its order) of each example of a source that its
         cursors are beyond before step `step`: examples that this run served, and a

@@ -24,6 +24,7 @@ from gamayun_jax.report.curves import (
     panels_chart,
 )
 from gamayun_jax.report.exposure import gap, ledger_of
+from gamayun_jax.report.forgetting import forgetting_section
 from gamayun_jax.report.formats import fixed, plain, short
 from gamayun_jax.report.html import GLOSSARY, block, section, write_page
 from gamayun_jax.report.provenance import curriculum_sections, lineage_section
@@ -349,6 +350,8 @@ def write_report(folders: Sequence[AnyPath], out: AnyPath) -> Path:
         parts.append(section("Held-out evaluation", "", gap("evaluations in eval/")))
     parts += quantised_sections(quantised, languages)
     parts += task_sections(runs, languages)
+    for run in runs:
+        parts += forgetting_section(run, of_run(run, runs), languages)
     parts += sample_sections(runs, [of_run(run, runs) for run in runs])
     parts += course_sections(trained)
     for run in runs:
