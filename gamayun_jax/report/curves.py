@@ -229,6 +229,8 @@ def sources_chart(title: str, run: Run, languages: Sequence[str]) -> Markup:
     last: Any = run.metrics[-1] if run.metrics else {}
     panels = []
     for key in ("tokens", "epochs"):
+        if not any(n is not None for (k, *_), n in planned.items() if k == key):
+            continue  # epochs, before there is a corpus
         dots: dict[str, list[Dot]] = {}
         for name in names:
             parts = [planned.get((key, name, stage)) for stage in stages]
