@@ -199,7 +199,7 @@ class Run:
         total = self.config.total_steps
         if self.finished:
             return f"finished, {total:,} steps"
-        return f"stopped at step {self.step:,} of {total:,}"
+        return f"at step {self.step:,} of {total:,}"
 
     def __repr__(self) -> str:
         tokens = self.history["tokens"]

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import io
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,13 @@ def test_importing_costs_nothing():
     code = "import sys, gamayun_jax as gx; print({'jax', 'numpy'} & {*sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout == "set()\n"
+
+
+def test_the_reference_is_current():
+    docs = Path(__file__).parents[2] / "docs"
+    maker = runpy.run_path(str(docs / "make_api_reference.py"))
+    advice = "run python docs/make_api_reference.py"
+    assert (docs / "api.md").read_text("utf-8") == maker["reference"](), advice
 
 
 # --- lengths -----------------------------------------------------------------------
@@ -317,7 +325,7 @@ def test_an_interrupted_cell_saves_and_goes_on(here, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     stopped = gx.read_run(tmp_path / "run")
     assert not stopped.finished
-    assert "stopped at step" in repr(stopped)
+    assert ": at step" in repr(stopped)
     assert any("saved at step" in line for line in said)
     said.clear()
     again = gx.train(cfg, tmp_path / "run", log=said.append)
