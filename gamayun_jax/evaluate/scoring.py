@@ -137,11 +137,15 @@ def sum_over_batches(
     """float32 `shape`: what `step(params, sums, batch)` makes of zeros, batch by batch.
 
     The sums stay on the devices, whole on each of them (or a process could not fetch
-    what others hold); one transfer brings them back.
+    what others hold); one transfer brings them back. No more than one step waits to be
+    run: with 32 of them, several CPU devices of a process may block each other for
+    ever (a thread of XLA's waits for room to start a step, and the step before for that
+    thread), and their inputs would fill the memory of any device.
     """
     sums = jax.device_put(jnp.zeros(shape, jnp.float32), sharding.replicated(mesh))
     for batch in batches:
-        sums = step(params, sums, on_devices(batch, mesh))
+        placed = on_devices(batch, mesh)
+        sums = step(params, jax.block_until_ready(sums), placed)
     return np.asarray(jax.device_get(sums))
 
 

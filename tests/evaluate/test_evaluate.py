@@ -17,7 +17,12 @@ from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.heldout_sets import subsample_units
 from gamayun_jax.evaluate import heldout
 from gamayun_jax.evaluate.heldout import HeldoutEvaluator
-from gamayun_jax.evaluate.scoring import pack, token_scores, windows
+from gamayun_jax.evaluate.scoring import (
+    pack,
+    sum_over_batches,
+    token_scores,
+    windows,
+)
 from gamayun_jax.evaluate.standard_errors import pooled_ratio, ratio
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, unembedding
@@ -312,6 +317,30 @@ def test_errors_of_parallel_means_are_the_bootstrap_s_over_units(
     macro = (bits / sizes).mean(0).std()
     assert found["micro"]["bits_per_byte_se"] == pytest.approx(micro, rel=0.1)
     assert found["macro"]["bits_per_byte_se"] == pytest.approx(macro, rel=0.1)
+
+
+def test_no_step_waits_behind_another():
+    """Many in a row, over eight CPU devices: XLA's threads would block each other."""
+    mesh = sharding.make_mesh(MESH)
+    waited = []
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def summed(sums, batch):
+        x = batch["x"].astype(jnp.float32)
+        for _ in range(20):
+            x = x - x.mean() * 0.1  # devices wait for each other
+        return sums + x.sum()
+
+    def step(params, sums, batch):
+        waited.append(not sums.is_ready())
+        return summed(sums, batch)
+
+    parts = [{"x": np.full((8, 4096), k)} for k in range(60)]
+    total = sum_over_batches(step, None, parts, (), mesh)
+    expected = 8 * 4096 * sum(range(60)) * 0.9**20
+    assert total == pytest.approx(expected, rel=1e-4)
+    assert len(waited) == 60
+    assert not any(waited)
 
 
 def test_the_same_units_are_chosen_in_every_language(corpus):
