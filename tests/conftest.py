@@ -1,27 +1,39 @@
 """Eight CPU devices, and no implicit rank promotion, for every test."""
 
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Little is computed here and much compiled: LLVM's optimisation would take half the
-# time. XLA_FLAGS=--xla_backend_optimization_level=3 brings it back.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    + os.environ.get("XLA_FLAGS", "")
-)
+_FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    # Little is computed here and much compiled: with LLVM's optimisation, and with a
+    # pipeline of MLIR's passes for each fusion, that would take four times as long.
+    # XLA_FLAGS=--xla_backend_optimization_level=3 brings the first back.
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    # Devices that wait for each other in vain: pytest's timeout shows all stacks. XLA
+    # would end the process after 40 seconds, its message in pytest's capture.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+]
+if sys.version_info < (3, 12):  # the jaxlib of newer ones does not know it, and aborts
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+_FORMER = os.environ.get("XLA_FLAGS", "").split()  # the user's; or ours, in a worker
+os.environ["XLA_FLAGS"] = " ".join([*(f for f in _FLAGS if f not in _FORMER), *_FORMER])
 
 import tempfile
+
+# Tests compile the same small steps again and again: share them within a session, its
+# workers and the processes that it starts, or between sessions in the folder that
+# JAX_COMPILATION_CACHE_DIR names. The controller sets the folder, its workers find it.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile the same small steps again and again: share them within a session, or
-# between sessions in the folder that JAX_COMPILATION_CACHE_DIR names.
-_CACHE = tempfile.TemporaryDirectory()
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 import ast
 import contextlib
@@ -158,9 +170,14 @@ def shared(function: Callable, key: Callable) -> Callable:
     return call
 
 
+def of_abstract(cfg: c.Config, mesh: jax.sharding.Mesh) -> Any:
+    """All that the state's shapes and shardings depend on."""
+    return repr((cfg.model, cfg.compute, cfg.optimizer)), mesh
+
+
 def of_state(cfg: c.Config, mesh: jax.sharding.Mesh) -> Any:
     """All that the initial state depends on."""
-    return repr((cfg.model, cfg.compute, cfg.optimizer, cfg.seed)), mesh
+    return of_abstract(cfg, mesh), cfg.seed
 
 
 def of_step(cfg, mesh, abstract, stage, tables, tokens_before):
@@ -169,13 +186,13 @@ def of_step(cfg, mesh, abstract, stage, tables, tokens_before):
     shape = cfg.data.batch_size, cfg.data.seq_len
     parts = (cfg.stages[stage].schedule, cfg.divergence, tokens, shape, tokens_before)
     arrays = tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(tables))
-    return of_state(cfg, mesh), repr(parts), arrays, step.weighted_loss
+    return of_abstract(cfg, mesh), repr(parts), arrays, step.weighted_loss
 
 
 # Small runs train the same few programs: in a process each is made once. The step's
 # buffers are donated, so a run gets a copy of the initial state.
 train.compile_step = shared(train.compile_step, of_step)
-resume.abstract_state = shared(resume.abstract_state, of_state)
+resume.abstract_state = shared(resume.abstract_state, of_abstract)
 _new_state = shared(resume.new_state, of_state)
 resume.new_state = lambda *args: jax.tree.map(jnp.copy, _new_state(*args))
 
