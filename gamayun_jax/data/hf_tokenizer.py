@@ -259,6 +259,8 @@ class HFTokenizer(TextCoder):
         if end in special and special[end].content in TURN_ENDS:
             numbers = {t.content: i for i, t in special.items() if t.special}
             end = next((numbers[t] for t in DOCUMENT_ENDS if t in numbers), end)
+            if not self.prefix_ids and end != self.eos_id:
+                self.start_id = end  # a BOS of such a model begins a turn
         return Boundaries((*self.prefix_ids, end)[0], end, end)
 
     def _spell(self, data: dict[str, Any], where: str) -> list[bytes]:

@@ -143,6 +143,10 @@ def test_a_turn_s_end_does_not_end_documents(tmp_path):
     end = HFTokenizer(plain).eos_id
     assert HFTokenizer(plain).boundaries == (end, end, end)
     assert HFTokenizer(chat).eos_id != end
+    turns = imported.byte_level(
+        tmp_path / "c", texts, bos=False, eos_token="<|im_end|>", bos_token="<|im_end|>"
+    )
+    assert HFTokenizer(turns).start_id == HFTokenizer(turns).boundaries.start == end
     begin = HFTokenizer(chat).bos_id
     assert HFTokenizer(chat).boundaries == (begin, end, end)
 
