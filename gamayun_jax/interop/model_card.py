@@ -43,6 +43,10 @@ def model_card(
       sentencepiece: whether the tokenizer is ours.
     """
     lineage, sets = meta.lineage, (evaluation or {}).get("sets") or {}
+    # Records of former releases have no weights.
+    stages = [s for s in (ledger or {}).get("stages", []) if s["targets"]]
+    if ledger and uncounted(ledger):
+        stages = []
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         cfg=cfg,
@@ -58,10 +62,7 @@ def model_card(
         sentencepiece=sentencepiece,
         sources=lineage.get("corpus", {}).get("sources", {}),
         exposure=ledger and ledger_table(ledger).markdown(),
-        objective=ledger
-        and ledger["stages"]
-        and not uncounted(ledger)
-        and objective_table(ledger["stages"]).markdown(),
+        objective=stages and objective_table(stages).markdown(),
         sets={
             name: result["languages"]
             | {k: result[k] for k in ("macro", "micro") if k in result}

@@ -33,6 +33,7 @@ from gamayun_jax.data.loader import LocalBatches
 from gamayun_jax.data.plan import make_data_plan
 from gamayun_jax.data.records import FlatShard
 from gamayun_jax.data.token_weights import build_token_weights
+from gamayun_jax.interop.huggingface import export_hf
 from gamayun_jax.interop.model_card import exposure_of
 from gamayun_jax.report.exposure import ledger_of
 from gamayun_jax.report.read_run import read_run
@@ -227,6 +228,12 @@ def test_the_ledger_is_the_plan_and_what_the_steps_counted(
     write_report([straight], tmp_path)
     told = json.loads((tmp_path / "exposure.json").read_text())
     assert told == {"straight": found}
+    export_hf(straight, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "exposure.json").read_text()) == found
+    card = (tmp_path / "hf" / "README.md").read_text()
+    n = found["sources"]["en/help"]["served"]["examples"]
+    assert f"| en/help | {n} | {n} | {n * 64:,} |" in card
+    assert "| language | align, tokens | align, planned | align, achieved |" in card
     missing = exposure_of(meta, tmp_path)  # the records are gone
     assert set(uncounted(missing)) == set(config.languages)
     assert missing["all"] == found["all"]
