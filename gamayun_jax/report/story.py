@@ -172,12 +172,11 @@ def sample_table(
     body: list[list[Cell | str]] = []
     for language in languages:
         first = dict(itertools.islice(items[-1].get(language, {}).items(), SAMPLES))
-        for n, (name, item) in enumerate(first.items()):
-            cell = language_cell(len(body), language)
+        for name, item in first.items():
             made = (of.get(language, {}).get(name) for of in items)
             body.append(
                 [
-                    cell if not n else Cell("", value=len(body)),
+                    language_cell(len(body), language),
                     plain(get(item, "prompt") or name, 120),
                     plain(answer_of(item), 80),
                     *(sample_cell(x) for x in made),
