@@ -64,7 +64,7 @@ def next_steps(workdir: Path, page: Path) -> str:
         f"  open {shlex.quote(str(page))} in a browser\n"
         f'  gamayun generate {run} --prompt "To open a file,"\n'
         f"  gamayun export-hf {run} out    for transformers and llama.cpp\n"
-        "  your own data: docs/data.md; in a notebook: README.md"
+        "  your own data: docs/own_data.md; in a notebook: experiments/notebooks"
     )
 
 
