@@ -17,7 +17,7 @@ import gamayun_jax as gx
 FOLDER = Path(__file__).parents[2] / "experiments/notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NEEDS = {"5_another_model": ("transformers", "torch"), "6_plan_a_pod": ("libtpu",)}
-BARS = "(read|tokenise|last_word)"  # of progress
+BARS = "(read|tokenise|next_paragraph)"  # of progress
 EXECUTE = """
 import sys, nbclient, nbformat
 notebook = nbformat.read(sys.argv[1], as_version=4)
@@ -86,7 +86,8 @@ def test_notebooks_run(path, place):
             source = "".join(cell["source"])
             assert output["output_type"] != "error", (source, output)
             text = "".join(output.get("text", ()))
-            if output.get("name") == "stderr":  # progress alone: no library speaks
+            # Progress alone: no library speaks but those that the cell itself calls.
+            if output.get("name") == "stderr" and "transformers" not in source:
                 lines = re.split(r"[\r\n]+", text)
                 assert all(re.fullmatch(f"({BARS}:.*)?", x.strip()) for x in lines)
             data = output.get("data", {})
