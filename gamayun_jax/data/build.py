@@ -62,9 +62,10 @@ def build(
     recipe, described = recipe_of(cfg, inputs, heldout)
     text = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    busy = f"corpus {out} is being built by another process"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with lock(out):
+        with lock(out, UserError(f"{busy}: wait for it")):
             if not find_former(out, fingerprint):
                 with Pool(workers, progress) as pool:
                     manifest = make(cfg, out, inputs, heldout, pool)

@@ -134,16 +134,18 @@ def open_files_limit() -> int:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """One build per folder at a time; the lock goes with the process."""
-    fd = os.open(folder, os.O_RDONLY)
+def lock(path: Path, busy: UserError) -> Iterator[None]:
+    """A file or folder for one process at a time; the lock goes with the process.
+
+    Raises:
+      UserError: `busy`, if another process has it.
+    """
+    fd = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise UserError(
-                f"corpus {folder} is being built by another process: wait for it"
-            ) from e
+            raise busy from e
         yield
     finally:
         os.close(fd)

@@ -51,8 +51,9 @@ WORDS = {
     "of the same kinds, too. It is for one comparison alone.",
     "verdict": "Supported: significant at 5 % over all hypotheses (Holm) and the "
     "interval below 0. Contradicted: the same on the other side. Else not decided.",
-    "smallest effect": "The difference that so many seeds would have shown with 80 % "
-    "power, at the spread over seeds that was seen.",
+    "smallest effect": "The difference that would have had a verdict with 80 % power, "
+    "at the spread over seeds and the width of the interval that were seen (before "
+    "Holm's correction).",
     "bits per byte": GLOSSARY["bits per byte"],
     "share of translations missed": "Of retrieval among all units of a parallel set by "
     "a layer's hidden states, the mean over the other languages.",
@@ -126,13 +127,15 @@ def registered_section(f: Findings) -> Markup:
 def verdict_section(f: Findings) -> Markup:
     """The registered hypotheses."""
     names = [c.name for c in f.hypotheses]
-    return section(
-        "Verdicts",
-        "The registered hypotheses, those that were not borne out included.",
-        block("notes", [sentence(f, c) for c in f.hypotheses]),
-        forest(f, "Registered differences", f.hypotheses, names),
-        block("table", hypothesis_table(f)),
-    )
+    content = [block("gap", "No hypothesis was registered.")]
+    if names:
+        content = [
+            block("notes", [sentence(f, c) for c in f.hypotheses]),
+            forest(f, "Registered differences", f.hypotheses, names),
+            block("table", hypothesis_table(f)),
+        ]
+    text = "The registered hypotheses, those that were not borne out included."
+    return section("Verdicts", text, *content)
 
 
 def arm_sections(f: Findings, curricula: Mapping[str, Any]) -> Iterable[Markup]:
@@ -149,9 +152,10 @@ def arm_sections(f: Findings, curricula: Mapping[str, Any]) -> Iterable[Markup]:
     done = sum(len(a.done) for a in f.arms)
     wrong = [a.name for a in f.arms if a.other]
     text = (
-        f"Tokens as registered, by source. All {done} finished runs counted what they "
-        f"served, and {'it is this' if not wrong else 'NOT all served this: '}"
-        f"{', '.join(wrong)}. Columns stand for all arms that serve the same."
+        f"Tokens by source, from the plans. Of the {done} finished runs "
+        f"{'none says' if not wrong else 'these say'} that it served anything else"
+        f"{': ' if wrong else ''}{', '.join(wrong)}. Columns stand for all arms that "
+        "serve the same."
     )
     yield section("Exposure", text, block("table", ledger_table(f, curricula)))
 
@@ -175,7 +179,8 @@ def effect_sections(f: Findings) -> Iterable[Markup]:
     if any(c.difference.sd is not None for c in f.hypotheses):
         text = (
             "Standard deviation over seeds of the paired differences, and the smallest "
-            "effect that so many seeds show with 80 % power."
+            "effect that the t test over so many seeds shows with 80 % power. A "
+            "verdict asks for an interval on one side of 0 as well, which needs more."
         )
         yield section("Power", text, block("table", power_table(f)))
 

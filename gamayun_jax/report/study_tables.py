@@ -47,6 +47,11 @@ def pair_text(c: Compared) -> str:
 def status_lines(f: Findings) -> list[str]:
     """What of the registered runs is not as it should be; none if all is."""
     told = []
+    if f.other_rules:
+        told.append(
+            "The registered rules of the analysis are not those of this release, which "
+            f"are applied here: {', '.join(f.other_rules)}."
+        )
     if f.missing:
         told.append(
             f"Under way: {runs_text(f)} runs are there. What is shown may change; "

@@ -64,7 +64,8 @@ class Difference:
         rules, its p the paired t test's. Without two seeds neither is known.
       signs: p of the exact sign-flip test; None: not known.
       sd: standard deviation of the differences by seed.
-      smallest: effect that is found with the rules' power at this sd and n.
+      smallest: effect that has a verdict, before Holm's correction, with the rules'
+        power: the t test's, or what an interval as wide as this one leaves.
       by_seed: seed -> difference.
     """
 
@@ -202,10 +203,13 @@ def difference(
         return Difference(Estimate(value, items=n), None, None, None, by_seed)
     sd = float(values_S.std(ddof=1))
     low, high, p = by_t(value, sd / math.sqrt(n), n - 1)
+    smallest = smallest_effect(sd, n)
     if error is not None:
         low, high, _ = by_t(value, error(), n - 1)
+        needed = float(special.stdtrit(n - 1, POWER)) * sd / math.sqrt(n)
+        smallest = max(smallest, (high - low) / 2 + needed)
     found = Estimate(value, low, high, p, n)
-    return Difference(found, sign_test(values_S), sd, smallest_effect(sd, n), by_seed)
+    return Difference(found, sign_test(values_S), sd, smallest, by_seed)
 
 
 def paired_difference(
@@ -222,7 +226,7 @@ def paired_difference(
 
 
 def smallest_effect(sd: float, n: int) -> float:
-    """Difference that n seeds show at the 5 % level with 80 % power.
+    """Difference that the t test over n seeds shows at the 5 % level with 80 % power.
 
     Args:
       sd: standard deviation over seeds of the paired differences.

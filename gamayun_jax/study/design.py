@@ -42,6 +42,17 @@ class Arm:
     twin: Literal["", "single", "reversed", "ramped"] = ""
     average_tokens: Whole = 0
 
+    def __post_init__(self):
+        where = f"an arm with levels={dict(self.levels)!r}"
+        if not self.levels:
+            raise UserError(f"{where}: give it one, by which it is known")
+        for level in self.levels.values():
+            if not isinstance(level, str) or not safe(level):
+                raise UserError(
+                    f"{where}: {level!r} becomes part of a file's name: write a text "
+                    "of letters, digits, '.' and '_'"
+                )
+
     @property
     def name(self) -> str:
         """The levels joined by hyphens: of files, tables and messages."""
@@ -137,6 +148,17 @@ class Study:
                     "more of the same seeds"
                 )
 
+    def _check_outcomes(self) -> None:
+        columns = {"arm", "seed", "status", *self.arms[0].levels}
+        for outcome in self.outcomes:
+            if not outcome.sets:
+                raise UserError(f"outcome {outcome.name!r}: sets is empty")
+            if outcome.name in columns or "/" in outcome.name:
+                raise UserError(
+                    f"outcome {outcome.name!r} is called as another column of runs.csv "
+                    "is: give it another name"
+                )
+
     def _check_names(self) -> None:
         for what, names in (
             ("arms", [a.name for a in self.arms]),
@@ -147,6 +169,12 @@ class Study:
                 raise UserError(f"study {self.name}: {what} is empty")
             if twice := {n for n in names if names.count(n) > 1}:
                 raise UserError(f"study {self.name}: two {what} are {min(twice)!r}")
+            if bad := [n for n in names if not n.isprintable() or not n.strip()]:
+                raise UserError(
+                    f"study {self.name}: {what} have the name {bad[0]!r}: it stands in "
+                    "tables, so write it on one line"
+                )
+        self._check_outcomes()
         for arm in self.arms:
             if not arm.seeds or len(set(arm.seeds)) < len(arm.seeds):
                 raise UserError(
@@ -157,11 +185,6 @@ class Study:
                     f"arm {arm.name} has the factors {', '.join(arm.levels)}, and "
                     f"{self.arms[0].name} has {', '.join(self.arms[0].levels)}: give "
                     "all arms a level of each factor"
-                )
-            if bad := [x for x in arm.levels.values() if not safe(x)]:
-                raise UserError(
-                    f"arm {arm.name}: level {bad[0]!r} becomes part of a file's name: "
-                    "use letters, digits, '.' and '_'"
                 )
             checkpoints = arm.config.checkpoint
             if arm.average_tokens and (
@@ -223,7 +246,7 @@ class Study:
 
 def safe(level: str) -> bool:
     """Whether a level may be part of a file's name."""
-    return bool(level) and all(c.isalnum() or c in "._" for c in level)
+    return bool(level.strip(".")) and all(c.isalnum() or c in "._" for c in level)
 
 
 def load_study(path: str | Path) -> Study:

@@ -7,6 +7,7 @@ the rules of analysis.py. Nothing else is needed: run folders may be gone.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import numpy as np
 
 from gamayun_jax.config import UserError
 from gamayun_jax.study.analysis import (
+    RULES,
     Difference,
     Record,
     Resampled,
@@ -32,7 +34,7 @@ from gamayun_jax.study.design import (
     SHARE_MISSED,
     Outcome,
 )
-from gamayun_jax.study.records import read_records, read_units
+from gamayun_jax.study.records import check_sums, read_records, read_units
 from gamayun_jax.study.registration import read_registration
 
 NO_VERDICT, EXCLUDED = "no verdict yet", "excluded"
@@ -132,6 +134,12 @@ class Findings:
         return self.frozen["study"]
 
     @property
+    def other_rules(self) -> list[str]:
+        """Rules of the registration that this release words or applies differently."""
+        now = json.loads(json.dumps(RULES))
+        return [k for k, v in self.frozen["analysis"].items() if now.get(k) != v]
+
+    @property
     def planned(self) -> int:
         return sum(len(a.plan["seeds"]) for a in self.arms)
 
@@ -210,6 +218,15 @@ def analyse(folder: Path) -> Findings:
     records = read_records(folder, frozen["sha256"])
     arms = [arm_runs(row, records) for row in frozen["study"]["arms"]]
     units = read_units(folder) if any(a.done for a in arms) else {}
+    for arm in arms:
+        for record in arm.done.values():
+            if record["corpus"] not in units:
+                raise UserError(
+                    f"units.json lacks the corpus of arm {arm.name}: take it from "
+                    "where its records are from"
+                )
+            check_sums(record, units[record["corpus"]])
+        check_copies(arm)
     texts: dict[str, Resampled] = {}
     for corpus, of in units.items():
         same = [t for t in texts.values() if t.units == of]
@@ -226,6 +243,19 @@ def analyse(folder: Path) -> Findings:
         sizes=list(by_size(f)),
         averages=list(averages(f)),
     )
+
+
+def check_copies(arm: ArmRuns) -> None:
+    """Raise UserError for two seeds of an arm with the very same results."""
+    seen: dict[str, int] = {}
+    for seed, record in arm.done.items():
+        told = json.dumps(record["bits"], sort_keys=True)
+        if told in seen:
+            raise UserError(
+                f"the records of arm {arm.name}, seeds {seen[told]} and {seed} are the "
+                "same: one is a copy; delete it, and the run is made again"
+            )
+        seen[told] = seed
 
 
 def arm_runs(

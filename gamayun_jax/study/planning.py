@@ -73,8 +73,9 @@ def power_text(study: Study) -> str:
             "of a difference of arms (a few runs of two arms), and give Study.noise"
         )
     lines = [
-        "Smallest difference that is found in 4 of 5 studies like this one (two-sided "
-        f"5 %, standard deviation of a difference over seeds {study.noise:g}):"
+        "Smallest difference that the t test over seeds finds in 4 of 5 studies like "
+        f"this one (two-sided 5 %, standard deviation over seeds {study.noise:g}); the "
+        "interval over languages and texts, and Holm, ask for more:"
     ]
     for hypothesis in study.hypotheses:
         n = len(shared_seeds(study, hypothesis))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from gamayun_jax.config import UserError
-from gamayun_jax.data.files import write_text
+from gamayun_jax.data.files import read_json, write_text
 
 # "heldout-SET" or a task's name -> its units, as evaluators give them.
 Items = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -61,12 +61,13 @@ def read_records(folder: Path, sha256: str = "") -> dict[tuple[str, int], dict]:
     for path in sorted((folder / "records").glob("*/*.json")):
         try:
             record = json.loads(path.read_text("utf-8"))
-            key = record["arm"], record["seed"]
+            check_record(record)
             given = record["sha256"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(
-                f"{path} is damaged: delete it, and the run is made again"
+                f"{path} is damaged ({e}): delete it, and the run is made again"
             ) from None
+        key = record["arm"], record["seed"]
         if path != record_path(folder, *key):
             raise UserError(f"{path} is the record of arm {key[0]}, seed {key[1]}")
         if sha256 and given != sha256:
@@ -76,6 +77,49 @@ def read_records(folder: Path, sha256: str = "") -> dict[tuple[str, int], dict]:
             )
         found[key] = record
     return found
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Raise an error of Python's for a record that is not as `finish` writes it."""
+    if not isinstance(record["arm"], str) or type(record["seed"]) is not int:
+        raise ValueError("arm or seed")
+    if record["status"] == "diverged":
+        return
+    if record["status"] != "done":
+        raise ValueError(f"status {record['status']!r}")
+    if not all(type(n) is int for n in record["served"].values()):
+        raise ValueError("served")
+    for part in ("sets", "raw") if "raw" in record else ("sets",):
+        for name, by in record[part].items():
+            for language, value in by.items():
+                if not (isinstance(value, float | int) and math.isfinite(value)):
+                    raise ValueError(f"{part} of {name}, {language}: {value}")
+    for name, by in record["sets"].items():
+        if by.keys() != record["bits"][name].keys():
+            raise ValueError(f"languages of {name}")
+
+
+def check_sums(record: Mapping[str, Any], units: Mapping[str, Any]) -> None:
+    """Raise UserError unless a record's results are the sums of its units' bits.
+
+    Args:
+      units: set or task -> language -> {"ids", "bytes"}, of the record's corpus.
+    """
+    for name, by in record["sets"].items():
+        for language, value in by.items():
+            bits = record["bits"][name][language]
+            sizes = units.get(name, {}).get(language, {}).get("bytes", [])
+            # Each unit's bits are rounded to 0.01.
+            least = 0.005 * len(bits) / max(sum(sizes), 1) + 1e-6
+            if len(bits) != len(sizes) or not (
+                abs(sum(bits) / sum(sizes) - value) <= least
+            ):
+                raise UserError(
+                    f"the record of arm {record['arm']}, seed {record['seed']} says "
+                    f"{value} for {language} in {name!r}, and its units say otherwise: "
+                    "it was edited, or is of other units than units.json; delete it, "
+                    "and the run is made again"
+                )
 
 
 def choice_bits(item: Mapping[str, Any]) -> float:
@@ -152,5 +196,9 @@ def write_units(folder: Path, corpus: str, items: Items) -> None:
 
 
 def read_units(folder: Path) -> dict[str, Any]:
-    """Corpus's hash -> set -> language -> {"ids", "bytes"}."""
-    return json.loads((folder / "units.json").read_text("utf-8"))
+    """Corpus's hash -> set or task -> language -> {"ids", "bytes"}.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    return read_json(folder / "units.json", "take it back from where it is kept")

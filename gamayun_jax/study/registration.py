@@ -180,6 +180,10 @@ def check_texts(study: Study, made: Mapping[str, MadeArm]) -> None:
         one, other = (
             arm.corpus.contents()["heldout"]
             | {f"task {k}": task.hash for k, task in tasks_of(arm.cfg).items()}
+            | {
+                f"evaluation.{k}": getattr(arm.cfg.evaluation, k)
+                for k in ("max_units", "task_items")
+            }
             for arm in arms
         )
         for name in dict.fromkeys([*one, *other]):
@@ -196,10 +200,25 @@ def check_exposure(group: list[MadeArm]) -> None:
     """Raise UserError unless all arms serve the same examples of every source.
 
     A source is read in one order from one cursor, so that equal counts are equal
-    examples; a stage that restarts its cursors would break that.
+    examples, of the same text and length; a stage that restarts its cursors would break
+    that.
     """
     first = group[0]
     for made in group:
+        pair = f"arms {first.name} and {made.name} are declared matched, but"
+        lengths = [m.cfg.data.seq_len for m in (first, made)]
+        if lengths[0] != lengths[1]:
+            raise UserError(
+                f"{pair} their examples have {lengths[0]} and {lengths[1]} tokens "
+                "(data.seq_len): use the same, or set Study.matched"
+            )
+        texts = [m.corpus.contents()["sources"] for m in (first, made)]
+        for source in first.served():
+            if texts[0].get(source) != texts[1].get(source, texts[0].get(source)):
+                raise UserError(
+                    f"{pair} {source} has other text in the corpus of {made.name}: "
+                    "train them on one corpus, or set Study.matched"
+                )
         if len(group) > 1 and len(made.plan.runs) > 1:
             raise UserError(
                 f"arm {made.name}: a stage restarts its data cursors, so it does not "
@@ -209,8 +228,7 @@ def check_exposure(group: list[MadeArm]) -> None:
         for source in dict.fromkeys([*wanted, *served]):
             if wanted.get(source, 0) != served.get(source, 0):
                 raise UserError(
-                    f"arms {first.name} and {made.name} are declared matched, but "
-                    f"serve {wanted.get(source, 0)} and {served.get(source, 0)} "
+                    f"{pair} serve {wanted.get(source, 0)} and {served.get(source, 0)} "
                     f"examples of source {source!r}: make one a twin of the other, or "
                     "set Study.matched"
                 )

@@ -12,16 +12,18 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fnmatch
+import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from gamayun_jax.data.files import read_json_lines
+from gamayun_jax.config import UserError
+from gamayun_jax.data.files import lock, read_json_lines
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import compute_dtype
 from gamayun_jax.model.weights import abstract_params, flops_per_token
@@ -119,35 +121,41 @@ def run_study(
       UserError: a study that does not fit its corpora or its registration.
     """
     made = make_arms(study)
-    folder.mkdir(parents=True, exist_ok=True)
-    sha256 = register(folder, study, made)
-    write_curricula(folder, made)
-    read_records(folder, sha256)
-    log(f"study {study.name}, registered as {sha256[:16]}: {len(study.runs())} runs")
-    progress = Progress(study, folder, made, log)
     runs = [
         (made[arm.name], seed)
         for arm, seed in study.runs()
         if fnmatch.fnmatchcase(arm.name, arms)
     ]
+    if not runs:
+        raise UserError(
+            f"no arm is like {arms!r} (--arms); there are "
+            f"{', '.join(a.name for a in study.arms)}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    read_records(folder, register(folder, study, made, write=False))
+    sha256 = register(folder, study, made)
+    write_curricula(folder, made)
+    log(f"study {study.name}, registered as {sha256[:16]}: {len(study.runs())} runs")
+    progress = Progress(study, folder, made, log)
     while todo := [
         r for r in runs if not record_path(folder, r[0].name, r[1]).exists()
     ]:
-        if side_by_side:
-            group = next_group(todo, side_by_side)
-            run_group(folder, sha256, group, progress.say)
-            continue
         taken = False
-        for arm, seed in todo:
-            if record_path(folder, arm.name, seed).exists():
-                continue  # another process has finished it meanwhile
-            try:
-                if run_alone(folder, sha256, arm, seed, keep_runs, log):
-                    return PREEMPTED
-            except FolderInUseError:
-                continue
-            taken = True
-            progress.say(f"{arm.name}, seed {seed}")
+        for group in groups_of(todo) if side_by_side else [[run] for run in todo]:
+            with claimed(folder, group, side_by_side or 1) as mine:
+                if not mine:
+                    continue
+                if side_by_side:
+                    run_group(folder, sha256, mine, progress.say)
+                else:
+                    arm, seed = mine[0]
+                    try:
+                        if run_alone(folder, sha256, arm, seed, keep_runs, log):
+                            return PREEMPTED
+                    except FolderInUseError:
+                        continue  # by a command on that run alone
+                    progress.say(f"{arm.name}, seed {seed}")
+                taken = True
         if not taken:
             time.sleep(POLL_SECONDS)  # other processes make what is left
     return 0
@@ -232,13 +240,36 @@ def evaluate_average(made: MadeArm, seed: int, workdir: Path) -> Items:
 # --- side by side -----------------------------------------------------------------
 
 
-def next_group(todo: Todo, limit: int) -> Todo:
-    """The next runs that can be trained as one program."""
+def groups_of(todo: Todo) -> list[Todo]:
+    """Runs that can be trained as one program, together."""
+    groups: dict[tuple[str, Path], Todo] = {}
+    for run in todo:
+        key = group_key(run[0].cfg), run[0].corpus.folder
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
 
-    def key(run: tuple[MadeArm, int]) -> tuple[str, Path]:
-        return group_key(run[0].cfg), run[0].corpus.folder
 
-    return [run for run in todo if key(run) == key(todo[0])][:limit]
+@contextlib.contextmanager
+def claimed(folder: Path, runs: Todo, limit: int) -> Iterator[Todo]:
+    """The first of the runs that have no record and no other process at work on them.
+
+    They are this process's until it has written their records.
+    """
+    with contextlib.ExitStack() as held:
+        mine: Todo = []
+        for made, seed in runs:
+            path = folder / "runs" / made.name / f"{seed}.lock"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            try:
+                held.enter_context(lock(path, FolderInUseError(f"{path} is in use")))
+            except FolderInUseError:
+                continue
+            if not record_path(folder, made.name, seed).exists():
+                mine.append((made, seed))
+            if len(mine) == limit:
+                break
+        yield mine
 
 
 def run_group(folder: Path, sha256: str, group: Todo, log: Log) -> None:
@@ -270,10 +301,12 @@ def run_group(folder: Path, sha256: str, group: Todo, log: Log) -> None:
 
 def divergence_of(made: MadeArm, result: Trained) -> str:
     """Why a run of a group counts as diverged; "" if it does not."""
-    limit = made.cfg.divergence.nonfinite
-    if limit and result.skipped >= limit:
+    limit = made.cfg.divergence.nonfinite or made.cfg.total_steps
+    if result.skipped >= limit:
         return f"loss or gradient of {result.skipped} steps was not finite"
-    return ""
+    if not all(math.isfinite(point["loss"]) for point in result.curve):
+        return "the training loss is not finite"
+    return "" if result.evaluations else "its last parameters are not finite"
 
 
 # --- records ----------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Trained(NamedTuple):
 
     Attributes:
       evaluations: items of the last parameters, and of their average
-        where the run asks for one.
+        where the run asks for one; none if these are not finite.
       curve: the means of every log.every_steps steps, as records.py says.
       skipped: steps whose loss or gradient was not finite.
     """
@@ -287,10 +287,16 @@ def evaluate_group(
     """Each run's last parameters on the held-out sets and tasks, and its average's."""
     evaluators = measured(cfg, corpus, mesh, members[0].measures)
     pick = jax.jit(lambda tree, n: jax.tree.map(lambda x: x[n], tree))
+    is_finite = jax.jit(
+        lambda tree: jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
+    )
     made = []
     for n, member in enumerate(members):
-        evaluations = [items_of(evaluators, pick(params, n))]
+        ends = [pick(params, n)]
         if member.average_tokens:
-            evaluations.append(items_of(evaluators, pick(averages, n)))
+            ends.append(pick(averages, n))
+        evaluations = []
+        if all(bool(is_finite(end).all()) for end in ends):
+            evaluations = [items_of(evaluators, end) for end in ends]
         made.append(Trained(evaluations, curves[n], int(skipped[n])))
     return made

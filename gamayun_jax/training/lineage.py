@@ -178,7 +178,8 @@ def rate_points(
         begin, end = span["start_tokens"], span["end_tokens"]
         at = np.linspace(begin, end, each)
         rates = learning_rate(stage.schedule, jnp.asarray(at), begin, end)
-        pairs = zip(at, np.asarray(rates), strict=True)
+        # A constant rate is a scalar.
+        pairs = zip(at, np.broadcast_to(rates, at.shape), strict=True)
         points += [[round(x), float(f"{y:.4g}")] for x, y in pairs]
     return points
 

@@ -189,6 +189,6 @@ def test_changed_input_is_another_recipe(tmp_path):
 
 def test_two_builds_of_a_folder(built, tmp_path):
     cfg, _ = built
-    with files.lock(tmp_path):
+    with files.lock(tmp_path, c.UserError("in use")):
         with pytest.raises(UserError, match="another process"):
             build(cfg, tmp_path)

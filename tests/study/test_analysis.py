@@ -111,6 +111,24 @@ def test_smallest_effect_is_found_with_the_power_that_it_says():
     assert 0.75 <= found.mean() <= 0.85
 
 
+def test_the_smallest_effect_of_a_pair_has_a_verdict_with_that_power():
+    """Also where the interval is wider than that over seeds: then it counts."""
+    rng, n, sd, error = np.random.default_rng(4), 8, 0.01, 0.012
+
+    def judged(effect):
+        values = rng.normal(effect, sd, n)
+        d = analysis.difference(dict(enumerate(values)), lambda: error)
+        return d, analysis.verdicts([d])[0][1]
+
+    found = [judged(0.0)[0] for _ in range(200)]
+    smallest = np.median([d.smallest for d in found])
+    assert smallest > 2 * analysis.smallest_effect(sd, n)
+    told = [judged(smallest)[1] for _ in range(1000)]
+    assert 0.75 <= np.mean([t == analysis.CONTRADICTED for t in told]) <= 0.85
+    alone = analysis.difference(dict(enumerate(rng.normal(0, sd, n))))
+    assert alone.smallest == analysis.smallest_effect(alone.sd, n)
+
+
 def test_verdicts_need_both_the_test_and_the_interval():
     def told(value, low, high, p):
         e = Estimate(value, low, high, p)

@@ -7,7 +7,10 @@ import pytest
 from synthetic_study import LANGUAGES, ORDERS, registration, write_study
 
 from gamayun_jax.config import UserError
+from gamayun_jax.report import study_tables
+from gamayun_jax.report.study import write_study as write_page
 from gamayun_jax.study import analysis, findings
+from gamayun_jax.study.registration import digest
 
 STAGED, REVERSED = "3M-staged-decay", "3M-reversed-decay"
 
@@ -135,6 +138,84 @@ def test_languages_alone_make_up_the_mean(tmp_path):
         assert list(of) == [*LANGUAGES, "others"]
         alone = np.mean([of[k] for k in LANGUAGES if k != "en"])
         assert of["others"] == pytest.approx(alone)
+
+
+def edited(record, change):
+    """A record that somebody changed by hand."""
+    match change:
+        case "value":
+            record["sets"]["udhr"]["ru"] -= 0.5
+        case "unit changed":
+            record["bits"]["udhr"]["ru"][3] += 90
+        case "unit lost":
+            record["bits"]["udhr"]["ru"].pop()
+        case "status":
+            record["status"] = "Done"
+        case "seed":
+            record["seed"] = str(record["seed"])
+        case "not finite":
+            record["sets"]["udhr"]["ru"] = None
+        case "set":
+            del record["bits"]["udhr"]
+        case _:
+            del record[change]
+    return record
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("value", r"says .* for ru in 'udhr', and its units say otherwise"),
+        ("unit changed", r"says .* for ru in 'udhr', and its units say otherwise"),
+        ("unit lost", r"says .* for ru in 'udhr', and its units say otherwise"),
+        *((k, "is damaged") for k in ("status", "seed", "not finite", "set")),
+        *((k, "is damaged") for k in ("served", "sets", "bits", "sha256")),
+    ],
+)
+def test_edited_records_are_named(tmp_path, change, said):
+    write_study(tmp_path, frozen=small())
+    path = tmp_path / f"records/{STAGED}/3.json"
+    path.write_text(json.dumps(edited(json.loads(path.read_text()), change)))
+    with pytest.raises(UserError, match=said):
+        findings.analyse(tmp_path)
+
+
+def test_a_copy_under_another_seed_is_named(tmp_path):
+    write_study(tmp_path, frozen=small())
+    record = json.loads((tmp_path / f"records/{STAGED}/3.json").read_text())
+    path = tmp_path / f"records/{STAGED}/5.json"
+    path.write_text(json.dumps(record | {"seed": 5}))
+    with pytest.raises(UserError, match="seeds 3 and 5 are the same"):
+        findings.analyse(tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"other": {}}'])
+def test_units_that_are_lost_are_named(tmp_path, text):
+    path = write_study(tmp_path, frozen=small()) / "units.json"
+    path.unlink()
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"units\.json"):
+        findings.analyse(tmp_path)
+
+
+def test_a_study_without_hypotheses_has_a_page(tmp_path):
+    frozen = small()
+    frozen["study"]["hypotheses"] = []
+    frozen["sha256"] = digest({k: frozen[k] for k in ("study", "analysis")})
+    f = findings.analyse(write_study(tmp_path, frozen=frozen))
+    assert "No hypothesis was registered" in write_page(f, tmp_path).read_text("utf-8")
+    assert study_tables.study_text(f)
+
+
+def test_rules_of_another_release_are_said(tmp_path):
+    frozen = small()
+    frozen["analysis"]["resamples"] += 1
+    frozen["sha256"] = digest({k: frozen[k] for k in ("study", "analysis")})
+    f = findings.analyse(write_study(tmp_path, frozen=frozen))
+    assert f.other_rules == ["resamples"]
+    told = study_tables.study_text(f)
+    assert "registered rules of the analysis are not those of this release" in told
 
 
 def test_nothing_is_done_yet(tmp_path):

@@ -304,7 +304,7 @@ def test_records_of_another_study_or_run_are_refused(alone, tmp_path):
     with pytest.raises(c.UserError, match="is the record of arm single, seed 0"):
         records.read_records(tmp_path)
     path.with_name("7.json").write_text("[]")
-    with pytest.raises(c.UserError, match="is damaged: delete it"):
+    with pytest.raises(c.UserError, match=r"is damaged \(.*\): delete it"):
         records.read_records(tmp_path)
 
 
@@ -327,11 +327,33 @@ def test_a_run_that_diverges_is_recorded_as_that(base, tmp_path, monkeypatch):
     assert sum("DIVERGED" in line for line in said) == 4
 
 
+def test_a_group_without_the_guard_still_records_its_other_runs(base, tmp_path):
+    """A run that is not finite is diverged, whatever its config lets pass."""
+    free = dataclasses.replace(
+        base, divergence=c.DivergenceConfig(nonfinite=0, skip=False)
+    )
+    stages = tuple(
+        dataclasses.replace(s, schedule=dataclasses.replace(s.schedule, peak=1e30))
+        for s in free.stages
+    )
+    arms = (
+        design.Arm({"rate": "high"}, dataclasses.replace(free, stages=stages), (0, 1)),
+        design.Arm({"rate": "low"}, free, (0, 1)),
+    )
+    study = small_study(base, arms=arms, hypotheses=())
+    assert runner.run_study(study, tmp_path, side_by_side=4) == 0
+    found = {k: r["status"] for k, r in records.read_records(tmp_path).items()}
+    assert found == {
+        ("high", 0): "diverged", ("high", 1): "diverged", ("low", 0): "done",
+        ("low", 1): "done",
+    }  # fmt: skip
+
+
 def test_a_group_tells_runs_that_diverge(base):
     arm = design.Arm({"order": "staged"}, base, (0,))
     made = registration.MadeArm(arm, base, None, None)
-    assert not runner.divergence_of(made, side_by_side.Trained([], [], 2))
-    why = runner.divergence_of(made, side_by_side.Trained([], [], 3))
+    assert not runner.divergence_of(made, side_by_side.Trained([{}], [], 2))
+    why = runner.divergence_of(made, side_by_side.Trained([{}], [], 3))
     assert "3 steps was not finite" in why
 
 
@@ -339,6 +361,34 @@ def test_a_signal_stops_a_study(base, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "train", lambda *args, **more: runner.PREEMPTED)
     assert runner.run_study(small_study(base), tmp_path) == runner.PREEMPTED
     assert not records.read_records(tmp_path)
+
+
+@pytest.mark.parametrize("group", [0, 2])
+def test_claimed_runs_are_left_alone(base, tmp_path, group):
+    """From the first step to the record, also of groups."""
+    made = registration.make_arms(small_study(base))
+    todo = [(made[a], s) for s in (0, 1) for a in ("staged", "single")]
+    size = group or 1
+    with runner.claimed(tmp_path, todo, size) as mine:
+        assert mine == todo[:size]
+        with runner.claimed(tmp_path, todo, 4) as others:
+            assert others == todo[size:]
+    records.write_record(
+        tmp_path,
+        {"arm": "staged", "seed": 0, "sha256": "", "status": "diverged", "why": ""},
+    )
+    with runner.claimed(tmp_path, todo, 4) as mine:
+        assert mine == todo[1:]
+
+
+def test_a_registration_is_not_written_where_other_records_lie(alone, base, tmp_path):
+    records.write_record(tmp_path, records.read_records(alone)["single", 0])
+    other = small_study(base, question="another?")
+    with pytest.raises(c.UserError, match="belongs to another registration"):
+        runner.run_study(other, tmp_path)
+    assert not (tmp_path / registration.FILE).exists()
+    with pytest.raises(c.UserError, match="no arm is like 'zz'"):
+        runner.run_study(small_study(base), tmp_path, arms="zz")
 
 
 def test_processes_share_the_runs(base, tmp_path, monkeypatch):
@@ -391,7 +441,6 @@ def arm(levels, seeds=(0, 1), **more):
         (dict(arms=(arm({"order": "a"}, (0, 0)),)), "each once"),
         (dict(arms=(arm({"order": "a"}, ()),)), "each once"),
         (dict(arms=(arm({"order": "a"}), arm({"way": "b"}))), "has the factors way"),
-        (dict(arms=(arm({"order": "a/b"}),)), "becomes part of a file's name"),
         (dict(arms=(arm({"order": "a"}, average_tokens=9),)), "keep_every_steps"),
         (dict(primary="english"), "no outcome is called 'english'; there are others"),
         (dict(matched=("size",)), "matched names 'size', which is no factor"),
@@ -417,6 +466,15 @@ def arm(levels, seeds=(0, 1), **more):
             "share 1 seeds",
         ),
         (dict(noise=-1.0), "study.noise"),
+        (dict(outcomes=(design.Outcome("others", ()),)), "sets is empty"),
+        (
+            dict(outcomes=(*OUTCOMES, design.Outcome("seed", ("udhr",)))),
+            "'seed' is called as another column",
+        ),
+        (
+            dict(outcomes=(*OUTCOMES, design.Outcome("a\nb", ("udhr",)))),
+            "write it on one line",
+        ),
     ],
 )
 def test_bad_designs_are_named(change, said):
@@ -511,6 +569,52 @@ def test_arms_scored_on_other_texts_are_refused(base, tmp_path):
         registration.make_arms(study)
     free = small_study(base, arms=arms, matched=None, hypotheses=(), **outcomes)
     assert set(registration.make_arms(free)) == {"staged", "single"}
+
+
+@pytest.mark.parametrize("levels", [{}, *({"a": x} for x in ("b/c", "..", "", 1))])
+def test_levels_are_names_of_files(base, levels):
+    said = "becomes part of a file's name" if levels else "give it one"
+    with pytest.raises(c.UserError, match=said):
+        design.Arm(levels, base, (0,))
+
+
+def test_matched_arms_read_one_text_in_one_length(base):
+    """Equal counts of examples are not enough."""
+    made = registration.make_arms(small_study(base, hypotheses=()))
+    one, other = made.values()
+    data = dataclasses.replace(one.cfg.data, seq_len=32)
+    short = dataclasses.replace(
+        other, cfg=dataclasses.replace(other.cfg, data=data), plan=one.plan
+    )
+    with pytest.raises(c.UserError, match=r"64 and 32 tokens \(data.seq_len\)"):
+        registration.check_exposure([one, short])
+    sources = dict(one.corpus.manifest["sources"])
+    sources["tr/help"] = sources["ru/help"]
+    swapped = dataclasses.replace(
+        one.corpus, manifest={**one.corpus.manifest, "sources": sources}
+    )
+    with pytest.raises(c.UserError, match="tr/help has other text in the corpus of"):
+        registration.check_exposure([one, dataclasses.replace(one, corpus=swapped)])
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({"max_units": 8}, "evaluation.max_units"),
+        ({"task_items": 4}, "evaluation.task_items"),
+        ({"tasks": ("cldr_facts", "last_word")}, "task last_word"),
+    ],
+)
+def test_arms_of_a_hypothesis_are_asked_the_same(base, field, said):
+    less = dataclasses.replace(base.evaluation, **field)
+    arms = (
+        arm({"order": "a"}, cfg=base),
+        arm({"order": "b"}, cfg=dataclasses.replace(base, evaluation=less)),
+    )
+    study = small_study(base, arms=arms, hypotheses=(A_BEFORE_B,))
+    with pytest.raises(c.UserError, match=rf"held-out texts and tasks \({said}\), so"):
+        registration.make_arms(study)
+    registration.make_arms(small_study(base, arms=arms, hypotheses=()))
 
 
 # --- the plan and the command -----------------------------------------------------
