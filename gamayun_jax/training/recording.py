@@ -104,7 +104,10 @@ def write_record(run: Run, step: int) -> None:
     run.folder.write("goodput.json", timer.goodput(run.lineage["started"]))
     flat = {k: record[k] for k in ("loss", "nll", "lr", "grad_norm")}
     flat |= {k: record["time"][k] for k in ("tokens_per_s", "mfu")}
-    flat |= {f"nll/{k}": v["nll"] for k, v in record["languages"].items()}
+    by_language = {k: v["nll"] for k, v in record["languages"].items()}
+    known = [x for x in by_language.values() if x is not None]
+    flat |= {f"nll/{k}": x for k, x in by_language.items()}
+    flat["nll/macro"] = sum(known) / len(known) if known else None
     flat["effective_share"] = record["objective"]["effective_share"]
     weight = record["objective"]["weight"]
     for name, row in record["languages"].items() if weight else ():
@@ -245,8 +248,10 @@ def log_scores(
         metric = part.get("metric", "bits_per_byte")  # a held-out set has this one
         languages, tokens = part["languages"].items(), run.tokens_at(run.step)
         tag = f"{prefix}/{name}/{metric}"
-        run.folder.scalars({f"{tag}/{k}": v[metric] for k, v in languages}, tokens)
-        mean = part.get("macro", {}).get(metric, math.nan)
+        scalars = {f"{tag}/{k}": v[metric] for k, v in languages}
+        mean = part.get("macro", {}).get(metric)
+        run.folder.scalars({**scalars, f"{tag}/macro": mean}, tokens)
+        mean = math.nan if mean is None else mean
         run.log(f"{'eval':>8} step {run.step}  {tag} {mean:.3f} (macro)")
 
 

@@ -287,6 +287,8 @@ def test_both_are_evaluated(kept):
     assert ema["macro"]["bits_per_byte"] != raw["macro"]["bits_per_byte"]
     tags = b"".join(p.read_bytes() for p in run.glob("events.*"))
     assert b"eval/udhr/bits_per_byte/ru" in tags
+    assert b"eval/udhr/bits_per_byte/macro" in tags
+    assert b"train/nll/macro" in tags
     assert b"ema/eval/udhr/bits_per_byte/ru" in tags
     text = scores.run_text(run)
     assert " average " in text
