@@ -210,8 +210,8 @@ def exploratory_section(f: Findings) -> Markup:
         parts.append(block("folded", "Averaged against last parameters", content))
     return section(
         "Exploratory",
-        "Not registered: all other pairs of matched arms, of one size. Of a hundred "
-        "such intervals of nothing, five exclude 0; p is not corrected.",
+        "Not registered: all other pairs of matched arms, of one size. Of many "
+        "such intervals of nothing, some exclude 0; p is not corrected.",
         *parts,
     )
 
