@@ -65,7 +65,10 @@ def builds(rounds: int) -> dict[str, list[dict[str, float]]]:
                     sys.executable,
                     command,
                     environment(way),
-                    file_actions=[(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)],
+                    file_actions=[
+                        (os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0)
+                        for fd in (1, 2)
+                    ],
                 )
                 _, status, used = os.wait4(pid, 0)
                 assert status == 0
