@@ -106,7 +106,8 @@ def hypothesis_table(f: Findings) -> Table:
     """The registered comparisons with their verdicts."""
     body: list[list[Cell | str]] = []
     for c in f.hypotheses:
-        d, mark = c.difference, MARKS.get(c.verdict, "same")
+        # Neither is "within noise", which the mark of "same" would say.
+        d, mark = c.difference, MARKS.get(c.verdict, "")
         smallest = fixed(d.smallest, ".4f")
         body.append(
             [

@@ -35,6 +35,9 @@ def test_verdicts_and_nulls_are_told_alike(whole):
         told = study_tables.sentence(f, c)
         assert c.verdict.upper() in told
         assert ("80 % power" in told) == (c.verdict == "not decided")
+        # A mark beside the words says no more than they do.
+        marked = {"supported": "better", "contradicted": "worse"}.get(c.verdict, "")
+        assert f'<td class="{marked}" data-v="">{c.verdict}<' in page
     notes = f.study["notes"]
     for text in ("SUPPORTED", "NOT DECIDED", f.frozen["sha256"], "Exploratory", *notes):
         assert text in page
