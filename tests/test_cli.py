@@ -225,7 +225,7 @@ WRITTEN = [
 
 @pytest.mark.parametrize("path", [p for p in WRITTEN if p.is_file()], ids=str)
 def test_commands_of_the_documents_are_read(path):
-    text = path.read_text().replace("\\\n", " ")
+    text = re.sub(r"\\+\n", " ", path.read_text())  # two in a docstring of Python
     for line in re.findall(r"^ *(gamayun .*)", text, re.MULTILINE):
         words = shlex.split(re.split(r" {2,}[#(]", line)[0].replace("...", ""))
         if "[" not in line:  # a form of the command, not an example
