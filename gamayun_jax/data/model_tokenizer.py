@@ -9,7 +9,7 @@ from typing import Any
 
 from gamayun_jax.config import AnyPath, ModelConfig, UserError
 from gamayun_jax.data.hf_tokenizer import SETTINGS, HFTokenizer
-from gamayun_jax.data.tokenizer import Tokenizer
+from gamayun_jax.data.tokenizer import TextCoder, Tokenizer
 
 
 def open_tokenizer(
@@ -68,9 +68,7 @@ def tokenizers_in(path: Path) -> Iterator[Tokenizer | HFTokenizer]:
         yield Tokenizer(path / "tokenizer.model")
 
 
-def check_vocabulary(
-    tokenizer: Tokenizer | HFTokenizer, model: ModelConfig, where: Path
-) -> None:
+def check_vocabulary(tokenizer: TextCoder, model: ModelConfig, where: Path) -> None:
     """Raise UserError if the tokenizer has ids that the model has no row for.
 
     The other way round is common: tables are padded to a round number.

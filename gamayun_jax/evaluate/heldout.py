@@ -28,6 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 from gamayun_jax.config import Config, UserError
 from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.heldout_sets import subsample_units, text_key, xz_bytes
+from gamayun_jax.data.model_tokenizer import check_vocabulary
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.evaluate.scoring import (
     Window,
@@ -75,8 +76,9 @@ class HeldoutEvaluator:
         in training, or the model's own window where it was not trained here.
 
     Raises:
-      UserError: a language that no held-out set has, a window that the model does not
-        have, a parallel set whose languages have different units.
+      UserError: a language that no held-out set has, a corpus's tokenizer with more
+        ids than the model, a window that the model does not have, a parallel set whose
+        languages have different units.
     """
 
     name = "sets"
@@ -93,7 +95,9 @@ class HeldoutEvaluator:
     ):
         self.every_steps = cfg.evaluation.every_steps
         self._mesh = mesh
-        tokenizer = corpus.tokenizer() if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = corpus.tokenizer()
+            check_vocabulary(tokenizer, cfg.model, corpus.folder)
         sets = languages_of_sets(corpus, languages)
         if window is None and not cfg.data.corpus:
             window = cfg.model.max_seq_len

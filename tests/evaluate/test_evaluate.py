@@ -404,5 +404,5 @@ def test_a_tokenizer_beyond_the_model(config, corpus, replace):
     small = replace(config, "model.vocab_size", 256)
     mesh = sharding.make_mesh(config.mesh)
     model = Transformer(small.model, config.compute)
-    with pytest.raises(UserError, match=r"512 ids, the model .*vocab_size=256"):
+    with pytest.raises(UserError, match=r"512 ids, but the model .*vocab_size=256"):
         HeldoutEvaluator(small, corpus, mesh, model)
