@@ -102,11 +102,14 @@ def measure(folder: Path, total: int, reads: int) -> dict[str, float]:
     corpus = open_corpus(folder)
     opened = time.perf_counter()
     plan = make_data_plan(cfg, corpus)
-    batches = loader.LocalBatches(cfg, corpus, plan, np.arange(ROWS))
+    sources = [corpus.records(name) for name in plan.sources]
+    batches = loader.LocalBatches(cfg, corpus, plan, np.arange(ROWS), records=sources)
     ready, spent = time.perf_counter(), time.process_time() - cpu
     begun = resident()
     steps = np.random.default_rng(0).integers(0, len(batches), reads // ROWS).tolist()
-    touched = write_what_is_read(batches, steps)
+    examples = [np.arange(ROWS) + step * B for step in steps]
+    places = [plan.lookup(x) for x in examples]
+    touched = write_what_is_read(sources, batches, places)
     wall, cpu = time.perf_counter(), time.process_time()
     for step in steps:
         batches[step]
@@ -125,16 +128,19 @@ def measure(folder: Path, total: int, reads: int) -> dict[str, float]:
     }
 
 
-def write_what_is_read(batches: loader.LocalBatches, steps: list[int]) -> int:
-    """Write the records of these steps' batches; returns how many shards have them."""
+def write_what_is_read(
+    sources: list[records.Records],
+    batches: loader.LocalBatches,
+    places: list[tuple[np.ndarray, np.ndarray]],
+) -> int:
+    """Write the records at these places of the sources' orders, as the plan looks them
+    up; returns how many shards have them."""
     rng = np.random.default_rng(0)
     files = set()
-    for step in steps:
-        examples = step * batches._plan.batch_size + batches._rows
-        datasets, positions = batches._plan.lookup(examples)
+    for datasets, positions in places:
         for dataset, position in zip(datasets, positions.tolist(), strict=True):
-            source = batches._records[dataset % len(batches._records)]
-            file, number = source.locate(batches._order[dataset][position])
+            source = sources[dataset % len(sources)]
+            file, number = source.locate(batches.order[dataset][position])
             tokens = rng.integers(3, 2000, T + 1).astype("<u4").tobytes()
             with open(file, "r+b") as f:
                 f.seek(number * (SIZE + records.CHECKSUM))
