@@ -399,6 +399,8 @@ def test_processes_share_the_runs(base, tmp_path, monkeypatch):
     def train(cfg, workdir, log):
         RunFolder(workdir).close()
         taken.append(cfg.name)
+        if len(taken) == 3:  # by now the study is registered
+            later.start()
         raise DivergedForGoodError("not trained here")
 
     def finish_later():
@@ -410,7 +412,6 @@ def test_processes_share_the_runs(base, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "train", train)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     later = threading.Timer(0.5, finish_later)
-    later.start()
     assert runner.run_study(small_study(base), tmp_path) == 0
     later.join()
     assert sorted(taken) == ["single-0", "single-1", "staged-1"]
