@@ -23,7 +23,8 @@ FOCUS = ("pl", "ko", "tr")
 def get_config() -> c.Config:
     demo = c.load_config(Path(__file__).with_name("tiny.py"))
     mixture = c.MixtureConfig(
-        shares={f"{lang}/help": 0.25 for lang in (*FOCUS, "en")}, max_epochs=20.0
+        shares={f"{lang}/help": 0.25 for lang in (*FOCUS, "en")} | {"en/hq": 0.0},
+        max_epochs=20.0,
     )
     stage = c.StageConfig(
         name="adapt",
