@@ -227,12 +227,12 @@ def run(lm, tasks, **kwargs):
 
 @pytest.fixture(scope="module")
 def backends(model):
-    torch.set_grad_enabled(False)
-    theirs = HFLM(
-        str(model), dtype="float32", device="cpu", batch_size=8, max_length=512
-    )
-    ours = lm_eval_adapter.GamayunLM(str(model), batch_size=8, hf_parity=True)
-    return ours, theirs
+    with torch.no_grad():
+        theirs = HFLM(
+            str(model), dtype="float32", device="cpu", batch_size=8, max_length=512
+        )
+        ours = lm_eval_adapter.GamayunLM(str(model), batch_size=8, hf_parity=True)
+        yield ours, theirs
 
 
 @pytest.mark.slow
