@@ -9,6 +9,14 @@ from gamayun_jax.config import Config, StageConfig, UserError
 RECORDS = 20  # most checkpoints, evaluations and log lines of a shortened run, each
 
 
+def check_config(cfg: object) -> None:
+    """Raise UserError for what is no config, such as its name."""
+    if not isinstance(cfg, Config):
+        raise UserError(
+            f"{cfg!r} is no config: gx.load_config(...) reads one by its name or file"
+        )
+
+
 def shorten(cfg: Config, steps: int = 100) -> Config:
     """The same config with so many steps, to try it before it costs anything.
 
@@ -29,6 +37,9 @@ def shorten(cfg: Config, steps: int = 100) -> Config:
     Raises:
       UserError: fewer steps than stages.
     """
+    check_config(cfg)
+    if not isinstance(steps, int):
+        raise UserError(f"steps={steps!r} is no whole number")
     if steps < len(cfg.stages):
         raise UserError(
             f"steps={steps} is less than one for each of {len(cfg.stages)} stages"

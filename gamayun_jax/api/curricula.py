@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.api.columns import Columns
+from gamayun_jax.api.configs import check_config
 from gamayun_jax.config import AnyPath, Config
 from gamayun_jax.data.corpus import Corpus, open_corpus
 from gamayun_jax.data.plan import (
@@ -179,6 +180,7 @@ def curriculum(cfg: Config, init_from: AnyPath | None = None) -> CurriculumPrevi
     Raises:
       UserError: a mixture, schedule or epoch cap that does not fit.
     """
+    check_config(cfg)
     folder = Path(cfg.data.corpus)
     origin = None
     if not (folder / "manifest.json").exists() and not init_from and cfg.corpus.sources:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from gamayun_jax.api.configs import check_config
 from gamayun_jax.config import AnyPath, Config, UserError
 from gamayun_jax.plan import aot, choices, roofline
 from gamayun_jax.plan import text as plan_text
@@ -75,6 +76,7 @@ def plan(
       UserError: no compiler, unknown topology, sizes that do not divide, or a step
         that does not fit.
     """
+    check_config(cfg)
     names = [] if isinstance(topology, str) else list(topology)
     if names and (search or slices > 1):
         raise UserError("search and slices go with one topology (N*CHIP:AxB: slices)")

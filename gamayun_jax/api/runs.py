@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gamayun_jax.api.columns import Columns
+from gamayun_jax.api.configs import check_config
 from gamayun_jax.config import AnyPath, Config, UserError, from_json
 from gamayun_jax.data import build
 from gamayun_jax.data.corpus import Corpus
@@ -149,7 +150,12 @@ class Run:
         Raises:
           UserError: none of these.
         """
-        shown = list(languages or self.languages)
+        shown = [languages] if isinstance(languages, str) else languages
+        shown = list(shown or self.languages)
+        if unknown := [k for k in shown if k not in self.languages]:
+            raise UserError(
+                f"languages: {unknown[0]!r} is not among {', '.join(self.languages)}"
+            )
         if of == "loss":
             loss, label = losses(self.records)
             lines = {k: loss_points(self.records, k, of=loss)[1] for k in shown}
@@ -224,7 +230,8 @@ def build_corpus(
     """Make the corpus of a config: clean, deduplicate and tokenise its documents.
 
     Run again, it goes on where it was interrupted, and does nothing where the corpus
-    is there.
+    is there. Its processes import the script that calls it, so a script, not a
+    notebook, does that under `if __name__ == "__main__":`.
 
     Example:
       >>> gx.build_corpus(cfg)
@@ -237,6 +244,7 @@ def build_corpus(
     Raises:
       UserError: bad config or input, a folder that holds another corpus, a full disk.
     """
+    check_config(cfg)
     if not (out or cfg.data.corpus):
         raise UserError("data.corpus is empty and no folder is given: name one")
     return build.build(cfg, out or cfg.data.corpus, workers)
@@ -275,6 +283,7 @@ def train(
       UserError: config, corpus, devices or run folder do not fit.
       KeyboardInterrupt: stopped by a signal, after a checkpoint was saved.
     """
+    check_config(cfg)
     workdir = Path(workdir)
     xla.keep_compilations(workdir / "compiled")
     status = run_stages(cfg, workdir, init_from, log, profile, fresh, own_process=False)

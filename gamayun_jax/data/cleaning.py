@@ -45,13 +45,27 @@ def normal_form(form: Form, text: str) -> str:
     return unicodedata.normalize(form, MARKS.sub(sort, text))
 
 
+def without_breaks(text: str) -> str:
+    """NFC text without the zero-width spaces that mark no words.
+
+    Without one of them, marks may change places, so that another one stands beside
+    other characters. Where that goes on, the text is no language: all of them go.
+    """
+    for _ in range(4):
+        fewer = ZERO_WIDTH.sub("", text)
+        if fewer == text:
+            return text
+        text = normal_form("NFC", fewer)
+    return normal_form("NFC", text.replace("\u200b", ""))
+
+
 def clean(text: str) -> str:
     """NFC, \\n line ends, no control or invisible characters, no trailing spaces."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = DROPPED.sub(lambda match: REPLACED.get(match[0], ""), text)
     text = normal_form("NFC", text)
     if "\u200b" in text:
-        text = normal_form("NFC", ZERO_WIDTH.sub("", text))
+        text = without_breaks(text)
     if " \n" in text or "\t\n" in text:
         text = "\n".join([line.rstrip(" \t") for line in text.split("\n")])
     return text.rstrip(" \t\n").lstrip("\n")

@@ -83,23 +83,25 @@ def within_noise(boundary: Boundary) -> Iterable[str]:
 
 def rate_text(run: Run, stage: str) -> str:
     """How the learning rate went in a stage; "" where it is not recorded."""
-    rates = [
-        (x, rate)
+    recorded = [
+        (x, rate, plain(get(m, "stage"), 24) == stage)
         for m in run.metrics
-        if plain(get(m, "stage"), 24) == stage
-        and (x := num(m, "tokens")) is not None
-        and (rate := num(m, "lr")) is not None
+        if (x := num(m, "tokens")) is not None and (rate := num(m, "lr")) is not None
     ]
+    inside = [i for i, (_, _, own) in enumerate(recorded) if own]
+    if not inside:
+        return ""
+    # From the last record before the stage on, whose rate is that of the switch.
+    rates = [r[:2] for r in recorded[max(inside[0] - 1, 0) : inside[-1] + 1]]
     if len(rates) < 2:
         return ""
     (begin, first), (end, last) = rates[0], rates[-1]
     steps = itertools.pairwise(rates)
     falling = sum(x - w for (w, a), (x, b) in steps if b < a)
-    share = falling / (end - begin) if end > begin else 0.0
-    return (
-        f"its learning rate went from {first:.2g} to {last:.2g}, falling over "
-        f"{share:.0%} of its tokens"
-    )
+    went = f"its learning rate went from {first:.2g} to {last:.2g}"
+    if not falling or end <= begin:
+        return went
+    return f"{went}, falling over {falling / (end - begin):.0%} of its tokens"
 
 
 def switch_section(runs: Sequence[Run]) -> Iterable[Markup]:
@@ -117,10 +119,11 @@ def switch_section(runs: Sequence[Run]) -> Iterable[Markup]:
             which = f"{run.name}: in" if len(runs) > 1 else "In"
             rate = rate_text(run, boundary.stage)
             rate = rate or "how its learning rate went is not recorded"
+            more = "and a falling rate lower" if "falling" in rate else "alone lower"
             told.append(
                 f"{which} “{boundary.stage}” the mixture changed, more tokens were "
-                f"seen, and {rate}. More tokens and a falling rate lower bits per byte "
-                "by themselves: their share and the mixture's are one sum here."
+                f"seen, and {rate}. More tokens {more} bits per byte by themselves: "
+                "their share and the mixture's are one sum here."
             )
     if not told:
         return

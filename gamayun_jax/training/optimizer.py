@@ -58,7 +58,7 @@ def check_schedule(cfg: ScheduleConfig, where: str, start: int, end: int) -> Non
     """Raise UserError if warm-up and decay do not fit between the given tokens."""
     length = end - start if cfg.position == "restart" else end
     if cfg.warmup_tokens + cfg.decay_tokens > length:
-        begun = "; a run that goes on from another needs its --init-from"
+        begun = ", or, where the schedule began in another run, give it by --init-from"
         raise UserError(
             f"{where}: warmup_tokens={cfg.warmup_tokens} + decay_tokens="
             f"{cfg.decay_tokens} exceed the schedule's {length} tokens: shorten them"

@@ -262,7 +262,7 @@ def go_on(
     else:
         log(f"{folder.path} was finished before: all {step} steps are done")
     for name, (old, new) in changes.items():
-        log(f"config change since the checkpoint: {name}: {old!r} -> {new!r}")
+        log(f"config change since the checkpoint: {name}: {change_text(old, new)}")
         lineage["events"].append(
             {"event": "config", "step": step, "field": name, "old": old, "new": new}
         )
@@ -400,3 +400,12 @@ def begin_records(run: Run) -> None:
         run.log(
             f"{folder.path}/metrics.jsonl: line {number} is damaged and stays as it is"
         )
+
+
+def change_text(old: Any, new: Any) -> str:
+    """A changed value; of lists of named parts, such as stages, which came and went."""
+    lists = isinstance(old, list) and isinstance(new, list)
+    if not lists or not all(isinstance(x, dict) and "name" in x for x in old + new):
+        return f"{old!r} -> {new!r}"
+    names = [[x["name"] for x in part] for part in (old, new)]
+    return f"{', '.join(names[0])} -> {', '.join(names[1])}"

@@ -183,6 +183,17 @@ def test_configs_that_cannot_be_shortened(config):
     assert gx.shorten(config, 1000) is config
     with pytest.raises(gx.UserError, match="less than one for each of 2 stages"):
         gx.shorten(config, 1)
+    with pytest.raises(gx.UserError, match="steps='100' is no whole number"):
+        gx.shorten(config, "100")
+
+
+@pytest.mark.parametrize(
+    "take", ["shorten", "curriculum", "build_corpus", "train", "plan"]
+)
+def test_a_name_is_no_config(take):
+    more = {"train": ("run",), "plan": ("v5e:4x4",)}.get(take, ())
+    with pytest.raises(gx.UserError, match=r"'tiny' is no config: gx.load_config"):
+        getattr(gx, take)("tiny", *more)
 
 
 def test_configs_by_name_and_changes_as_a_mapping():
@@ -229,6 +240,11 @@ def test_a_run_is_its_records(here):
         run.table("help")
     with pytest.raises(gx.UserError, match="choose of loss, udhr, nll"):
         run.curves("lost")
+    for unknown in ("uk", ["en", "uk"]):
+        with pytest.raises(gx.UserError, match="'uk' is not among en, ru, tr"):
+            run.curves(languages=unknown)
+    one, same = (run.curves(languages=k).axes[0].lines for k in ("ru", ["ru"]))
+    assert len(one) == len(same)
 
 
 def test_columns_without_pandas_or_with(here):

@@ -21,6 +21,9 @@ from gamayun_jax.data import (
     )
 )
 @example("e\u00ad\u0301")
+@example("\u200b\u0e48\u0300\u200b\u0334")
+@example("\u200b\u0e48\u0300\u200b\u0334" * 40)
+@example("\u0e01\u200b\u0334\u200b" * 9 + "\u0e48\u0300\u200b\u0334" * 9)
 def test_clean(text):
     found = cleaning.clean(text)
     assert cleaning.clean(found) == found

@@ -69,10 +69,12 @@ def truncate(folder, rng):
 
 
 def flip(folder, rng):
-    """One bit in the largest file: the values of the arrays."""
+    """Eight bits in the largest file: the values of the arrays. Of a compressed file
+    no value depends on some bits, so that one alone may do no damage."""
     path = max(files(folder / "params"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    for place in rng.sample(range(len(data)), 8):
+        data[place] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 

@@ -114,7 +114,7 @@ def test_one_run_does_not_say_that_its_switch_helped(run, tmp_path):
     part = page.source.split("Did the switch help?</h2>")[1].split("<h2")[0]
     assert "One run can&#39;t tell" in part
     # The learning rate's share is named: it fell all the while.
-    assert "its learning rate went from 0.0036 to 0, falling over 100% of its" in part
+    assert "its learning rate went from 0.004 to 0, falling over 100% of its" in part
     assert "“align”" not in part  # begins from nothing: no switch
     one = records(every=50, evals=(0, 800))
     first = write_run(tmp_path / "first", one)

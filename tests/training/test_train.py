@@ -654,7 +654,10 @@ def test_future_stages_may_change_and_the_past_may_not(straight, config, tmp_pat
         schedule=dataclasses.replace(second.schedule, decay_tokens=0),
     )  # fmt: skip
     longer = dataclasses.replace(config, stages=(first, second, third))
-    assert train.train(longer, run, log=quiet) == 0
+    said = []
+    assert train.train(longer, run, log=said.append) == 0
+    (change,) = [line for line in said if "config change" in line]
+    assert change.endswith(": stages: align, enrich -> align, enrich, third")
     assert records(run)[-1]["step"] == 14
     lineage = json.loads((run / "lineage.json").read_text())
     assert [s["name"] for s in lineage["stages"]] == ["align", "enrich", "third"]
@@ -712,7 +715,7 @@ def test_the_preview_of_a_run_that_goes_on_from_another(
         f"def get_config():\n    return from_json({to_json(cfg)!r})\n"
     )
     assert cli.main(["curriculum", str(path)]) == 2
-    assert "needs its --init-from" in capsys.readouterr().err
+    assert "give it by --init-from" in capsys.readouterr().err
     origin = ["--init-from", str(straight / "checkpoints" / "7")]
     assert cli.main(["curriculum", str(path), *origin]) == 0
     assert "en/help" in capsys.readouterr().out
