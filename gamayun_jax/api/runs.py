@@ -145,16 +145,19 @@ class Run:
         Args:
           of: "loss" (of training, by language, smoothed), the name of a held-out set
             (bits per byte), or a column of `history`.
-          languages: default: all.
+          languages: default: all; of a held-out set also "macro", their mean.
 
         Raises:
           UserError: none of these.
         """
         shown = [languages] if isinstance(languages, str) else languages
         shown = list(shown or self.languages)
-        if unknown := [k for k in shown if k not in self.languages]:
+        allowed = list(self.languages)
+        if of in self.heldout_sets:
+            allowed.append("macro")
+        if unknown := [k for k in shown if k not in allowed]:
             raise UserError(
-                f"languages: {unknown[0]!r} is not among {', '.join(self.languages)}"
+                f"languages: {unknown[0]!r} is not among {', '.join(allowed)}"
             )
         if of == "loss":
             loss, label = losses(self.records)

@@ -243,6 +243,7 @@ def test_a_run_is_its_records(here):
     for unknown in ("uk", ["en", "uk"]):
         with pytest.raises(gx.UserError, match="'uk' is not among en, ru, tr"):
             run.curves(languages=unknown)
+    assert run.curves("udhr", ["macro"]).axes[0].lines
     one, same = (run.curves(languages=k).axes[0].lines for k in ("ru", ["ru"]))
     assert len(one) == len(same)
 
