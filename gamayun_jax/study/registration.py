@@ -213,12 +213,6 @@ def check_exposure(group: list[MadeArm]) -> None:
                 "(data.seq_len): use the same, or set Study.matched"
             )
         texts = [m.corpus.contents()["sources"] for m in (first, made)]
-        for source in first.served():
-            if texts[0].get(source) != texts[1].get(source, texts[0].get(source)):
-                raise UserError(
-                    f"{pair} {source} has other text in the corpus of {made.name}: "
-                    "train them on one corpus, or set Study.matched"
-                )
         if len(group) > 1 and len(made.plan.runs) > 1:
             raise UserError(
                 f"arm {made.name}: a stage restarts its data cursors, so it does not "
@@ -231,6 +225,11 @@ def check_exposure(group: list[MadeArm]) -> None:
                     f"{pair} serve {wanted.get(source, 0)} and {served.get(source, 0)} "
                     f"examples of source {source!r}: make one a twin of the other, or "
                     "set Study.matched"
+                )
+            if served.get(source) and texts[0].get(source) != texts[1].get(source):
+                raise UserError(
+                    f"{pair} {source} has other text in the corpus of {made.name}: "
+                    "train them on one corpus, or set Study.matched"
                 )
 
 
