@@ -26,10 +26,8 @@ from gamayun_jax.fields import (
     AnyPath,
     Axis,
     Count,
-    Decay,
     Finite,
     LocalPath,
-    Part,
     Positive,
     Seed,
     Share,
@@ -43,6 +41,12 @@ from gamayun_jax.fields import (
 from gamayun_jax.fields import check_local as check_local
 from gamayun_jax.fields import to_dict as to_dict
 from gamayun_jax.fields import to_json as to_json
+from gamayun_jax.stage_config import MixtureConfig as MixtureConfig
+from gamayun_jax.stage_config import OptimizerConfig as OptimizerConfig
+from gamayun_jax.stage_config import ScheduleConfig as ScheduleConfig
+from gamayun_jax.stage_config import StageConfig as StageConfig
+from gamayun_jax.stage_config import TokenWeightConfig as TokenWeightConfig
+from gamayun_jax.stage_config import TransitionConfig as TransitionConfig
 
 DEMO_CORPUS = Path(__file__).parent / "demo_corpus"
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"  # of a clone
@@ -142,117 +146,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class MixtureConfig:
-    """Shares of tokens per source in a stage.
-
-    `shares` maps a source name or a glob ("en/*") to its exact share. A language that
-    is named there has exactly what is named: its other sources get nothing. The rest
-    is divided among the other languages by `scheme`: natural (by size), temperature
-    (size ** alpha), unimax (uniform, at most `max_epochs` of a language,
-    arXiv 2304.09151), or explicit (there is no rest).
-    """
-
-    # How what is not named is divided.
-    scheme: Literal["natural", "temperature", "unimax", "explicit"] = "explicit"
-    # Source or glob -> share of tokens.
-    shares: Mapping[str, Share] = field(default_factory=dict)
-    alpha: Share = 0.3  # temperature only
-    max_epochs: Positive = 4.0  # unimax only
-    # How the former stage's shares leave.
-    ramp: Literal["step", "linear", "cosine"] = "step"
-    ramp_tokens: Whole = 0  # that it takes
-
-
-@dataclass(frozen=True)
-class TokenWeightConfig:
-    """Weights of target tokens in the loss.
-
-    none; static (`weights`: language -> factor); bytes (a token weighs the bytes
-    it spells); target_share (`weights`: language -> share of the objective, while
-    sampling follows the mixture; they are made to sum to 1, and it is said where they
-    do not). Normalised to mean 1 under the mixture.
-    """
-
-    scheme: Literal["none", "static", "bytes", "target_share"] = "none"  # see above
-    weights: Mapping[str, Share] = field(default_factory=dict)  # by language
-
-    def check_languages(self, languages: Sequence[str], where: str) -> None:
-        """Raise UserError unless the weights are of these languages, and of all of
-        them where the scheme needs it."""
-        if unknown := sorted(set(self.weights) - set(languages)):
-            raise UserError(
-                f"{where}.weights names {unknown[0]!r}, which is not in languages "
-                f"({', '.join(languages)})"
-            )
-        missing = sorted(set(languages) - set(self.weights))
-        if missing and self.scheme in ("static", "target_share"):
-            raise UserError(
-                f"{where}.weights lacks {missing[0]!r}: scheme {self.scheme!r} needs a "
-                "number for every language"
-            )
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Learning rate as a function of tokens.
-
-    `position`: "global" counts tokens from the start of the whole history, the runs
-    before --init-from included; "restart" from the start of this stage. The decay ends
-    where the stage ends.
-    """
-
-    kind: Literal["wsd", "cosine"] = "wsd"  # warmup-stable-decay
-    peak: Finite = 3e-4  # highest learning rate
-    warmup_tokens: Whole = 0  # from 0 to the peak
-    decay_tokens: Whole = 0  # wsd only: length of the final decay
-    decay_shape: Literal["linear", "1-sqrt"] = "linear"  # wsd only
-    floor: Part = 0.0  # final learning rate as a fraction of the peak
-    position: Literal["global", "restart"] = "global"  # where tokens are counted from
-
-
-@dataclass(frozen=True)
-class TransitionConfig:
-    """What happens to the former stage's state when a stage begins."""
-
-    moments: Literal["keep", "reset"] = "keep"  # Adam's running moments
-    cursors: Literal["continue", "restart"] = "continue"  # data position per source
-    # Of a run's first stage, with --init-from a model of another tokenizer or of fewer
-    # rows: a piece that both have keeps its row, another gets the mean of the rows of
-    # the former pieces that spell it (pieces), or of all (mean). Moments begin anew.
-    embeddings: Literal["keep", "pieces", "mean"] = "keep"
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """One segment of training: how long, on what, at which rate, with which weights."""
-
-    name: str  # names its checkpoints and fields
-    tokens: Count  # trained on in it
-    mixture: MixtureConfig  # what is served
-    schedule: ScheduleConfig  # learning rate
-    token_weights: TokenWeightConfig = TokenWeightConfig()  # of targets in the loss
-    transition: TransitionConfig = TransitionConfig()  # from the stage before
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW; weight decay on matrices, not on embeddings, norms and biases.
-
-    `ema_tokens`: keep an exponential moving average of the parameters in which what was
-    averaged so many tokens ago weighs 1/e of the newest, at any batch size
-    (training/ema.py); it is evaluated beside the parameters.
-    """
-
-    b1: Decay = 0.9  # decay of the mean of gradients
-    b2: Decay = 0.95  # decay of the mean of their squares
-    eps: Finite = 1e-8  # added to the root of the latter
-    weight_decay: Share = 0.1  # a step, times the learning rate
-    clip_norm: Positive = 1.0  # longest gradient (math.inf: any)
-    z_loss: Share = 0.0  # factor of log(sum of exp of logits) squared
-    ema_tokens: Whole = 0  # time constant of the average of the parameters; 0: none
-
-
-@dataclass(frozen=True)
 class MeshConfig:
     """Devices per axis; one axis may be -1 (all devices that are left)."""
 
@@ -325,7 +218,7 @@ class Config:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)  # how the corpus is made
     data: DataConfig = DataConfig()  # how it is read
     compute: ComputeConfig = ComputeConfig()  # how it is executed
-    optimizer: OptimizerConfig = OptimizerConfig()  # AdamW
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # of parameters
     mesh: MeshConfig = MeshConfig()  # devices
     # What is saved.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

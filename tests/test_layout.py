@@ -27,7 +27,7 @@ JSON_ONLY = {
 }
 # What every room may import. Tables: a corpus, a plan and an evaluation print the same
 # kind as the report, and data may not import the report.
-BASE = {"fields", "corpus_config", "config", "tables", "huge_pages"}
+BASE = {"fields", "corpus_config", "stage_config", "config", "tables", "huge_pages"}
 HOUSE = {*BASE, "model", "data", "training", "inference", "interop", "evaluate"}
 # Room (or module of the top floor) -> rooms and modules that it may import.
 LAWS = {
@@ -35,7 +35,8 @@ LAWS = {
     "tables": set(),
     "huge_pages": set(),
     "corpus_config": {"fields"},
-    "config": {"fields", "corpus_config"},
+    "stage_config": {"fields"},
+    "config": {"fields", "corpus_config", "stage_config"},
     "model": BASE,
     "data": BASE,
     "training": {*BASE, "model", "data"},

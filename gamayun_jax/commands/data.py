@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gamayun_jax.commands import File, Folder, Picture, Repeated, in_repository, note
-from gamayun_jax.config import Count, Part, SourceConfig, UserError, load_config
+from gamayun_jax.config import Count, SourceConfig, UserError, load_config
+from gamayun_jax.fields import Part
 
 
 def build_corpus(
