@@ -39,6 +39,7 @@ from gamayun_jax.training.resume import (
 )
 from gamayun_jax.training.signals import StopSignal
 from gamayun_jax.training.step import compile_step, reset_moments
+from gamayun_jax.training.trackers import open_trackers
 
 PREEMPTED = 3  # exit status of a run that was told to stop, saved, and can go on
 
@@ -88,11 +89,13 @@ def train(
         contextlib.closing(
             Profile(folder.path / "profile", profile if first else None, log)
         ) as trace,
+        open_trackers(cfg.log, folder) as trackers,
     ):
         trace.check(store.latest() or 0, cfg.total_steps)
         setting = Setting(
-            cfg, mesh, corpus, folder, store, init_from, report, open_model=open_model
-        )
+            cfg, mesh, corpus, folder, store, init_from, report,
+            open_model=open_model, trackers=trackers,
+        )  # fmt: skip
         rollbacks = [] if fresh else load_rollbacks(folder.path)
         while True:
             discard_abandoned(store, rollbacks)

@@ -24,11 +24,10 @@ from gamayun_jax.report.read_run import (
     sets_of,
 )
 from gamayun_jax.tables import Cell, Table
+from gamayun_jax.training.run_folder import SAMPLES
 
 if TYPE_CHECKING:
     from markupsafe import Markup
-
-SAMPLES = 2  # of a task in each language
 
 
 def summary_section(run: Run, who: str) -> Iterable[Markup]:

@@ -17,6 +17,7 @@ from gamayun_jax.training.divergence import Diverged, DivergedForGoodError
 from gamayun_jax.training.meters import OVERHEADS
 from gamayun_jax.training.resume import Run
 from gamayun_jax.training.run_meta import RunMeta
+from gamayun_jax.training.trackers import Scalars, sample_text
 
 BAD_RECORDS = "records set aside so far"  # an event of the lineage
 
@@ -90,7 +91,7 @@ def train_record(
 
 
 def write_record(run: Run, step: int) -> None:
-    """Record the steps that end with `step`: file, TensorBoard, console."""
+    """Record the steps that end with `step`: file, trackers, console."""
     timer = run.meters.timer
     times = timer.lap()
     chip = chip_of(jax.devices()[0])
@@ -113,8 +114,14 @@ def write_record(run: Run, step: int) -> None:
     for name, row in record["languages"].items() if weight else ():
         flat[f"objective/{name}"] = row["weight"] / weight
     scalars = {f"train/{k}": v for k, v in flat.items()}
-    run.folder.scalars(scalars, record["tokens"])
+    track(run, step, scalars, {})
     run.log(console_line(run, record))
+
+
+def track(run: Run, step: int, scalars: Scalars, texts: Mapping[str, str]) -> None:
+    """Scalars and texts by tag, to all that the run is watched by."""
+    for tracker in run.trackers:
+        tracker.write(step, run.tokens_at(step), scalars, texts)
 
 
 def console_line(run: Run, record: Mapping[str, Any]) -> str:
@@ -229,28 +236,38 @@ def evaluate_if_due(run: Run, evaluators: Sequence[Evaluator]) -> None:
         run.folder.write_items(run.step, name, rows)
     run.folder.write(f"eval/{run.step}.json", result)
     for evaluator in due:
-        log_scores(run, evaluator.name, result[evaluator.name])
+        log_scores(run, evaluator.name, result[evaluator.name], items)
         if "ema" in result:
-            log_scores(run, evaluator.name, result["ema"][evaluator.name], "ema/")
+            scores = result["ema"][evaluator.name]
+            log_scores(run, evaluator.name, scores, items, "ema/")
 
 
 def log_scores(
-    run: Run, evaluator: str, scores: Mapping[str, Any], prefix: str = ""
+    run: Run,
+    evaluator: str,
+    scores: Mapping[str, Any],
+    items: Mapping[str, Sequence[Mapping[str, Any]]],
+    prefix: str = "",
 ) -> None:
-    """Results of an evaluator on TensorBoard and the console.
+    """Results of an evaluator, and samples of what was written, for trackers; the mean
+    on the console.
 
     Args:
       scores: by set or task.
+      items: under the names of their files, which have the prefix, too.
       prefix: of the tags.
     """
-    prefix += "eval" if evaluator == "sets" else evaluator
+    room = prefix + ("eval" if evaluator == "sets" else evaluator)
     for name, part in scores.items():
         metric = part.get("metric", "bits_per_byte")  # a held-out set has this one
-        languages, tokens = part["languages"].items(), run.tokens_at(run.step)
-        tag = f"{prefix}/{name}/{metric}"
-        scalars = {f"{tag}/{k}": v[metric] for k, v in languages}
+        tag = f"{room}/{name}/{metric}"
+        scalars = {f"{tag}/{k}": v[metric] for k, v in part["languages"].items()}
         mean = part.get("macro", {}).get(metric)
-        run.folder.scalars({**scalars, f"{tag}/macro": mean}, tokens)
+        texts = {}
+        for language in part["languages"] if part.get("kind") == "generation" else ():
+            rows = (r for r in items[prefix + name] if r["language"] == language)
+            texts[f"{prefix}samples/{name}/{language}"] = sample_text(rows)
+        track(run, run.step, {**scalars, f"{tag}/macro": mean}, texts)
         mean = math.nan if mean is None else mean
         run.log(f"{'eval':>8} step {run.step}  {tag} {mean:.3f} (macro)")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,7 @@ from gamayun_jax.training.step import (
     new_state,
     reset_moments,
 )
+from gamayun_jax.training.trackers import Tracker
 
 Log = Callable[[str], None]
 
@@ -76,6 +77,7 @@ class Setting:
     init_from: Path | None  # where a run without a checkpoint of its own begins
     log: Log
     open_model: OpenModel = field(default=open_checkpoint, kw_only=True)
+    trackers: Sequence[Tracker] = field(default=(), kw_only=True)
 
 
 class Start(NamedTuple):
@@ -395,8 +397,9 @@ def begin_records(run: Run) -> None:
         folder.write_tokenizer(run.corpus.tokenizer())
     overview = get_parameter_overview(run.abstract.params, include_stats=False)
     folder.write("parameters.txt", overview + "\n")
-    tokens = run.tokens_at(run.step)
-    for number in folder.start_metrics(run.step, tokens, cfg.log.tensorboard):
+    for tracker in run.trackers:
+        tracker.start(run.step, run.tokens_at(run.step))
+    for number in folder.start_metrics(run.step):
         run.log(
             f"{folder.path}/metrics.jsonl: line {number} is damaged and stays as it is"
         )

@@ -6,7 +6,7 @@ parameters.txt  names, shapes and sizes of the parameters
 tokenizer.model the corpus's tokenizer; an imported one: tokenizer.json, its settings
 metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash
 goodput.json    where the run's time went
-events.*        the same for TensorBoard
+events.*        the same for TensorBoard, and samples of what the model writes
 eval/<step>.json
 eval/<step>.items/*.jsonl  units and items, at the start and at stage ends; in ema/
                 those of the average of the parameters
@@ -52,6 +52,7 @@ RECORDS = (
 # What may lie in a folder where no run has begun: logs, scripts, notes; and folders.
 BESIDE = (".err", ".log", ".md", ".out", ".py", ".sh", ".txt")
 NO_RUN = ("compiled", "former", "lost+found")
+SAMPLES = 2  # items of a generation task that are shown, of each language
 # What a run cannot change on its way: its state or its past would not fit any more.
 FIXED = ("model", "languages", "data.seq_len", "data.batch_size", "seed")
 
@@ -105,7 +106,6 @@ class RunFolder:
         check_local(path, "run folder ")
         self.path = Path(path)
         self.writer = writer
-        self._events: Any = None
         self._metrics: Any = None
         if not writer:
             return
@@ -129,7 +129,7 @@ class RunFolder:
             ) from e
 
     def close(self) -> None:
-        for file in (self._events, self._metrics, self.writer and self._lock):
+        for file in (self._metrics, self.writer and self._lock):
             if file:
                 file.close()
 
@@ -213,7 +213,7 @@ class RunFolder:
             folder = self.path / "eval" / f"{step}.items"
             write_json_lines(folder / f"{name}.jsonl", rows)
 
-    def start_metrics(self, step: int, tokens: int, tensorboard: bool) -> list[int]:
+    def start_metrics(self, step: int) -> list[int]:
         """Drop what was recorded after `step`, which will be made again; open for more.
 
         At step 0 everything goes: it is of another start.
@@ -223,9 +223,8 @@ class RunFolder:
         """
         if not self.writer:
             return []
-        for file in (self._events, self._metrics):
-            if file:
-                file.close()
+        if self._metrics:
+            self._metrics.close()
         for made, evaluation in evaluations(self.path).items():
             if not step or made > step:
                 evaluation.unlink()
@@ -248,10 +247,6 @@ class RunFolder:
         with atomic(path) as temporary:
             temporary.write_bytes(b"".join(kept))
         self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(self.path), purge_step=tokens + 1)
         return damaged
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -266,15 +261,6 @@ class RunFolder:
         """Force the records to disk; before a checkpoint that counts on them."""
         if self.writer:
             os.fsync(self._metrics.fileno())
-
-    def scalars(self, values: Mapping[str, float | None], tokens: int) -> None:
-        """TensorBoard scalars over tokens."""
-        if self._events is None:
-            return
-        for name, value in values.items():
-            if value is not None:
-                self._events.add_scalar(name, value, tokens)
-        self._events.flush()
 
 
 def check_folder(path: Path) -> None:

@@ -422,7 +422,7 @@ def test_a_run_folder_that_is_a_link_elsewhere(config, tmp_path):
     folder.write("config.json", to_json(config))
     folder.write("lineage.json", {"a": 1})
     folder.write("parameters.txt", "x")
-    folder.start_metrics(0, 0, False)
+    folder.start_metrics(0)
     folder.add({"step": 1})
     folder.close()
     assert victim.read_text() == "precious"

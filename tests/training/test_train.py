@@ -391,14 +391,14 @@ def test_records_are_lines_and_damaged_ones_stay(tmp_path, torn):
     path.write_bytes(b"\n".join([*lines, torn]))
     (tmp_path / "lineage.json").write_text("{}")
     with contextlib.closing(RunFolder(tmp_path)) as run:
-        assert run.start_metrics(8, 0, False) == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13]
+        assert run.start_metrics(8) == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13]
         run.add(rows[3])
     # The last five stand between records that are made again.
     assert path.read_bytes().split(b"\n") == [*lines[:13], good[3], b""]
     # A last line that only lacks its end is whole.
     path.write_bytes(b"\n".join(good))
     with contextlib.closing(RunFolder(tmp_path)) as run:
-        assert run.start_metrics(12, 0, False) == []
+        assert run.start_metrics(12) == []
     assert path.read_bytes().split(b"\n") == [*good, b""]
 
 
@@ -678,30 +678,6 @@ def test_evaluations_after_the_checkpoint_are_made_again(
     new, old = evaluations(run), evaluations(straight)
     assert new["7.json"] == old["7.json"]
     assert new["13.json"] != old["13.json"]
-
-
-def test_tensorboard_has_each_step_once(config, replace, tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
-    cfg = replace(config, "log.tensorboard", True)
-    run = tmp_path / "run"
-    assert train.train(cfg, run, log=stop_at(11)) == train.PREEMPTED
-    assert train.train(cfg, run, log=quiet) == 0
-    purged, seen = [], []
-    for path in sorted(run.glob("events.*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):  # TFRecord: length, its CRC, data, its CRC
-            size = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + size])
-            at += 16 + size
-            if event.session_log.status:
-                purged.append(event.step)
-                seen = [s for s in seen if s < event.step]
-            for value in event.summary.value:
-                if value.tag == "train/nll":
-                    seen.append(event.step)
-    assert purged[-1] % (8 * 64) == 1  # just after the step it stopped at
-    assert seen == [r["tokens"] for r in records(run)]
 
 
 def test_the_preview_of_a_run_that_goes_on_from_another(
