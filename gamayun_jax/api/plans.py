@@ -11,7 +11,7 @@ import jax
 
 from gamayun_jax.api.configs import check_config
 from gamayun_jax.config import AnyPath, Config, UserError
-from gamayun_jax.plan import aot, choices, roofline
+from gamayun_jax.plan import aot, choices, preemption, roofline
 from gamayun_jax.plan import text as plan_text
 
 
@@ -49,14 +49,18 @@ def plan(
     slices: int = 1,
     search: bool = False,
     price: float = 0.0,
+    currency: str = "",
     efficiency: float = 0.6,
+    spot: preemption.Preemptions | float = 0.0,
     cache: AnyPath = "build/plan",
     log: Callable[[str], None] | None = print,
 ) -> Plans:
     """Compile the training step for TPUs that need not be there: memory, time, cost.
 
-    Needs the extra `tpu` (libtpu), on Linux: `pip install -e '.[tpu]'`. Takes one to
-    five minutes per topology; what was compiled before is read from `cache`.
+    For TPUs it needs the extra `tpu` (libtpu), on Linux: `pip install -e '.[tpu]'`, and
+    takes one to five minutes per topology; what was compiled before is read from
+    `cache`. For GPUs ("h100:8": those of one host) nothing is compiled; what is then a
+    rough estimate or a bound is said in `unknown`.
 
     Example:
       >>> gx.plan(cfg, "v5e:2x2")  # doctest: +SKIP
@@ -68,7 +72,11 @@ def plan(
       slices: of one topology, joined by the data center's network.
       search: rank meshes, microbatches and remat policies of the config's batch.
       price: of a chip-hour; 0: no costs are given.
+      currency: of the price, for the text.
       efficiency: share of the dense peak that the step reaches when compute binds.
+      spot: preemptions of the run a day, or `Preemptions` with the times of a restart,
+        a save and a queue; the plan's `spot` then has days, cost and the best
+        interval between checkpoints, by simulation.
       cache: folder of compilations' results.
       log: takes lines about the progress; None: none.
 
@@ -78,18 +86,25 @@ def plan(
     """
     check_config(cfg)
     names = [] if isinstance(topology, str) else list(topology)
+    if not isinstance(spot, preemption.Preemptions):
+        spot = preemption.Preemptions(spot)
     if names and (search or slices > 1):
         raise UserError("search and slices go with one topology (N*CHIP:AxB: slices)")
     assume, cache = roofline.Assumptions(compute=efficiency), Path(cache)
     options: dict[str, Any] = dict(price=price, assume=assume, cache=cache, log=log)
     with without_compilation_cache():
         if not isinstance(topology, str):
-            return Plans(choices.table(cfg, names, **options))
-        if search:
-            return Plans(choices.search(cfg, topology, slices, **options))
-        made = aot.plan_topology(cfg, topology, slices, **options)
-        made["faster"] = choices.faster(cfg, made, assume, cache)
-        return Plans([made])
+            plans = choices.table(cfg, names, **options)
+        elif search:
+            plans = choices.search(cfg, topology, slices, **options)
+        else:
+            plans = [aot.plan_topology(cfg, topology, slices, **options)]
+            plans[0]["faster"] = choices.faster(cfg, plans[0], assume, cache)
+    for made in plans:
+        made["currency"] = currency
+        if spot.per_day:
+            made["spot"] = preemption.on_spot(made, spot, cfg.checkpoint.every_steps)
+    return Plans(plans)
 
 
 @contextlib.contextmanager

@@ -133,7 +133,13 @@ def plan(
     slices: Count = 1,
     search: bool = False,
     price: Finite = 0.0,
+    currency: str = "",
     efficiency: Finite = 0.6,
+    spot: Finite = 0.0,
+    restart: Finite = 600.0,
+    save: Finite = 30.0,
+    queue: Finite = 0.0,
+    measured: Path | None = None,
     json_: File | None = None,
     cache: Path = Path("build/plan"),
     set_: Repeated = (),
@@ -141,11 +147,12 @@ def plan(
     """Compile CONFIG's training step for TPUs that need not be there.
 
     Prints memory, traffic, time and cost. Needs the extra `tpu`; takes one to five
-    minutes per topology.
+    minutes per topology. For GPUs (h100:8) nothing is compiled: it says what is known.
 
     Examples:
       gamayun plan experiments/stage1.py --topology v5e:16x16 --price 1.2
       gamayun plan experiments/stage1.py --topology v5e:16x16 --search
+      gamayun plan experiments/stage1.py --topology tpu7x:4x4x4 --spot 2 --queue 0.5
       gamayun plan experiments/stage1.py --table v5e:16x16 '2*v5e:16x16' v4:4x4x8
 
     Args:
@@ -155,7 +162,14 @@ def plan(
       slices (N): slices of --topology, joined by the data center's network.
       search: rank meshes, microbatches and remat policies of the config's batch.
       price: price of a chip-hour (default: none, no costs are shown).
+      currency (NAME): of the price, e.g. EUR (default: none).
       efficiency: share of the dense peak that the step reaches when compute binds.
+      spot (PER_DAY): preemptions of the run a day: days, cost and the best interval
+        between checkpoints, by simulation (default: none).
+      restart (SECONDS): with --spot, from new VMs to the first step.
+      save (SECONDS): with --spot, that steps wait for a checkpoint.
+      queue (HOURS): with --spot, until there are new VMs, in the mean.
+      measured (RUN): restart and save as this former run took them.
       json_ (FILE): write the plans as data too.
       cache: folder of compilations' results.
     """
@@ -167,14 +181,19 @@ def plan(
     os.environ["JAX_PLATFORMS"] = "cpu"
     from gamayun_jax.api.plans import Plans
     from gamayun_jax.api.plans import plan as plan_for
+    from gamayun_jax.plan.preemption import Preemptions, measured_times
 
+    if measured:
+        restart, save = measured_times(measured)
     plans = plan_for(
         load_config(config, set_),
         topology or table or (),
         slices=slices,
         search=search,
         price=price,
+        currency=currency,
         efficiency=efficiency,
+        spot=Preemptions(spot, restart, save, queue * 3600),
         cache=cache,
         log=note,
     )

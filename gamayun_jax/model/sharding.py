@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gamayun_jax.config import Config, MeshConfig, ModelConfig, UserError
 from gamayun_jax.model.weights import find_weight, parameter_path
@@ -43,16 +43,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The device mesh, with `data` across slices where there are several.
-
-    Raises:
-      UserError: the sizes do not multiply to the devices, or data does not divide over
-        the slices.
-    """
-    devices = jax.devices() if devices is None else list(devices)
+def mesh_sizes(cfg: MeshConfig, count: int) -> list[int]:
+    """Sizes of the axes, -1 filled in; UserError if they are not `count` devices."""
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-    count = len(devices)
     if sizes.count(-1) > 1:
         raise UserError("mesh: only one axis may be -1")
     if -1 in sizes:
@@ -68,6 +61,18 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh: data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} is "
             f"{int(np.prod(sizes))} devices, but there are {count}; set one axis to -1"
         )
+    return sizes
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The device mesh, with `data` across slices where there are several.
+
+    Raises:
+      UserError: the sizes do not multiply to the devices, or data does not divide over
+        the slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, count = mesh_sizes(cfg, len(devices)), len(devices)
     # Linen's logical constraints need Auto axes (jax defaults to Explicit).
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform != "tpu":
@@ -94,7 +99,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=types)
 
 
-def check_divisible(cfg: Config, mesh: Mesh) -> None:
+def check_divisible(cfg: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raise UserError where the batch or the model does not divide over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = cfg.data.batch_size // cfg.compute.microbatches
@@ -108,7 +113,7 @@ def check_divisible(cfg: Config, mesh: Mesh) -> None:
     check_model(cfg.model, mesh)
 
 
-def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
+def check_model(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raise UserError where the model's sizes do not divide over the mesh."""
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     for name, ways, axis in (

@@ -21,7 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gamayun_jax.config import Config, MeshConfig, UserError, to_json
 from gamayun_jax.data.files import write_text
@@ -31,7 +31,7 @@ from gamayun_jax.model.weights import flops_per_token, parameter_count
 from gamayun_jax.plan import hlo, roofline
 from gamayun_jax.plan.roofline import Assumptions
 from gamayun_jax.plan.text import mesh_name
-from gamayun_jax.plan.topology import TOPOLOGIES, chip_name, topology_devices
+from gamayun_jax.plan.topology import chip_name, dimensions, topology_devices
 from gamayun_jax.training import step
 from gamayun_jax.training.chips import CHIPS, GIB, Chip
 from gamayun_jax.training.ticker import ticker
@@ -191,8 +191,10 @@ def plan_topology(
 ) -> dict[str, Any]:
     """Compile the step for a topology and say what it takes; plain JSON data.
 
-    What could not be read from the compiled program is None or counted in part, and
-    named in `unknown`; its time is then no less than that of the least traffic.
+    For GPUs nothing is compiled: memory and traffic are roofline.py's, and `unknown`
+    says so. What could not be read from the compiled program is None or counted in
+    part, and named in `unknown`; its time is then no less than that of the least
+    traffic.
 
     Args:
       price: of a chip-hour, in whatever currency; 0: no cost is given.
@@ -205,20 +207,24 @@ def plan_topology(
     if slices < 1:
         raise UserError(f"--slices {slices}: at least 1")
     cfg = for_tpu(cfg)
-    chip, dimensions = CHIPS[chip_name(topology)], TOPOLOGIES[chip_name(topology)][0]
+    chip = CHIPS[chip_name(topology)]
     devices = topology_devices(topology, slices)
-    mesh = sharding.make_mesh(cfg.mesh, devices)
+    mesh = described_mesh(cfg.mesh, devices, slices)
     shape = {k: int(v) for k, v in mesh.shape.items()}
     # Said in full, so that -1 and its size are one compilation.
     cfg = dataclasses.replace(cfg, mesh=MeshConfig(**shape))
     sharding.check_divisible(cfg, mesh)
-    measured = compile_and_measure(cfg, mesh, topology, slices, cache, log)
+    if isinstance(mesh, Mesh):
+        measured = compile_and_measure(cfg, mesh, topology, slices, cache, log)
+    else:
+        measured = estimate(cfg, shape)
     least = roofline.least_moved_bytes(cfg, shape)
     counted = moved_bytes(measured["collectives"])
     moved = least if counted is None else counted
     if measured["unknown"]:  # too little is counted: nothing gets faster by that
         moved = {k: max(n, least[k]) for k, n in moved.items()}
-    seconds = roofline.step_seconds(cfg, shape, chip, moved, dimensions, slices, assume)
+    torus = dimensions(chip_name(topology))
+    seconds = roofline.step_seconds(cfg, shape, chip, moved, torus, slices, assume)
     # The compiler's estimates of its operations, without kernels and without waiting
     # for collectives: less than this it cannot be either.
     if measured["cycles"] is not None:
@@ -228,7 +234,8 @@ def plan_topology(
         "config": cfg.name,
         "topology": topology,
         "slices": slices,
-        "chips": len(devices),
+        "chips": len(devices) // chip.devices,
+        "devices": len(devices),
         "mesh": shape,
         "rows_per_device": roofline.rows_per_device(cfg, shape),
         "microbatches": cfg.compute.microbatches,
@@ -248,6 +255,32 @@ def plan_topology(
     }
 
 
+def described_mesh(
+    cfg: MeshConfig, devices: Sequence[Any], slices: int
+) -> Mesh | AbstractMesh:
+    """The mesh of described devices; of GPUs, which are None, its sizes alone."""
+    if devices[0] is not None:
+        return sharding.make_mesh(cfg, devices)
+    sizes = sharding.mesh_sizes(cfg, len(devices))
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} is not a multiple of the {slices} hosts, which only "
+            "data crosses: set mesh.data=-1"
+        )
+    return AbstractMesh(tuple(sizes), sharding.AXES)
+
+
+def estimate(cfg: Config, mesh: Mapping[str, int]) -> dict[str, Any]:
+    """What stands in for `compile_and_measure` where there is no compiler."""
+    unknown = [
+        "memory: no compiler for these GPUs is here; the peak is a rough estimate",
+        "traffic: not compiled; the time is that of the least",
+    ]
+    peak = roofline.memory_estimate(cfg, mesh)
+    unread = {"collectives": None, "cycles": None, "unknown": unknown}
+    return {"memory": {"peak": peak}, **unread}
+
+
 def moved_bytes(collectives: Sequence[Mapping[str, Any]] | None) -> Any:
     """Mesh axis -> bytes that a device sends along it; None if they are not known."""
     if collectives is None:
@@ -260,18 +293,18 @@ def moved_bytes(collectives: Sequence[Mapping[str, Any]] | None) -> Any:
 
 
 def budget(
-    cfg: Config, step_seconds: float, chips: int, chip: Chip, price: float
+    cfg: Config, step_seconds: float, devices: int, chip: Chip, price: float
 ) -> dict[str, Any]:
     """What the whole run takes at so many seconds a step."""
     tokens = sum(s.tokens for s in cfg.stages)
     flops = flops_per_token(cfg.model, cfg.data.seq_len)
     rate = cfg.tokens_per_step / step_seconds
-    hours = tokens / rate / 3600
+    hours, chips = tokens / rate / 3600, devices / chip.devices
     return {
         "flops_per_token": flops,
         "tokens_per_s": rate,
         "tokens_per_s_per_chip": rate / chips,
-        "mfu": rate * flops / chips / chip.flops,
+        "mfu": rate * flops / devices / chip.flops,
         "tokens": tokens,
         "days": hours / 24,
         "chip_hours": hours * chips,

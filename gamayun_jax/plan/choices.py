@@ -13,7 +13,7 @@ from typing import Any
 from gamayun_jax.config import Config, MeshConfig, UserError
 from gamayun_jax.plan import aot, roofline
 from gamayun_jax.plan.roofline import Assumptions
-from gamayun_jax.plan.topology import TOPOLOGIES, chip_name
+from gamayun_jax.plan.topology import chip_name, dimensions
 from gamayun_jax.training.chips import CHIPS
 
 
@@ -24,7 +24,7 @@ def is_asked_for(mesh: MeshConfig, asked: MeshConfig) -> bool:
 
 
 def candidates(
-    cfg: Config, chips: int, slices: int, hbm: float, meshes: bool = True
+    cfg: Config, devices: int, slices: int, hbm: float, meshes: bool = True
 ) -> list[Config]:
     """Configs of the same batch that may fit: microbatches, remat policy, and meshes.
 
@@ -32,11 +32,11 @@ def candidates(
     rows is less than a tile of bfloat16, and then whole gradients are all-reduced.
     """
     made = []
-    powers = [2**n for n in range(chips.bit_length())]
+    powers = [2**n for n in range(devices.bit_length())]
     for tensor, fsdp, microbatches, remat in itertools.product(
         (1, 2, 4), powers, (1, 2, 4, 8), ("minimal", "attention", "full")
     ):
-        data, rest = divmod(chips, fsdp * tensor)
+        data, rest = divmod(devices, fsdp * tensor)
         if rest or data < slices or data % slices:
             continue
         mesh = MeshConfig(data, fsdp, tensor)
@@ -64,7 +64,7 @@ def least_seconds(
     name, shape = chip_name(topology), dataclasses.asdict(cfg.mesh)
     least = roofline.least_moved_bytes(cfg, shape)
     times = roofline.step_seconds(
-        cfg, shape, CHIPS[name], least, TOPOLOGIES[name][0], slices, assume
+        cfg, shape, CHIPS[name], least, dimensions(name), slices, assume
     )
     return times["step"], sum(times.values())
 
@@ -88,8 +88,8 @@ def faster(
     cfg = dataclasses.replace(aot.for_tpu(cfg), mesh=MeshConfig(**made["mesh"]))
     topology, slices = made["topology"], made["slices"]
     step, own = made["seconds"]["step"], least_seconds(cfg, topology, slices, assume)[0]
-    known = []
-    for c in candidates(cfg, made["chips"], slices, made["hbm_bytes"], meshes=False):
+    devices, known = math.prod(made["mesh"].values()), []
+    for c in candidates(cfg, devices, slices, made["hbm_bytes"], meshes=False):
         seconds = least_seconds(c, topology, slices, assume)[0]
         compiled = bool(cache and aot.cache_file(c, topology, slices, cache).exists())
         if compiled:
@@ -139,10 +139,10 @@ def search(
     """
     cfg = aot.for_tpu(cfg)
     hbm = CHIPS[chip_name(topology)].hbm_bytes
-    chips = len(aot.topology_devices(topology, slices))
+    devices = len(aot.topology_devices(topology, slices))
     left = [
         (least_seconds(c, topology, slices, assume), c)
-        for c in candidates(cfg, chips, slices, hbm, meshes)
+        for c in candidates(cfg, devices, slices, hbm, meshes)
     ]
 
     def rank(entry: tuple[tuple[float, float], Config]) -> Any:

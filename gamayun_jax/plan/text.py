@@ -22,18 +22,14 @@ def gib(size: float) -> str:
 def format_plan(p: Mapping[str, Any]) -> str:
     """A plan for a person."""
     m, s, a = p["memory"], p["seconds"], p["assumptions"]
+    unit = "chip" if p["devices"] == p["chips"] else "device"
     lines = [
         f"{p['config']}, {p['parameters'] / 1e9:.3f}B parameters, on "
-        f"{p['slices']} x {p['topology']} = {p['chips']} chips",
+        f"{p['slices']} x {p['topology']} = {p['chips']} chips"
+        + (f", {p['devices']} devices" if unit == "device" else ""),
         f"mesh       {mesh_name(p['mesh'])}; {p['rows_per_device']} examples a device "
         f"in {p['microbatches']} microbatches; remat {p['remat']}",
-        f"fits       yes: peak {gib(m['peak'])} of {gib(p['hbm_bytes'])} GiB a chip "
-        f"(all buffers without reuse {gib(m['total'])})",
-        f"memory     parameters {gib(m['parameters'])}, optimiser "
-        f"{gib(m['optimiser'])}, "
-        + (f"average of parameters {gib(m['average'])}, " if m["average"] else "")
-        + f"activations and temporaries {gib(m['temporary'])} GiB"
-        + (f", on the host {gib(m['host'])} GiB" if m["host"] else ""),
+        *memory_lines(m, p["hbm_bytes"], unit),
         f"FLOPs      {p['flops_per_token'] / 1e9:.2f}G a token, and "
         f"{p['recomputed_flops_per_token'] / 1e9:.2f}G made again",
         f"moved      GB a device and step, by kind and axis; gradients are summed in "
@@ -66,8 +62,10 @@ def format_plan(p: Mapping[str, Any]) -> str:
         f"{p['tokens_per_s_per_chip'] / 1e3:.1f}k a chip, MFU {p['mfu']:.0%}",
         f"budget     {p['tokens'] / 1e12:.3g}T tokens: {p['days']:.1f} days, "
         f"{p['chip_hours']:,.0f} chip-hours"
-        + (f", cost {p['cost']:,.0f}" if p["cost"] is not None else ""),
+        + (f", cost {money(p['cost'], p)}" if p["cost"] is not None else ""),
     ]
+    if p.get("spot"):
+        lines += spot_lines(p["spot"], p)
     if better := p.get("faster"):
         free = gib(p["hbm_bytes"] - m["peak"])
         verb, how = (
@@ -80,6 +78,48 @@ def format_plan(p: Mapping[str, Any]) -> str:
             f"{better['seconds']:.3f} s instead of {s['step']:.3f} ({how})"
         )
     return "\n".join(lines)
+
+
+def memory_lines(m: Mapping[str, float], hbm: float, unit: str) -> list[str]:
+    """Whether a step fits, and what takes the memory; of GPUs a guess."""
+    if "total" not in m:
+        return [
+            f"fits       not known: about {gib(m['peak'])} of {gib(hbm)} GiB a {unit}"
+        ]
+    return [
+        f"fits       yes: peak {gib(m['peak'])} of {gib(hbm)} GiB a {unit} "
+        f"(all buffers without reuse {gib(m['total'])})",
+        f"memory     parameters {gib(m['parameters'])}, optimiser "
+        f"{gib(m['optimiser'])}, "
+        + (f"average of parameters {gib(m['average'])}, " if m["average"] else "")
+        + f"activations and temporaries {gib(m['temporary'])} GiB"
+        + (f", on the host {gib(m['host'])} GiB" if m["host"] else ""),
+    ]
+
+
+def money(amount: float, p: Mapping[str, Any]) -> str:
+    """ "1,234 EUR"; without a currency the number alone."""
+    return f"{amount:,.0f} {p.get('currency', '')}".rstrip()
+
+
+def spot_lines(s: Mapping[str, Any], p: Mapping[str, Any]) -> list[str]:
+    """What preemptions make of a plan, and when to save under them."""
+    cost = f", cost {money(s['cost'], p)}" if s["cost"] is not None else ""
+    least, most = s["days_10_90"]
+    own = s["own_days"]
+    mine = f"{own:.2f} days" if own is not None else "hardly ever done"
+    return [
+        f"spot       {s['per_day']:g} preemptions a day without notice, each "
+        f"{s['restart']:.0f} s to restart after {s['queue'] / 3600:.2g} h without VMs, "
+        f"{s['save']:.0f} s a save:",
+        f"           {s['days']:.2f} days ({least:.2f} to {most:.2f} in 8 of 10 of "
+        f"{s['runs']} simulated runs, seed {s['seed']}), {s['preemptions']:.0f} "
+        f"preemptions, goodput {s['goodput']:.0%}, {s['chip_hours']:,.0f} "
+        f"chip-hours{cost}",
+        f"save       every {s['interval'] / 60:.1f} min is best: "
+        f"checkpoint.every_steps={s['every_steps']} (Young {s['young'] / 60:.1f}, Daly "
+        f"{s['daly'] / 60:.1f} min); the config's {s['own_every_steps']}: {mine}",
+    ]
 
 
 def bottleneck(plan: Mapping[str, Any]) -> str:

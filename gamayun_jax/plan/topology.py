@@ -1,4 +1,4 @@
-"""TPU slices that are only described: their names, and the devices to compile for."""
+"""Slices that are only described: their names, and the devices to compile for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from gamayun_jax.config import UserError
+from gamayun_jax.training.chips import CHIPS
 
 # Chip -> number of dimensions of its slices, and an example.
 TOPOLOGIES = {
@@ -15,7 +16,10 @@ TOPOLOGIES = {
     "v5e": (2, "v5e:16x16"),
     "v5p": (3, "v5p:4x4x8"),
     "v6e": (2, "v6e:16x16"),
+    "tpu7x": (3, "tpu7x:4x4x8"),
 }
+# GPUs, of which a host's are one slice: h100:8. Nothing is compiled for them.
+GPUS = tuple(name for name in CHIPS if name not in TOPOLOGIES)
 # libtpu asks the cloud's metadata server for the machine it runs on, locks a file, and
 # logs.
 LIBTPU = {
@@ -31,29 +35,39 @@ LIBTPU = {
 def chip_name(topology: str) -> str:
     """The chip of a topology's name; UserError where the name is none."""
     known = ", ".join(example for _, example in TOPOLOGIES.values())
-    m = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
+    m = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    if m and m[1] in GPUS and m[2].isdigit() and int(m[2]):
+        return m[1]
     if not m or m[1] not in TOPOLOGIES:
         raise UserError(
             f"--topology {topology!r} is unknown: write CHIP:AxB or CHIP:AxBxC; the "
-            f"chips are {', '.join(TOPOLOGIES)}, for example {known}"
+            f"chips are {', '.join(TOPOLOGIES)}, for example {known}; GPUs of a host "
+            f"are {', '.join(f'{name}:8' for name in GPUS)}"
         )
-    dimensions, example = TOPOLOGIES[m[1]]
-    if m[2].count("x") + 1 != dimensions or 0 in map(int, m[2].split("x")):
+    sizes, example = TOPOLOGIES[m[1]]
+    if m[2].count("x") + 1 != sizes or 0 in map(int, m[2].split("x")):
         raise UserError(
-            f"--topology {topology!r}: slices of {m[1]} have {dimensions} sizes of at "
+            f"--topology {topology!r}: slices of {m[1]} have {sizes} sizes of at "
             f"least 1, for example {example}"
         )
     return m[1]
 
 
+def dimensions(chip: str) -> int:
+    """Of the torus that a slice is; 1: a switch joins all GPUs of a host."""
+    return TOPOLOGIES[chip][0] if chip in TOPOLOGIES else 1
+
+
 @functools.cache
 def topology_devices(topology: str, slices: int = 1) -> tuple[Any, ...]:
-    """The devices of slices that are only described.
+    """The devices of slices that are only described; None for each GPU.
 
     Raises:
       UserError: unknown topology, or no libtpu.
     """
     chip = chip_name(topology)
+    if chip in GPUS:
+        return (None,) * (int(topology.partition(":")[2]) * slices)
     for variable, value in LIBTPU.items():
         os.environ.setdefault(variable, value)
     try:

@@ -41,12 +41,17 @@ def stage1():
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v5e-256", "the chips are v4, v5e, v5p, v6e, for example v4:4x4x8, v5e:16x16"),
+        (
+            "v5e-256",
+            "the chips are v4, v5e, v5p, v6e, tpu7x, for example v4:4x4x8, v5e:16x16",
+        ),
         ("v7:4x4", "'v7:4x4' is unknown"),
         ("v5e", "write CHIP:AxB"),
         ("v5e:4x4x4", "slices of v5e have 2 sizes"),
         ("v4:4x4", "slices of v4 have 3 sizes"),
         ("v6e:0x4", "of at least 1"),
+        ("h100:0", "GPUs of a host are a100:8"),
+        ("h100:2x4", "'h100:2x4' is unknown"),
     ],
 )
 def test_unknown_topologies(topology, message):
@@ -57,7 +62,7 @@ def test_unknown_topologies(topology, message):
 
 def test_known_topologies():
     assert [chip_name(example) for _, example in TOPOLOGIES.values()] == [
-        "v4", "v5e", "v5p", "v6e"
+        "v4", "v5e", "v5p", "v6e", "tpu7x"
     ]  # fmt: skip
     assert set(TOPOLOGIES) <= set(CHIPS)
 
@@ -265,6 +270,44 @@ def test_progress_is_told_while_it_compiles(on_cpus, monkeypatch):
     assert "still compiling after 0 s" in lines[1]
 
 
+def test_two_devices_of_a_chip_are_paid_for_once(on_cpus):
+    """TPU7x: 8 devices are 4 chips; the rest is as for 8 devices of its speed."""
+    p = aot.plan_topology(on_cpus, "tpu7x:2x2x1", price=2.0)
+    assert (p["chips"], p["devices"]) == (4, 8)
+    assert p["chip_hours"] == pytest.approx(p["days"] * 24 * 4)
+    assert p["cost"] == pytest.approx(2 * p["chip_hours"])
+    peak = 8 * CHIPS["tpu7x"].flops
+    assert p["mfu"] == pytest.approx(p["tokens_per_s"] * p["flops_per_token"] / peak)
+    text = plan_text.format_plan(p)
+    assert "4 chips, 8 devices" in text
+    assert "GiB a device" in text
+
+
+def test_gpus_are_not_compiled_and_the_plan_says_so(stage1, monkeypatch):
+    monkeypatch.setattr(aot, "compile_for", None)  # not called
+    cfg = dataclasses.replace(stage1, mesh=MeshConfig(-1, 8, 1))
+    p = aot.plan_topology(cfg, "h100:8", slices=4)
+    assert p["mesh"] == {"data": 4, "fsdp": 8, "tensor": 1}
+    assert p["moved_bytes"] is None
+    assert [text.partition(":")[0] for text in p["unknown"]] == ["memory", "traffic"]
+    # All NVLinks serve fsdp, which stays inside of a host; data crosses hosts.
+    least, chip = p["least_moved_bytes"], CHIPS["h100"]
+    assert p["seconds"]["ici"] == pytest.approx(
+        least["fsdp"] / 0.8 / chip.ici_bandwidth
+    )
+    assert p["seconds"]["dcn"] == pytest.approx(
+        least["data"] / 0.8 / chip.dcn_bandwidth
+    )
+    text = plan_text.format_plan(p)
+    assert "fits       not known" in text
+    assert "unknown    traffic" in text
+    assert "| unknown |" in plan_text.format_table([p])
+    with pytest.raises(UserError, match="not a multiple of the 8 hosts"):
+        aot.plan_topology(
+            dataclasses.replace(stage1, mesh=MeshConfig(4, 16, 1)), "h100:8", slices=8
+        )
+
+
 # --- choices ----------------------------------------------------------------------
 
 
@@ -362,7 +405,7 @@ def small(stage1):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4"])
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "tpu7x:2x2x2"])
 def test_plan_of_a_small_model(small, topology, tmp_path):
     """Splash attention under the mesh, traffic near the least, figures that add up."""
     p = aot.plan_topology(small, topology, price=2.0, cache=tmp_path)
