@@ -114,13 +114,20 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; weight decay on matrices, not on embeddings, norms and biases.
+    """AdamW, or Muon for the layers' matrices and Adam for all else; weight decay on
+    these matrices, not on embeddings, norms and biases.
 
+    `kind="muon"`: the running mean of a matrix's gradients is made orthogonal
+    (training/optimizer.py). Its updates have AdamW's root mean square, so that AdamW's
+    learning rate and weight decay stay right.
     `ema_tokens`: keep an exponential moving average of the parameters in which what was
     averaged so many tokens ago weighs 1/e of the newest, at any batch size
     (training/ema.py); it is evaluated beside the parameters.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"  # a run cannot change it
+    momentum: Decay = 0.95  # muon: decay of the mean of gradients
+    update_rms: Positive = 0.2  # muon: root mean square of an update, for rate 1
     b1: Decay = 0.9  # decay of the mean of gradients
     b2: Decay = 0.95  # decay of the mean of their squares
     eps: Finite = 1e-8  # added to the root of the latter

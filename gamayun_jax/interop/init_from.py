@@ -36,6 +36,9 @@ class FolderStore:
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         raise NotImplementedError("parameters alone: see RunMeta.params_alone")
 
+    def restore_ema(self, step: int, abstract_ema: Any) -> Any:
+        raise NotImplementedError("it has no average: see RunMeta.has_ema")
+
     def close(self) -> None:
         """Nothing is open."""
 

@@ -7,7 +7,8 @@ and optimiser state sharded, batch too) and `tensor` (heads, mlp, vocabulary).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -261,6 +262,43 @@ def gather(w: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> jax.
         return w
     whole = without_fsdp(parameter_spec(w.shape, axes, mesh))
     return jax.lax.with_sharding_constraint(w, whole)
+
+
+def map_layers(
+    f: Callable[[jax.Array], jax.Array], x: jax.Array, axes: tuple[str | None, ...]
+) -> jax.Array:
+    """`f` of each layer of a stacked parameter [L, *shape] with these logical axes.
+
+    The devices that share every layer exchange their parts, so that each has whole
+    layers instead, L over their number and rounded up: no more than it held before,
+    but for the rounding, and nothing is computed twice among them. Replicas (`data`)
+    compute the same.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = PartitionSpec() if mesh.empty else parameter_spec(x.shape[1:], axes, mesh)
+    # The axis of x and of the mesh, the innermost division of an axis first.
+    exchanges = [
+        (i, name)
+        for i, names in enumerate(spec, 1)
+        for name in reversed(names if isinstance(names, tuple) else (names,))
+        if name and mesh.shape[name] > 1
+    ]
+    if not exchanges:
+        return jax.lax.map(f, x)
+
+    def on_a_device(x: jax.Array) -> jax.Array:
+        for i, name in exchanges:
+            x = jax.lax.all_to_all(x, name, 0, i, tiled=True)
+        x = jax.lax.map(f, x)
+        for i, name in reversed(exchanges):
+            x = jax.lax.all_to_all(x, name, i, 0, tiled=True)
+        return x
+
+    ways, layers = math.prod(mesh.shape[name] for _, name in exchanges), len(x)
+    padded = jnp.pad(x, [(0, -layers % ways)] + [(0, 0)] * (x.ndim - 1))
+    divided = PartitionSpec(None, *spec)
+    apply = jax.shard_map(on_a_device, in_specs=divided, out_specs=divided)
+    return apply(padded)[:layers]
 
 
 def weight_gradient(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:

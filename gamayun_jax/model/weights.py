@@ -64,6 +64,11 @@ class Weight(NamedTuple):
         return self.path.startswith("layers/")
 
     @property
+    def layer_matrix(self) -> bool:
+        """Whether the layers multiply by it."""
+        return self.stacked and bool(self.summed)
+
+    @property
     def logical_axes(self) -> tuple[str | None, ...]:
         """The logical axes, without the layers'."""
         return tuple(None if axis == "-" else axis for axis in self.division.split())
@@ -177,7 +182,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     head is one), plus attention: causal, so half of the T x T scores count
     (PaLM, arXiv 2204.02311, appendix B, with that factor).
     """
-    layer = sum(w.size(cfg) for w in weights_of(cfg) if w.stacked and w.summed)
+    layer = sum(w.size(cfg) for w in weights_of(cfg) if w.layer_matrix)
     matrices = cfg.num_layers * layer + WEIGHTS["embedding"].size(cfg)
     scores = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
     return 6.0 * matrices + 6.0 * scores

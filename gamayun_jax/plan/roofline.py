@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from gamayun_jax.config import Config, ModelConfig
 from gamayun_jax.model.attention import OUTPUT
 from gamayun_jax.model.transformer import REMATS
-from gamayun_jax.model.weights import flops_per_token, weights_of
+from gamayun_jax.model.weights import flops_per_token, size_of, weights_of
 from gamayun_jax.training.chips import Chip
+from gamayun_jax.training.optimizer import NEWTON_SCHULZ_STEPS
 
 COMPUTE_BYTES = 2  # bfloat16: weights gathered, activations kept
 REDUCE_BYTES = {"float32": 4, "bfloat16": 2}  # of a gradient that devices sum
@@ -83,9 +84,33 @@ def parameter_bytes(cfg: Config, mesh: Mapping[str, int]) -> float:
     return VALUE_BYTES * count / (mesh["fsdp"] * mesh["tensor"])
 
 
-def state_values(cfg: Config) -> int:
-    """Values of the state for a parameter: itself, Adam's two moments, its average."""
-    return 4 if cfg.optimizer.ema_tokens else 3
+def state_values(cfg: Config) -> float:
+    """Values of the state for a parameter, in the mean: itself, Adam's two moments (of
+    a layer's matrix Muon has one), its average."""
+    values = 4.0 if cfg.optimizer.ema_tokens else 3.0
+    if cfg.optimizer.kind == "muon":
+        layers = layer_parameters(cfg.model)
+        values -= layers / (layers + matrices(cfg.model)["embedding"])
+    return values
+
+
+def layers_of_a_device(cfg: Config, mesh: Mapping[str, int]) -> int:
+    """Layers whose matrices Muon makes orthogonal on one device."""
+    return math.ceil(cfg.model.num_layers / (mesh["fsdp"] * mesh["tensor"]))
+
+
+def orthogonal_flops(cfg: Config, mesh: Mapping[str, int]) -> float:
+    """FLOPs of Muon's products on one device: three in each iteration, two of them of
+    the shorter side's square by the longer, one of its cube."""
+    if cfg.optimizer.kind != "muon":
+        return 0.0
+    flops = 0.0
+    for w in weights_of(cfg.model):
+        if w.layer_matrix:
+            rows = size_of(cfg.model, w.summed)
+            short, long = sorted((rows, w.size(cfg.model) // rows))
+            flops += 4.0 * short**2 * long + 2.0 * short**3
+    return NEWTON_SCHULZ_STEPS * layers_of_a_device(cfg, mesh) * flops
 
 
 def memory_estimate(cfg: Config, mesh: Mapping[str, int]) -> float:
@@ -111,7 +136,7 @@ def least_moved_bytes(cfg: Config, mesh: Mapping[str, int]) -> dict[str, float]:
     1910.02054, stage 3); the embedding is gathered once, because its uses are
     neighbours. data: the scattered gradients are summed. tensor: two sums of the
     activations in each pass of a layer (Megatron, arXiv 1909.08053), and those of
-    look-up and head.
+    look-up and head. Muon exchanges parts of layers for whole ones, and back.
     """
     model, m = cfg.model, cfg.compute.microbatches
     d, f, t = mesh["data"], mesh["fsdp"], mesh["tensor"]
@@ -126,11 +151,13 @@ def least_moved_bytes(cfg: Config, mesh: Mapping[str, int]) -> dict[str, float]:
         rows_per_device(cfg, mesh) * cfg.data.seq_len * model.d_model * COMPUTE_BYTES
     )
     sums = 2 * passes * model.num_layers + 2
-    return {
-        "data": data,
-        "fsdp": fsdp,
-        "tensor": m * sums * 2 * activations * (t - 1) / t,
-    }
+    tensor = m * sums * 2 * activations * (t - 1) / t
+    if cfg.optimizer.kind == "muon":
+        whole = layers_of_a_device(cfg, mesh) / model.num_layers
+        exchanged = 2 * COMPUTE_BYTES * layer_parameters(model) * whole
+        fsdp += exchanged * (f - 1) / f
+        tensor += exchanged * (t - 1) / t
+    return {"data": data, "fsdp": fsdp, "tensor": tensor}
 
 
 def hbm_bytes(cfg: Config, mesh: Mapping[str, int]) -> float:
@@ -181,7 +208,8 @@ def step_seconds(
             inside = amount - (dcn if axis == "data" else 0.0)
             ici += inside / (chip.ici_bandwidth * assume.ici * spans / dimensions)
     seconds = {
-        "compute": tokens * flops / (chip.flops * assume.compute),
+        "compute": (tokens * flops + orthogonal_flops(cfg, mesh))
+        / (chip.flops * assume.compute),
         "hbm": hbm_bytes(cfg, mesh) / (chip.hbm_bandwidth * assume.hbm),
         "ici": ici,
         "dcn": dcn / (chip.dcn_bandwidth * assume.dcn) if dcn else 0.0,

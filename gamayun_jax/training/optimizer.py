@@ -1,4 +1,5 @@
-"""The learning rate as a function of tokens, and AdamW, which does without its own.
+"""The learning rate as a function of tokens, and optimisers, which have none of their
+own: AdamW, and Muon for the layers' matrices.
 
 The learning rate is a pure function of tokens, computed by the train step from the
 step number. It is not an optimiser's private count, so that carrying the optimiser
@@ -7,14 +8,23 @@ state over to another stage cannot carry a stale position in the schedule with i
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import operator as op
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gamayun_jax.config import OptimizerConfig, ScheduleConfig, UserError
+from gamayun_jax.model.sharding import map_layers
 from gamayun_jax.model.weights import WEIGHTS, parameter_path
+
+# Coefficients of x, x x' x and x x' x x' x: steep at 0, so that five iterations take
+# singular values from 0.01 to about 1 on, to between 0.7 and 1.2 (Keller Jordan, "Muon:
+# An optimizer for hidden layers in neural networks", 2024).
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
 
 
 def learning_rate(
@@ -73,10 +83,97 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) up to the factor -learning_rate, after clipping."""
+def orthogonal_mask(params: Any) -> Any:
+    """True where Muon updates: the matrices of the layers, by the table of weights."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: WEIGHTS[parameter_path(path)].layer_matrix, params
+    )
+
+
+def orthogonalise(x: jax.Array, summed: int) -> jax.Array:
+    """About U V' of the singular value decomposition U S V' of one layer's weight.
+
+    Its products are in the dtype of x (in bfloat16 as Jordan's), its norm in float32.
+
+    Args:
+      x: [*I, *O]; the matrix is I x O.
+      summed: how many axes are of I.
+    """
+    flat = x.reshape(math.prod(x.shape[:summed]), -1).astype(jnp.float32)
+    wide = flat.shape[0] <= flat.shape[1]
+    y = flat / jnp.maximum(jnp.linalg.norm(flat), 1e-20)
+    y = (y if wide else y.T).astype(x.dtype)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = y @ y.T
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return (y if wide else y.T).reshape(x.shape)
+
+
+class MuonState(NamedTuple):
+    """The running means of the gradients, as the parameters are."""
+
+    mu: Any
+
+
+def scale_by_muon(
+    momentum: float, rms: float, dtype: jnp.dtype
+) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) with Nesterov's momentum, per layer.
+
+    An orthogonal matrix of I x O has elements of 1 / sqrt(max(I, O)) in root mean
+    square: times that root and `rms` of 0.2, updates are as long as AdamW's (Liu et
+    al., arXiv 2502.16982, section 2.2).
+
+    Args:
+      dtype: of the products; the running means are in float32.
+    """
+
+    def update(grads: Any, state: MuonState, params: Any = None) -> Any:
+        def blend(mean: Any, new: Any) -> Any:
+            return jax.tree.map(
+                lambda m, g: momentum * m + (1.0 - momentum) * g, mean, new
+            )
+
+        def direction(path: Any, x: jax.Array) -> jax.Array:
+            weight = WEIGHTS[parameter_path(path)]
+            summed = len(weight.summed)
+            shape = x.shape[1:]
+            longer = max(math.prod(shape[:summed]), math.prod(shape[summed:]))
+            made = map_layers(
+                partial(orthogonalise, summed=summed),
+                x.astype(dtype),
+                weight.logical_axes,
+            )
+            return rms * longer**0.5 * made.astype(x.dtype)
+
+        mu = blend(state.mu, grads)
+        ahead = blend(mu, grads)
+        return jax.tree_util.tree_map_with_path(direction, ahead), MuonState(mu)
+
+    return optax.GradientTransformation(
+        lambda params: MuonState(jax.tree.map(jnp.zeros_like, params)), update
+    )
+
+
+def make_optimizer(
+    cfg: OptimizerConfig, dtype: jnp.dtype | str = "float32"
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101), or Muon beside Adam, up to the factor -learning_rate,
+    after clipping.
+
+    Args:
+      dtype: in which Muon multiplies matrices.
+    """
+    scale = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+    if cfg.kind == "muon":
+        muon = scale_by_muon(cfg.momentum, cfg.update_rms, jnp.dtype(dtype))
+        scale = optax.chain(
+            optax.masked(muon, orthogonal_mask),
+            optax.masked(scale, lambda p: jax.tree.map(op.not_, orthogonal_mask(p))),
+        )
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        scale,
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
     )

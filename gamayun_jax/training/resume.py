@@ -333,14 +333,21 @@ def start_from(
     anew, whatever the config says.
     """
     check_model(cfg, store, meta)
-    if meta.params_alone:
+    if meta.params_alone or cfg.stages[0].transition.moments == "reset":
         params = store.restore_params(meta.step, abstract.params)
-        return state_with(cfg, params, abstract)
+        state = state_with(cfg, params, abstract)
+        if abstract.ema is not None and meta.has_ema:
+            state = state.replace(ema=store.restore_ema(meta.step, abstract.ema))
+        return state
+    former, kind = meta.config.optimizer.kind, cfg.optimizer.kind
+    if former != kind:
+        raise UserError(
+            f"--init-from {store.folder}/{meta.step} has the moments of optimizer.kind="
+            f"{former!r}, and the config has {kind!r}: set stages."
+            f"{cfg.stages[0].name}.transition.moments=reset to begin with new ones"
+        )
     state = store.restore(meta.step, abstract)
-    state = state.replace(step=jnp.zeros_like(state.step))
-    if cfg.stages[0].transition.moments == "reset":
-        state = reset_moments(cfg, state, abstract)
-    return state
+    return state.replace(step=jnp.zeros_like(state.step))
 
 
 def start_exchanged(

@@ -54,7 +54,9 @@ BESIDE = (".err", ".log", ".md", ".out", ".py", ".sh", ".txt")
 NO_RUN = ("compiled", "former", "lost+found")
 SAMPLES = 2  # items of a generation task that are shown, of each language
 # What a run cannot change on its way: its state or its past would not fit any more.
-FIXED = ("model", "languages", "data.seq_len", "data.batch_size", "seed")
+FIXED = (
+    "model", "languages", "data.seq_len", "data.batch_size", "optimizer.kind", "seed",
+)  # fmt: skip
 
 
 class FolderInUseError(UserError):

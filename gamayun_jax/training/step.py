@@ -15,13 +15,18 @@ from jax.sharding import Mesh
 from gamayun_jax.config import Config
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights, weighted_loss
-from gamayun_jax.model.transformer import Transformer, unembedding
+from gamayun_jax.model.transformer import Transformer, compute_dtype, unembedding
 from gamayun_jax.model.weights import abstract_params
 from gamayun_jax.training import optimizer as optim
 from gamayun_jax.training.checkpoint import TrainState
 from gamayun_jax.training.ema import new_ema, update_ema
 
 # --- state ----------------------------------------------------------------------
+
+
+def optimizer_of(cfg: Config) -> optax.GradientTransformation:
+    """The config's optimiser; Muon multiplies in the dtype of computation."""
+    return optim.make_optimizer(cfg.optimizer, compute_dtype(cfg.compute.dtype))
 
 
 def init_state(cfg: Config, key: jax.Array) -> TrainState:
@@ -33,7 +38,7 @@ def init_state(cfg: Config, key: jax.Array) -> TrainState:
 
 def state_of(cfg: Config, params: Any) -> TrainState:
     """The state at step 0 of these parameters."""
-    opt_state = optim.make_optimizer(cfg.optimizer).init(params)
+    opt_state = optimizer_of(cfg).init(params)
     ema = new_ema(params) if cfg.optimizer.ema_tokens else None
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
@@ -58,8 +63,7 @@ def new_state(cfg: Config, mesh: Mesh) -> TrainState:
 def reset_moments(cfg: Config, state: TrainState, abstract: TrainState) -> TrainState:
     """The same parameters with the optimiser's state as at the start of a run."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
-    optimizer = optim.make_optimizer(cfg.optimizer)
-    init = jax.jit(optimizer.init, out_shardings=shardings)
+    init = jax.jit(optimizer_of(cfg).init, out_shardings=shardings)
     return state.replace(opt_state=init(state.params))
 
 
@@ -158,9 +162,7 @@ def update(
     grads, sums = gradient_sums(state.params, batch, cfg, tables)
     target_count = jnp.maximum(sums["target_count"], 1.0)
     grads = jax.tree.map(lambda g: g / target_count, grads)
-    updates, opt_state = optim.make_optimizer(cfg.optimizer).update(
-        grads, state.opt_state, state.params
-    )
+    updates, opt_state = optimizer_of(cfg).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     ema = state.ema and update_ema(state.ema, params, cfg)
     norm = optax.tree.norm(grads)

@@ -137,6 +137,32 @@ def test_step_time_by_hand(stage1):
     assert two["dcn"] == pytest.approx(32e9 / 8 / chip.dcn_bandwidth)
 
 
+def test_what_muon_adds_by_hand(stage1):
+    """Two of 26 layers on each of 16 devices; one moment less of the layers."""
+    mesh, chip = {"data": 16, "fsdp": 16, "tensor": 1}, CHIPS["v5e"]
+    optimizer = dataclasses.replace(stage1.optimizer, kind="muon")
+    muon = dataclasses.replace(stage1, optimizer=optimizer)
+    one = 5 * (
+        2 * (6 * 2048**3)  # q, o
+        + 2 * (4 * 1024**2 * 2048 + 2 * 1024**3)  # k, v
+        + 3 * (4 * 2048**2 * 5632 + 2 * 2048**3)  # gate, up, down
+    )
+    assert roofline.orthogonal_flops(muon, mesh) == 2 * one
+    assert roofline.orthogonal_flops(stage1, mesh) == 0
+    layers = roofline.layer_parameters(stage1.model)
+    whole = layers + 131_072 * 2048
+    assert roofline.state_values(muon) == pytest.approx(3 - layers / whole)
+    both = [roofline.least_moved_bytes(cfg, mesh) for cfg in (stage1, muon)]
+    # There and back, in bfloat16, 32 layers where there are 26.
+    exchanged = 2 * 2 * layers / 26 * 32 / 16 * 15 / 16
+    assert both[1]["fsdp"] - both[0]["fsdp"] == pytest.approx(exchanged)
+    seconds = [
+        roofline.step_seconds(cfg, mesh, chip, moved, 2)["step"]
+        for cfg, moved in zip((stage1, muon), both, strict=True)
+    ]
+    assert 1.04 < seconds[1] / seconds[0] < 1.06
+
+
 def test_more_is_made_again_and_less_is_kept(stage1):
     """The policies in their order, from `none` to `full`."""
     flops, kept = [], []
