@@ -201,10 +201,12 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """The records of a run: metrics.jsonl, console, TensorBoard."""
+    """The records of a run: metrics.jsonl, console, TensorBoard, a tracker."""
 
     every_steps: Count = 10  # of a record, from a stage's first step on
     tensorboard: bool = True  # event files in the run folder
+    tracker: Literal["", "wandb", "trackio"] = ""  # sent what TensorBoard shows, too
+    project: str = "gamayun"  # of the tracker
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def train(
         contextlib.closing(
             Profile(folder.path / "profile", profile if first else None, log)
         ) as trace,
-        open_trackers(cfg.log, folder) as trackers,
+        open_trackers(cfg, folder, report) as trackers,
     ):
         trace.check(store.latest() or 0, cfg.total_steps)
         setting = Setting(

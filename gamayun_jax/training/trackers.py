@@ -1,18 +1,25 @@
-"""Where a run can be watched besides its folder: TensorBoard."""
+"""Where a run can be watched: TensorBoard, Weights & Biases, trackio."""
 
 from __future__ import annotations
 
+import importlib
+import queue
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from gamayun_jax.config import LogConfig
+from gamayun_jax.config import Config, UserError, to_dict
+from gamayun_jax.data.files import read_json, write_json
 from gamayun_jax.training.run_folder import SAMPLES, RunFolder
 
 Scalars = Mapping[str, float | None]  # by tag; None: not known
+BACKLOG = 10_000  # calls that wait for a service; then it is given up
+PATIENCE = 30.0  # seconds that the end of a run waits for a service
 
 
 class Tracker(Protocol):
@@ -31,11 +38,19 @@ class Tracker(Protocol):
 
 
 @contextmanager
-def open_trackers(cfg: LogConfig, folder: RunFolder) -> Iterator[list[Tracker]]:
-    """The trackers that a config asks for; none where this process does not write."""
+def open_trackers(
+    cfg: Config, folder: RunFolder, log: Callable[[str], None]
+) -> Iterator[list[Tracker]]:
+    """The trackers that a config asks for; none where this process does not write.
+
+    Raises:
+      UserError: the package of `log.tracker` is missing.
+    """
     trackers: list[Tracker] = []
-    if folder.writer and cfg.tensorboard:
+    if folder.writer and cfg.log.tensorboard:
         trackers.append(TensorBoard(folder.path))
+    if folder.writer and cfg.log.tracker:
+        trackers.append(Service(cfg, folder.path, log))
     try:
         yield trackers
     finally:
@@ -69,6 +84,97 @@ class TensorBoard:
     def close(self) -> None:
         if self._events:
             self._events.close()
+
+
+class Service:
+    """A run at Weights & Biases or trackio: the scalars, by steps.
+
+    A thread of its own makes all calls, so that training waits for no network; whatever
+    fails there is said once, and training goes on without. What the run is called there
+    and the last step of each kind of record are in tracker.<package>.json of the run
+    folder: started again it goes on there, and steps that are made again are not sent
+    again.
+    """
+
+    def __init__(self, cfg: Config, folder: Path, log: Callable[[str], None]):
+        """Raises UserError if the package is missing."""
+        self._cfg, self._folder, self._log = cfg, folder, log
+        package = cfg.log.tracker
+        try:
+            # A folder of that name, such as wandb makes, would be an empty module.
+            self._init = importlib.import_module(package).init
+        except (ImportError, AttributeError) as e:
+            raise UserError(
+                f"log.tracker={package!r}: the package cannot be imported ({e}): "
+                f"pip install {package}, or leave log.tracker out"
+            ) from e
+        self._path = folder / f"tracker.{package}.json"
+        self._thread: threading.Thread | None = None
+        self._failed = False
+
+    def start(self, step: int, tokens: int) -> None:
+        known = read_json(self._path) if step and self._path.exists() else None
+        if known is None:
+            self.close()
+            known = {"id": uuid.uuid4().hex[:8], "last_steps": {}}
+        self._known = known
+
+    def write(
+        self, step: int, tokens: int, scalars: Scalars, texts: Mapping[str, str]
+    ) -> None:
+        kind, last_steps = next(iter(scalars)), self._known["last_steps"]
+        if self._failed or step <= last_steps.get(kind, -1):
+            return
+        if not self._thread:
+            self._calls: queue.Queue[Any] = queue.Queue(BACKLOG)
+            self._thread = threading.Thread(target=self._send, daemon=True)
+            self._thread.start()
+        last_steps[kind] = step
+        write_json(self._path, self._known)
+        values = {k: v for k, v in scalars.items() if v is not None}
+        self._call(({"tokens": tokens, **values}, step))
+
+    def close(self) -> None:
+        if self._thread and not self._failed:
+            self._call(None)
+            self._thread.join(PATIENCE)
+            if self._thread.is_alive():
+                self._fail(f"no answer for {PATIENCE:.0f} s")
+        self._thread = None
+
+    def _call(self, call: tuple[dict[str, float], int] | None) -> None:
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            self._fail(f"{BACKLOG:,} records wait to be sent")
+
+    def _send(self) -> None:
+        """The thread: one run of the service, from its beginning to its end."""
+        key, name = self._known["id"], self._folder.resolve().name
+        if self._cfg.log.tracker == "wandb":
+            own = {"name": name, "id": key, "dir": str(self._folder)}
+        else:  # trackio knows a run by its name
+            own = {"name": f"{name}-{key}", "embed": False}
+        try:
+            run = self._init(
+                project=self._cfg.log.project,
+                config=to_dict(self._cfg),
+                resume="allow",
+                **own,
+            )
+            while call := self._calls.get():
+                run.log(call[0], step=call[1])
+            run.finish()
+        except Exception as e:
+            self._fail(f"{type(e).__name__}: {e}")
+
+    def _fail(self, reason: str) -> None:
+        if not self._failed:
+            self._failed = True
+            self._log(
+                f"log.tracker={self._cfg.log.tracker!r} failed, and training goes on "
+                f"without it: {reason}"
+            )
 
 
 def sample_text(items: Iterable[Mapping[str, Any]]) -> str:
