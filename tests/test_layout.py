@@ -27,12 +27,15 @@ JSON_ONLY = {
 }
 # What every room may import. Tables: a corpus, a plan and an evaluation print the same
 # kind as the report, and data may not import the report.
-BASE = {"fields", "corpus_config", "stage_config", "config", "tables", "huge_pages"}
+BASE = {"fields", "corpus_config", "stage_config", "config", "tables"}
+BASE |= {"huge_pages", "storage"}
 HOUSE = {*BASE, "model", "data", "training", "inference", "interop", "evaluate"}
 # Room (or module of the top floor) -> rooms and modules that it may import.
 LAWS = {
     "fields": set(),
     "tables": set(),
+    "buckets": {"fields"},
+    "storage": {"fields", "buckets"},
     "huge_pages": set(),
     "corpus_config": {"fields"},
     "stage_config": {"fields"},

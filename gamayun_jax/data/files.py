@@ -8,17 +8,32 @@ import hashlib
 import json
 import os
 import resource
-import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gamayun_jax.config import AnyPath, UserError
+from gamayun_jax.storage import (
+    as_path,
+    is_bucket,
+    lexists,
+    remove_tree,
+    upload,
+    upload_file,
+)
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path`, durably, if the block succeeds."""
+    """A temporary path on this machine that becomes `path`, durably, if the block
+    succeeds; in a bucket by one upload."""
+    if is_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            upload_file(temporary, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,23 +48,31 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def check_new(out: AnyPath) -> None:
     """Raise UserError if there is anything at `out` but an empty folder."""
-    out = Path(out)
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+    out = as_path(out)
+    if lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: give a new folder, or delete it")
 
 
 @contextlib.contextmanager
 def new_folder(out: AnyPath) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes it, durably, if the block succeeds.
+    """A folder on this machine that becomes `out`, durably, if the block succeeds: a
+    hidden one beside it, or, for one in a bucket, a temporary one. There its
+    manifest.json or config.json comes last, and a folder without it is not whole.
 
     Raises:
       UserError: there is something at `out` already.
     """
     check_new(out)
-    out = Path(out).absolute()
+    out = as_path(out)
+    if is_bucket(out):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            upload(Path(folder), out)
+        return
+    out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_tree(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -58,7 +81,7 @@ def new_folder(out: AnyPath) -> Iterator[Path]:
         os.replace(temporary, out)
         sync(out.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
         raise
 
 
@@ -117,7 +140,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def file_sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as f:
+    with as_path(path).open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 

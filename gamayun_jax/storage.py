@@ -1,0 +1,118 @@
+"""Paths on this machine and in buckets (gs://, s3://), as one kind to the rooms.
+
+A local path stays a pathlib.Path. One in a bucket is a `BucketPath` (buckets.py), which
+has the methods of pathlib.Path that this package uses. What only one of the two can do
+stands here: whole trees, and what a bucket has in place of a rename.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path, PurePath
+from typing import Any, cast
+
+from gamayun_jax.fields import AnyPath, UserError
+
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
+# pathlib takes one of an address's slashes away.
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+
+
+def scheme_of(path: AnyPath | PurePath) -> str:
+    """The scheme of an address, such as gs; "" of a path on this machine."""
+    text = os.fspath(path)
+    found = ADDRESS.fullmatch(text)
+    return found[1] if found and ("://" in text or isinstance(path, PurePath)) else ""
+
+
+def is_bucket(path: AnyPath | PurePath) -> bool:
+    """Whether a path is in a bucket."""
+    return scheme_of(path) in BUCKETS
+
+
+def as_path(path: AnyPath | PurePath, where: str = "") -> Path:
+    """The path that a user gave: a pathlib.Path, or a BucketPath with its methods.
+
+    Args:
+      where: the beginning of an error's message: what the path is given as.
+
+    Raises:
+      UserError: an address that no package reads here, or without a bucket's name.
+    """
+    scheme = scheme_of(path)
+    if not scheme:
+        return Path(path)
+    if scheme not in BUCKETS:
+        known = ", ".join(f"{k}://" for k in BUCKETS)
+        raise UserError(
+            f"{where}{path} is an address of a kind that is not read: give a path on "
+            f"this machine or one of {known}; or mount what is there"
+        )
+    try:
+        from gamayun_jax.buckets import BucketPath
+    except ImportError as e:  # etils comes with Orbax, its parts for paths may not
+        raise _no_package(where, path, scheme) from e
+    bucket, _, rest = ADDRESS.fullmatch(os.fspath(path))[2].partition("/")  # type: ignore[index]
+    if len(bucket) < 3:
+        raise UserError(
+            f"{where}{path}: {bucket!r} is no bucket's name, which has three letters "
+            f"or more: write {scheme}://BUCKET/FOLDER"
+        )
+    made = BucketPath(f"{scheme}://{bucket}/{rest}")
+    try:
+        _ = made.fs
+    except ImportError as e:
+        raise _no_package(where, path, scheme) from e
+    return cast(Path, made)
+
+
+def _no_package(where: str, path: Any, scheme: str) -> UserError:
+    return UserError(
+        f"{where}{path}: buckets of {scheme}:// are read by the package "
+        f"{BUCKETS[scheme]}, which is not installed: pip install 'gamayun_jax[buckets]'"
+    )
+
+
+def as_given(path: Path) -> Path:
+    """An absolute path; one in a bucket always is."""
+    return path if is_bucket(path) else path.absolute()
+
+
+def lexists(path: Path) -> bool:
+    """Whether there is anything at a path, a broken link included."""
+    return path.exists() if is_bucket(path) else os.path.lexists(path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder and all below it; nothing if there is none."""
+    if is_bucket(folder):
+        cast(Any, folder).rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move(old: Path, new: Path) -> None:
+    """Move a file or folder within a file system, or within a bucket, which has no
+    rename: all is copied first, and nothing is lost if it ends midway."""
+    if not is_bucket(old):
+        old.rename(new)
+        return
+    from gamayun_jax.buckets import move
+
+    move(cast(Any, old), cast(Any, new))
+
+
+def upload(local: Path, out: Path) -> None:
+    """Put the files of a local folder into a bucket; those that complete it last."""
+    from gamayun_jax.buckets import upload
+
+    upload(local, cast(Any, out))
+
+
+def upload_file(local: Path, out: Path) -> None:
+    """Put a local file in the place of an object, whole or not at all."""
+    from gamayun_jax.buckets import upload_file
+
+    upload_file(local, cast(Any, out))

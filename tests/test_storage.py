@@ -1,0 +1,101 @@
+"""Paths on this machine and in buckets are read and written alike."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gamayun_jax.config import UserError
+from gamayun_jax.data import files
+from gamayun_jax.storage import as_path, is_bucket, move, remove_tree
+
+
+def test_addresses(bucket):
+    assert as_path("runs/x") == Path("runs/x")
+    assert type(as_path(Path("gs-like/x"))) is type(Path())
+    for given in ("gs://runs/a/b", Path("gs://runs/a/b"), "gs://runs//a/b/"):
+        path = as_path(given)  # pathlib takes one slash away
+        assert str(path) == "gs://runs/a/b"
+        assert is_bucket(path)
+        assert path.absolute() == path.resolve() == path
+        assert str(path.parent.parent / "c.json") == "gs://runs/c.json"
+        assert as_path(path) == path
+    assert as_path("gs://runs").name == "runs"
+    with pytest.raises(
+        UserError, match=r"--out hdfs://x/y is an address.*gs://, s3://"
+    ):
+        as_path("hdfs://x/y", "--out ")
+    with pytest.raises(UserError, match=r"gs://a/x: 'a' is no bucket's name"):
+        as_path("gs://a/x")
+
+
+def test_a_missing_package_is_named():
+    code = """
+import sys
+sys.modules["gcsfs"] = None
+from gamayun_jax.storage import as_path
+as_path("gs://runs/a", "--workdir ")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "gamayun_jax.fields.UserError: --workdir gs://runs/a: " in run.stderr
+    assert "pip install 'gamayun_jax[buckets]'" in run.stderr
+
+
+@pytest.mark.parametrize("there", ["here", "bucket"])
+def test_files_and_folders(there, tmp_path, request):
+    root = as_path(request.getfixturevalue("bucket")) if there == "bucket" else tmp_path
+    folder, path = root / "a", root / "a" / "x.json"
+    assert not path.exists()
+    assert not path.is_file()
+    assert not folder.is_dir()
+    with pytest.raises(FileNotFoundError):
+        path.read_bytes()
+    with pytest.raises(UserError, match="is missing"):
+        files.read_json(path)
+    files.write_json(path, {"a": "é"})
+    assert files.read_json(path) == {"a": "é"}
+    assert path.read_text("utf-8") == '{\n "a": "é"\n}\n'
+    assert files.file_sha256(path) == files.file_sha256(str(path))
+    assert path.is_file()
+    assert not path.is_dir()
+    assert folder.is_dir()
+    with path.open("rb") as f:
+        f.seek(2)
+        assert f.read(3) == b' "a'
+    with contextlib.suppress(RuntimeError), files.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert files.read_json(path) == {"a": "é"}
+    with pytest.raises(UserError, match="exists already"):
+        files.check_new(folder)
+    with files.new_folder(root / "b") as temporary:
+        (temporary / "items").mkdir()
+        (temporary / "items" / "1.jsonl").write_text("{}\n")
+        (temporary / "config.json").write_text("{}")
+    assert sorted(p.name for p in (root / "b").iterdir()) == ["config.json", "items"]
+    found = [p.name for p in (root / "b").rglob("*.json*") if p.is_file()]
+    assert sorted(found) == ["1.jsonl", "config.json"]
+    (root / "c").mkdir(parents=True, exist_ok=True)
+    move(root / "b", root / "c" / "d")
+    assert (root / "c" / "d" / "items" / "1.jsonl").read_bytes() == b"{}\n"
+    assert not (root / "b").exists()
+    assert [p.name for p in (root / "c" / "d").glob("*.json")] == ["config.json"]
+    path.unlink()
+    path.unlink(missing_ok=True)
+    assert not path.exists()
+    remove_tree(root / "c")
+    remove_tree(root / "c")
+    assert not (root / "c").exists()
+
+
+def test_what_completes_a_folder_comes_last(bucket, bucket_server):
+    out = as_path(bucket) / "model"
+    with files.new_folder(out) as temporary:
+        for name in ("config.json", "a/1.bin", "z.txt", "manifest.json"):
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text("x")
+    written = [Path(name).name for kind, name in bucket_server.log if kind == "write"]
+    assert set(written[:2]) == {"1.bin", "z.txt"}
+    assert set(written[2:]) == {"config.json", "manifest.json"}
