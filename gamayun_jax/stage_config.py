@@ -39,6 +39,8 @@ class MixtureConfig:
     # How the former stage's shares leave.
     ramp: Literal["step", "linear", "cosine"] = "step"
     ramp_tokens: Whole = 0  # that it takes
+    # interleaved: each block by the shares; shuffled: at random places of the stage.
+    order: Literal["interleaved", "shuffled"] = "interleaved"
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> c.Config:
 
 
 @pytest.fixture(scope="session")
+def shuffled(config: c.Config) -> c.Config:
+    """The small config with both stages shuffled."""
+    stages = []
+    for stage in config.stages:
+        mixture = dataclasses.replace(stage.mixture, order="shuffled", ramp_tokens=0)
+        stages.append(dataclasses.replace(stage, mixture=mixture))
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
+@pytest.fixture(scope="session")
 def corpus(config: c.Config) -> corpus_module.Corpus:
     return corpus_module.open_corpus(Path(config.data.corpus))
 

@@ -71,7 +71,7 @@ PARSED = [
     ("controls c.py --arms single ramped --out o --check a b",
      {"config": Path("c.py"), "arms": ["single", "ramped"], "out": Path("o"),
       "check": [Path("a"), Path("b")]}),
-    ("controls c.py --out o --arms shuffled", None),
+    ("controls c.py --out o --arms sorted", None),
     ("train c.py --work w --init r --fresh --process-id -1 --num-processes 02",
      {"config": Path("c.py"), "workdir": Path("w"), "init_from": Path("r"),
       "fresh": True, "process_id": -1, "num_processes": 2}),

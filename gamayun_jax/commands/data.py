@@ -207,7 +207,7 @@ def make_controls(
     config: Path,
     *,
     out: Folder | None = None,
-    arms: list[Literal["single", "reversed", "ramped"]] | None = None,
+    arms: list[Literal["single", "shuffled", "reversed", "ramped"]] | None = None,
     check: list[Path] | None = None,
     set_: Repeated = (),
 ) -> int:
@@ -215,16 +215,17 @@ def make_controls(
 
     Writes an experiment file per arm into OUT and prints how many examples of each
     source every arm serves, which are equal. single: one stage, a constant mixture;
-    reversed: the stages' contents, the last first; ramped: the mixture slides through
-    the run. Every arm has CONFIG's learning rate at every step. Before there is a
-    corpus, plans as `gamayun curriculum` does.
+    shuffled: the same in a random order of the whole run; reversed: the stages'
+    contents, the last first; ramped: the mixture slides through the run. Every arm has
+    CONFIG's learning rate at every step. Before there is a corpus, plans as `gamayun
+    curriculum` does.
 
     Examples:
       gamayun controls experiments/tiny.py --out runs/controls
       gamayun controls experiments/tiny.py --check runs/tiny runs/single
 
     Args:
-      arms (ARM): which arms (default: all of single, reversed and ramped).
+      arms (ARM): which arms (default: all four).
       check (RUN): compare what finished runs of CONFIG or its arms recorded with what
         CONFIG plans; status 2 where it differs.
     """

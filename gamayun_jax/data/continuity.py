@@ -42,6 +42,10 @@ def past(curriculum: Curriculum, example: int) -> dict[str, Any]:
         last = min(-(-(example - b.start) // c.block_examples), len(b.ends) - 1)
         counts = b.counts[: last + 1][:, touched]
         digest = hashlib.sha256(b.ends[: last + 1].tobytes() + counts.tobytes())
+        if b.key is not None:
+            # Where a turn is depends on all of the phase, also on what comes later.
+            totals = zip(c.names, b.totals.tolist(), strict=True)
+            digest.update(repr([turns for turns in totals if turns[1]]).encode())
         # By number: a phase's name determines nothing.
         parts[f"mapping of phase {k}"] = digest.hexdigest()
     return parts
@@ -86,7 +90,7 @@ def diff_past(old: Curriculum, new: Curriculum, example: int) -> list[str]:
     for a, b, begin in zip(old.phases, new.phases, old.blocks, strict=False):
         if begin.start >= example:  # the future may change
             break
-        for key in ("examples", "ramp", "ramp_examples"):
+        for key in ("examples", "ramp", "ramp_examples", "order"):
             x, y = getattr(a, key), getattr(b, key)
             if x != y:
                 lines.append(f"{key} of {a.name} was {x} and is {y}")

@@ -20,6 +20,7 @@ from gamayun_jax.tables import Table
 MARK = "Written by `gamayun controls`"
 ABOUT = {
     "single": "one stage with a constant mixture",
+    "shuffled": "the examples of the run in a random order",
     "reversed": "what the stages serve, the last stage first",
     "ramped": "shares that slide to the end of the run",
 }
@@ -127,6 +128,7 @@ def stage_text(stage: StageConfig, counts: Mapping[str, int]) -> str:
         'scheme="explicit",',
         *("shares={", *shares, "},"),
         *(ramp if mix.ramp_tokens else []),
+        *(['order="shuffled",'] if mix.order == "shuffled" else []),
     ]
     inner = [
         f"name={quoted(stage.name)},",

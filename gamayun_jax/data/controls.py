@@ -7,6 +7,8 @@ config with other stages, of which that is true:
 
   single    one stage; each source's share is its share of the whole run
   reversed  what the stages serve, the last first
+  shuffled  `single` with the sources' turns in a random order of the whole run, each
+            at its own place of it: as a real shuffle scatters them
   ramped    shares slide in straight lines from the end of the warm-up to that of the
             run, as steeply as from the first stage's mixture to the last's, or as far
             as no share falls below 0
@@ -18,14 +20,15 @@ What arms keep of the base, so that order is all that differs:
                  warm-up of the first stage, a decay in the last stage alone. Anything
                  else is refused: an arm with another learning rate is no control.
   token weights  They say what an example counts, so they go with the stage's content
-                 in `reversed`. Where stages are mixed they cannot: `single` and
-                 `ramped` want the same token weights in all stages.
+                 in `reversed`. Where stages are mixed they cannot: the other arms want
+                 the same token weights in all stages.
   transitions    They belong to moments of the run. `reversed` has the base's first
-                 transition first, and so on. `single` and `ramped` have the first
-                 stage's only, so no later stage may reset Adam's moments. Cursors that
-                 restart are refused: examples would come again in another order.
-  ramps          Inside of a stage a ramp is not kept: `reversed` serves a stage's
-                 examples evenly, and changes by a step.
+                 transition first, and so on. The other arms have the first stage's
+                 only, so no later stage may reset Adam's moments. Cursors that restart
+                 are refused: examples would come again in another order.
+  order          `reversed` keeps that of each stage (`mixture.order`); the other arms
+                 have their own. Inside of a stage a ramp is not kept: `reversed` serves
+                 a stage's examples evenly, and changes by a step.
 
 Shares are parts of 2**30 and counts within 1 of the integral (curriculum.py), so shares
 that only round the wanted counts may miss them by one. They are searched for by the
@@ -37,6 +40,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -46,6 +50,7 @@ from gamayun_jax.data.curriculum import ONE, to_fixed_point
 from gamayun_jax.data.plan import DataPlan, make_data_plan
 
 Stages = tuple[StageConfig, ...]
+Order = Literal["interleaved", "shuffled"]  # of MixtureConfig
 TRIES = 48  # plans made in search of a stage's shares
 # How much of the steepest slide `ramped` tries: at the steepest a share ends at 0, and
 # rounding may ask for less than that.
@@ -96,7 +101,7 @@ def plan_base(cfg: Config, corpus: Corpus) -> Base:
 
 def stage_counts(plan: DataPlan) -> np.ndarray:
     """int64 [K, S]: examples of each source in each stage."""
-    return np.stack([b.counts[-1] for r in plan.runs for b in r.curriculum.blocks])
+    return np.stack([b.totals for r in plan.runs for b in r.curriculum.blocks])
 
 
 def make_arm(arm: str, base: Base) -> Config:
@@ -138,8 +143,15 @@ def single(base: Base) -> Stages:
     return (even_stage(base, (), blank(base, "single", sum(base.steps)), total),)
 
 
+def shuffled(base: Base) -> Stages:
+    """One stage with its examples in a random order."""
+    check_alike("shuffled", base)
+    (stage,) = single(base)
+    return (with_order(stage, "shuffled"),)
+
+
 def reversed_stages(base: Base) -> Stages:
-    """The stages' contents in reversed order, each served evenly."""
+    """The stages' contents in reversed order, each served evenly or shuffled."""
     made: Stages = ()
     contents = zip(base.cfg.stages, base.steps, base.counts, strict=True)
     for content, steps, counts in reversed(list(contents)):
@@ -148,7 +160,8 @@ def reversed_stages(base: Base) -> Stages:
             token_weights=content.token_weights,
             transition=base.cfg.stages[len(made)].transition,
         )
-        made += (even_stage(base, made, stage, counts),)
+        even = even_stage(base, made, stage, counts)
+        made += (with_order(even, content.mixture.order),)
     return made
 
 
@@ -199,6 +212,7 @@ def ramped(base: Base) -> Stages:
 
 ARMS: dict[str, Callable[[Base], Stages]] = {
     "single": single,
+    "shuffled": shuffled,
     "reversed": reversed_stages,
     "ramped": ramped,
 }
@@ -213,6 +227,12 @@ def blank(base: Base, name: str, steps: int) -> StageConfig:
         tokens=steps * base.cfg.tokens_per_step,
         mixture=MixtureConfig(),
     )
+
+
+def with_order(stage: StageConfig, order: Order) -> StageConfig:
+    """A stage that serves its examples in this order."""
+    mixture = dataclasses.replace(stage.mixture, order=order)
+    return dataclasses.replace(stage, mixture=mixture)
 
 
 def check_alike(arm: str, base: Base) -> None:

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from gamayun_jax.config import UserError
+from gamayun_jax.data import shuffle
 
 ONE = 1 << 30  # weights are whole multiples of 1 / ONE
 NEVER = np.int64(1) << 62
@@ -48,13 +49,18 @@ VERSION = 2  # of the mapping; part of the fingerprint
 @dataclass(frozen=True)
 class Phase:
     """`examples` long; weights: source -> share. The first `ramp_examples` move from
-    the former phase's weights to these (the first phase has none to move from)."""
+    the former phase's weights to these (the first phase has none to move from).
+
+    `order` of its examples: "interleaved", the counts of blocks following the weights,
+    or "shuffled", as many of each source at random places of the phase (shuffle.py).
+    """
 
     name: str
     examples: int
     weights: Mapping[str, float]
     ramp: str = "step"
     ramp_examples: int = 0
+    order: str = "interleaved"
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,28 @@ class Blocks:
 
     start: int  # first global example of the phase
     ends: np.ndarray  # int64 [b + 1]: examples of the phase before boundary b
-    counts: np.ndarray  # int64 [b + 1, S]: since the phase began
+    even: np.ndarray  # int64 [b + 1, S]: since the phase began, by the weights
     before: np.ndarray  # int64 [S]: examples of each source in the phases before
+    key: int | None = None  # of a shuffled phase's order
+
+    @property
+    def totals(self) -> np.ndarray:
+        """int64 [S]: examples of each source in the phase, in any order."""
+        return self.even[-1]
+
+    @property
+    def shuffle(self) -> tuple[tuple[int, ...], int]:
+        """What decides a shuffled phase's order: its totals and the key."""
+        assert self.key is not None
+        return tuple(self.totals.tolist()), self.key
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """int64 [b + 1, S]: since the phase began. Of a shuffled one they take time,
+        so what only plans asks for `totals`."""
+        if self.key is None:
+            return self.even
+        return shuffle.turn_counts(*self.shuffle, int(self.ends[1]))
 
 
 def to_fixed_point(weights: np.ndarray) -> np.ndarray:
@@ -269,7 +295,9 @@ class Curriculum:
             final = self._shares(p.weights)
             rule = p.examples, p.ramp, p.ramp_examples
             ends, counts = phase_counts(rule, self.block_examples, final, former)
-            blocks.append(Blocks(start, ends, counts, before))
+            mixed = p.order == "shuffled"
+            key = shuffle.make_key(self.seed, start, p.order) if mixed else None
+            blocks.append(Blocks(start, ends, counts, before, key))
             start, before, former = start + p.examples, before + counts[-1], final
         return tuple(blocks)
 
@@ -291,14 +319,16 @@ class Curriculum:
         n = b.counts[block + 1] - b.counts[block]
         source = np.repeat(np.arange(len(n), dtype=np.int32), n)
         number = np.arange(len(source)) - np.repeat(np.cumsum(n) - n, n)
-        # Source s takes places (number + u_s) / n_s: evenly spread, so that any part
-        # of a block is near the weights. u_s is a hash, so that sources do not begin
-        # together.
-        shift = np.array(
-            [unit_hash(self.seed, b.start, block, s) for s in self.names], np.float64
-        )
-        place = (number + shift[source]) / n[source]
-        order = np.argsort(place, kind="stable")
+        if b.key is not None:
+            turns = shuffle.turns(*b.shuffle, *b.ends[block : block + 2].tolist())
+            order = np.argsort(np.argsort(turns, kind="stable"))
+        else:
+            # Source s takes places (number + u_s) / n_s: evenly spread, so that any
+            # part of a block is near the weights. u_s is a hash, so that sources do
+            # not begin together.
+            shift = [unit_hash(self.seed, b.start, block, s) for s in self.names]
+            place = (number + np.array(shift)[source]) / n[source]
+            order = np.argsort(place, kind="stable")
         if len(self._orders) > 16:
             self._orders.clear()
         self._orders[key] = source[order], number[order]
@@ -338,7 +368,7 @@ class Curriculum:
         b = self.blocks[phase]
         inside = example - b.start
         if inside == b.ends[-1]:  # the last block may be a short one
-            return b.before + b.counts[-1]
+            return b.before + b.totals
         block, rest = divmod(inside, self.block_examples)
         counts = b.before + b.counts[block]
         if rest:
@@ -364,11 +394,10 @@ class Curriculum:
                 "phase": p.name,
                 "source": name,
                 "share": p.weights.get(name, 0.0),
-                "examples": int(b.counts[-1, s]),
-                "epochs": float(b.counts[-1, s] / max(self.sources[name], 1)),
+                "examples": int(b.totals[s]),
+                "epochs": float(b.totals[s] / max(self.sources[name], 1)),
                 "epochs_total": float(
-                    (b.before + b.counts[-1] + self.offsets)[s]
-                    / max(self.sources[name], 1)
+                    (b.before + b.totals + self.offsets)[s] / max(self.sources[name], 1)
                 ),
             }
             for p, b in zip(self.phases, self.blocks, strict=True)

@@ -282,7 +282,13 @@ def stage_phase(cfg: Config, stage: int, weights: Mapping[str, float]) -> Phase:
             f"stages.{spec.name}.mixture.ramp_tokens={mix.ramp_tokens} exceeds the "
             f"stage's tokens={spec.tokens}: shorten the ramp"
         )
-    return Phase(spec.name, examples, weights, mix.ramp, ramp)
+    if ramp and mix.order == "shuffled":
+        raise UserError(
+            f"stages.{spec.name}.mixture has order=shuffled and ramp_tokens="
+            f"{mix.ramp_tokens}: what is shuffled has no ramp; set ramp_tokens=0, or "
+            "order=interleaved"
+        )
+    return Phase(spec.name, examples, weights, mix.ramp, ramp, mix.order)
 
 
 def skipped_by(rollbacks: Sequence[Mapping[str, Any]]) -> tuple[Skipped, ...]:
@@ -397,6 +403,11 @@ def mixture_notes(cfg: Config, corpus: Corpus, plan: DataPlan) -> list[str]:
                     f"the others {what}. To be plain, give each a share, or 0: "
                     f"{', '.join(names)}"
                 )
+        if mix.order == "shuffled":
+            notes.append(
+                f"{at}.mixture.order=shuffled: each block is a random draw, not "
+                "within 1 of the shares; once begun, the stage cannot be prolonged"
+            )
         weights = stage.token_weights
         total = sum(weights.weights.values())
         if weights.scheme == "target_share" and abs(total - 1) > 1e-6:

@@ -39,7 +39,7 @@ class Arm:
     levels: Levels
     config: Config
     seeds: tuple[Seed, ...]
-    twin: Literal["", "single", "reversed", "ramped"] = ""
+    twin: Literal["", "single", "shuffled", "reversed", "ramped"] = ""
     average_tokens: Whole = 0
 
     def __post_init__(self):

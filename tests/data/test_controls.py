@@ -168,6 +168,25 @@ def test_the_slide_is_as_steep_as_shares_allow(tiny):
     assert halves[1].sum() > 2.5 * halves[0].sum()
 
 
+def test_orders_are_the_arms_or_the_contents(tiny):
+    """A shuffled stage stays so where it is moved, not where stages are mixed."""
+    align, enrich = tiny.cfg.stages
+    mixture = dataclasses.replace(align.mixture, order="shuffled")
+    align = dataclasses.replace(align, mixture=mixture)
+    cfg = dataclasses.replace(tiny.cfg, stages=(align, enrich))
+    base = controls.plan_base(cfg, tiny.corpus)
+    orders = {
+        arm: [s.mixture.order for s in controls.make_arm(arm, base).stages]
+        for arm in controls.ARMS
+    }
+    assert orders == {
+        "single": ["interleaved"],
+        "shuffled": ["shuffled"],
+        "reversed": ["interleaved", "shuffled"],
+        "ramped": ["interleaved", "interleaved"],
+    }
+
+
 def test_weights_go_with_the_content_and_transitions_with_time(tiny):
     align, enrich = tiny.cfg.stages
     other = c.TokenWeightConfig("none")

@@ -20,10 +20,16 @@ from gamayun_jax.data.continuity import diff_past, fingerprint
 from gamayun_jax.data.plan import CurriculumRun, check_epochs
 
 SETTINGS = settings(max_examples=60, deadline=None)
+ORDERS = ("interleaved", "shuffled")
 
 
 @st.composite
-def curricula(draw, max_sources=6, ramps=("step", "linear", "cosine")):
+def curricula(
+    draw,
+    max_sources=6,
+    ramps=("step", "linear", "cosine"),
+    orders=("interleaved",),
+):
     count = draw(st.integers(1, max_sources))
     names = [f"l{i}/d" for i in range(count)]
     phases = []
@@ -46,6 +52,7 @@ def curricula(draw, max_sources=6, ramps=("step", "linear", "cosine")):
                 {n: w / total for n, w in zip(names, raw, strict=True)},
                 ramp,
                 draw(st.integers(0, examples)),
+                draw(st.sampled_from(orders)),
             )
         )
     sizes = {n: draw(st.integers(1, 50)) for n in names}
@@ -55,7 +62,7 @@ def curricula(draw, max_sources=6, ramps=("step", "linear", "cosine")):
 
 
 @SETTINGS
-@given(curricula())
+@given(curricula(orders=ORDERS))
 def test_counts_positions_and_random_access(c):
     source, position = c.lookup(np.arange(c.total))
     S = len(c.names)
@@ -169,7 +176,7 @@ def test_a_source_leaves_and_returns_with_its_cursor():
 
 
 @SETTINGS
-@given(curricula(), st.data())
+@given(curricula(orders=ORDERS), st.data())
 def test_the_past_does_not_depend_on_the_future(c, data):
     at = data.draw(st.integers(0, c.total))
     longer = cu.Curriculum(
@@ -203,7 +210,7 @@ def test_prolonging_the_last_phase_keeps_its_whole_blocks(c, data):
 
 
 @SETTINGS
-@given(curricula(), st.data())
+@given(curricula(orders=ORDERS), st.data())
 def test_future_phases_may_change_and_sources_may_come(c, data):
     kept = data.draw(st.integers(0, len(c.phases)))
     at = data.draw(st.integers(0, sum(p.examples for p in c.phases[:kept])))
@@ -227,7 +234,9 @@ def test_future_phases_may_change_and_sources_may_come(c, data):
 
 @SETTINGS
 @given(
-    curricula(), curricula(), st.sampled_from(["phases", "sources", "seed", "start"])
+    curricula(orders=ORDERS),
+    curricula(orders=ORDERS),
+    st.sampled_from(["phases", "sources", "seed", "start"]),
 )
 def test_a_different_past_is_always_noticed(c, other, field):
     """No equal fingerprints without equal examples; the diff names where they part."""

@@ -37,6 +37,11 @@ def final(run, at=13):
     return meta
 
 
+@pytest.fixture(params=["even", pytest.param("shuffled", marks=pytest.mark.slow)])
+def config(config, shuffled, request):
+    return shuffled if request.param == "shuffled" else config
+
+
 @pytest.fixture
 def poison(config, corpus, monkeypatch):
     """poison([(step, row), ...], value): their loss becomes `value`."""
