@@ -228,14 +228,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> c.Config:
     return cfg
 
 
+def shuffle_stages(cfg: c.Config) -> c.Config:
+    """The same with every stage shuffled."""
+    stages = []
+    for stage in cfg.stages:
+        mixture = dataclasses.replace(stage.mixture, order="shuffled", ramp_tokens=0)
+        stages.append(dataclasses.replace(stage, mixture=mixture))
+    return dataclasses.replace(cfg, stages=tuple(stages))
+
+
 @pytest.fixture(scope="session")
 def shuffled(config: c.Config) -> c.Config:
     """The small config with both stages shuffled."""
-    stages = []
-    for stage in config.stages:
-        mixture = dataclasses.replace(stage.mixture, order="shuffled", ramp_tokens=0)
-        stages.append(dataclasses.replace(stage, mixture=mixture))
-    return dataclasses.replace(config, stages=tuple(stages))
+    return shuffle_stages(config)
 
 
 @pytest.fixture(scope="session")

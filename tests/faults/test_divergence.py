@@ -12,6 +12,7 @@ import signal
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import shuffle_stages
 
 from gamayun_jax import train
 from gamayun_jax.config import DivergenceConfig, UserError
@@ -38,8 +39,8 @@ def final(run, at=13):
 
 
 @pytest.fixture(params=["even", pytest.param("shuffled", marks=pytest.mark.slow)])
-def config(config, shuffled, request):
-    return shuffled if request.param == "shuffled" else config
+def config(config, request):
+    return shuffle_stages(config) if request.param == "shuffled" else config
 
 
 @pytest.fixture
