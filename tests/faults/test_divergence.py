@@ -39,16 +39,16 @@ def final(run, at=13):
 
 
 @pytest.fixture(params=["even", pytest.param("shuffled", marks=pytest.mark.slow)])
-def config(config, request):
+def small(config, request):
     return shuffle_stages(config) if request.param == "shuffled" else config
 
 
 @pytest.fixture
-def poison(config, corpus, monkeypatch):
+def poison(small, corpus, monkeypatch):
     """poison([(step, row), ...], value): their loss becomes `value`."""
-    plan = make_data_plan(config, corpus)
-    rows = np.arange(config.data.batch_size)
-    batches = LocalBatches(config, corpus, plan, rows)
+    plan = make_data_plan(small, corpus)
+    rows = np.arange(small.data.batch_size)
+    batches = LocalBatches(small, corpus, plan, rows)
 
     def inject(places, value):
         bad = np.stack([batches[s - 1]["inputs"][r] for s, r in places])
@@ -73,10 +73,10 @@ def served(cfg, corpus, rollbacks):
     return np.concatenate([batches[s]["inputs"] for s in range(cfg.total_steps)])
 
 
-def test_one_bad_step_is_left_out_and_counted(config, poison, tmp_path):
+def test_one_bad_step_is_left_out_and_counted(small, poison, tmp_path):
     poison([(5, 3)], np.nan)
     run = tmp_path / "run"
-    assert train.train(config, run, log=quiet) == 0
+    assert train.train(small, run, log=quiet) == 0
     assert [r["skipped"] for r in records(run)] == [0, 1, 0, 0]
     assert all(np.isfinite(r["loss"]) for r in records(run))
     assert not (run / "rollbacks.json").exists()
@@ -86,10 +86,10 @@ def test_one_bad_step_is_left_out_and_counted(config, poison, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_skipped_update_changes_nothing_but_the_step(config, poison, tmp_path):
+def test_a_skipped_update_changes_nothing_but_the_step(small, poison, tmp_path):
     """The state after a bad last step is the state before it."""
     cfg = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=1)
+        small, checkpoint=dataclasses.replace(small.checkpoint, every_steps=1)
     )
     poison([(5, 3)], np.inf)
     assert train.train(cfg, tmp_path / "run", log=quiet) == 0
@@ -102,9 +102,9 @@ def test_a_skipped_update_changes_nothing_but_the_step(config, poison, tmp_path)
 
 
 @pytest.fixture
-def strict(config):
+def strict(small):
     """Back at the second bad step in a row."""
-    return dataclasses.replace(config, divergence=DivergenceConfig(nonfinite=2))
+    return dataclasses.replace(small, divergence=DivergenceConfig(nonfinite=2))
 
 
 def test_bad_steps_in_a_row_roll_back_and_are_left_out(
@@ -195,12 +195,12 @@ def test_stopped_after_a_rollback_and_resumed(strict, poison, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpoints_of_the_abandoned_branch_go(config, poison, tmp_path):
+def test_checkpoints_of_the_abandoned_branch_go(small, poison, tmp_path):
     """A checkpoint between the first bad step and the decision is not resumed from."""
     cfg = dataclasses.replace(
-        config,
+        small,
         divergence=DivergenceConfig(nonfinite=3),
-        checkpoint=dataclasses.replace(config.checkpoint, every_steps=1),
+        checkpoint=dataclasses.replace(small.checkpoint, every_steps=1),
     )
     poison([(4, 0), (5, 0), (6, 0)], np.nan)
     run, said = tmp_path / "run", []
@@ -212,8 +212,8 @@ def test_checkpoints_of_the_abandoned_branch_go(config, poison, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_spike_rolls_back(config, poison, tmp_path):
-    cfg = dataclasses.replace(config, divergence=DivergenceConfig(spike=30.0, window=4))
+def test_a_spike_rolls_back(small, poison, tmp_path):
+    cfg = dataclasses.replace(small, divergence=DivergenceConfig(spike=30.0, window=4))
     poison([(5, 3)], 1000.0)
     run, said = tmp_path / "run", []
     assert train.train(cfg, run, log=said.append) == 0
@@ -224,7 +224,7 @@ def test_a_spike_rolls_back(config, poison, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_limit_stops_with_a_report(config, tmp_path, monkeypatch):
+def test_the_limit_stops_with_a_report(small, tmp_path, monkeypatch):
     weighted_loss = step.weighted_loss
 
     def loss(*args):
@@ -233,7 +233,7 @@ def test_the_limit_stops_with_a_report(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step, "weighted_loss", loss)
     cfg = dataclasses.replace(
-        config, divergence=DivergenceConfig(nonfinite=2, rollbacks=1)
+        small, divergence=DivergenceConfig(nonfinite=2, rollbacks=1)
     )
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"after 1 rollbacks.*of (en|ru|tr)/help"):
@@ -244,20 +244,20 @@ def test_the_limit_stops_with_a_report(config, tmp_path, monkeypatch):
         train.train(cfg, run, log=quiet)
 
 
-def test_off_by_flag(config, poison, tmp_path):
+def test_off_by_flag(small, poison, tmp_path):
     poison([(5, 3)], np.nan)
-    cfg = dataclasses.replace(config, divergence=DivergenceConfig(skip=False))
+    cfg = dataclasses.replace(small, divergence=DivergenceConfig(skip=False))
     with pytest.raises(UserError, match="not finite at step 5"):
         train.train(cfg, tmp_path / "run", log=quiet)
 
 
-def test_a_rollback_to_an_earlier_place_leaves_out_both(config, corpus):
+def test_a_rollback_to_an_earlier_place_leaves_out_both(small, corpus):
     """Left out twice, the second time from an earlier step: neither comes back."""
-    first = make_data_plan(config, corpus)
+    first = make_data_plan(small, corpus)
     one = {"skipped": first.positions(6, 6)}
-    second = make_data_plan(config, corpus, None, [one])
+    second = make_data_plan(small, corpus, None, [one])
     two = {"skipped": second.positions(4, 5)}
-    third = make_data_plan(config, corpus, None, [one, two])
+    third = make_data_plan(small, corpus, None, [one, two])
 
     def pairs(plan, a, b):
         examples = np.arange((a - 1) * 8, b * 8)

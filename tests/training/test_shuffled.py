@@ -142,19 +142,6 @@ def pairs(plan, first, last):
     return {*zip(*(x.tolist() for x in plan.lookup(examples)), strict=True)}
 
 
-def test_what_a_rollback_leaves_out_never_comes(shuffled, corpus):
-    """Also a second one to an earlier step: the past stands, nothing comes twice."""
-    first = make_data_plan(shuffled, corpus)
-    one = {"skipped": first.positions(6, 6)}
-    second = make_data_plan(shuffled, corpus, None, [one])
-    two = {"skipped": second.positions(4, 5)}
-    third = make_data_plan(shuffled, corpus, None, [one, two])
-    everything = pairs(third, 1, 13)
-    assert len(everything) == 13 * 8
-    assert not everything & (pairs(first, 6, 6) | pairs(second, 4, 5))
-    assert pairs(third, 1, 3) == pairs(first, 1, 3)
-
-
 def test_no_example_comes_again_in_a_run_that_goes_on(shuffled, corpus):
     """Not even from inside of a shuffled stage."""
     plan = make_data_plan(shuffled, corpus)
