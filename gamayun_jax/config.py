@@ -246,6 +246,7 @@ class Config:
                 f"data.batch_size={self.data.batch_size} is not a multiple of "
                 f"compute.microbatches={self.compute.microbatches}"
             )
+        self._check_batch_warmup()
         chunk, length = self.compute.loss_chunk, self.data.seq_len
         if 0 < chunk < length and length % chunk:
             raise UserError(
@@ -264,6 +265,19 @@ class Config:
                 f"{self.model.max_seq_len}: raise the latter or shorten the examples"
             )
 
+    def _check_batch_warmup(self) -> None:
+        whole, first = self.data.batch_size, self.optimizer.first_batch_size
+        if (first > 0) != (self.optimizer.batch_warmup_tokens > 0):
+            raise UserError(
+                f"optimizer.first_batch_size={first} and optimizer.batch_warmup_tokens="
+                f"{self.optimizer.batch_warmup_tokens}: give both, or neither"
+            )
+        if first and (whole % first or (whole // first).bit_count() != 1):
+            raise UserError(
+                f"optimizer.first_batch_size={first} is not data.batch_size={whole} "
+                "over a power of two: choose one that is"
+            )
+
     def __repr__(self) -> str:
         m, steps = self.model, self.stage_steps()
         stages = " + ".join(
@@ -277,6 +291,22 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.data.batch_size * self.data.seq_len
+
+    def updates_at(self, tokens: int) -> int:
+        """Optimiser updates of a step that begins when so many tokens of the whole
+        history are trained on: a power of two, 1 once the batch is warm."""
+        whole, first = self.data.batch_size, self.optimizer.first_batch_size
+        if not first:
+            return 1
+        done = min(1.0, tokens / self.optimizer.batch_warmup_tokens)
+        updates, reached = whole // first, first + done * (whole - first)
+        while updates > 1 and 2 * whole // updates <= reached:
+            updates //= 2
+        return updates
+
+    def microbatches_of(self, updates: int) -> int:
+        """Microbatches of each of so many updates: no more rows at once than with 1."""
+        return math.ceil(self.compute.microbatches / updates)
 
     def stage_steps(self) -> list[int]:
         """Optimiser steps of each stage: its tokens, rounded up to whole steps."""

@@ -125,6 +125,11 @@ class OptimizerConfig:
     `ema_tokens`: keep an exponential moving average of the parameters in which what was
     averaged so many tokens ago weighs 1/e of the newest, at any batch size
     (training/ema.py); it is evaluated beside the parameters.
+
+    `first_batch_size`: begin with updates on so many examples. While the tokens of the
+    whole history grow to `batch_warmup_tokens`, the size follows a straight line to
+    data.batch_size, in doublings. A step has data.batch_size examples all the while,
+    and several updates; their rate is the schedule's over the root of their number.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"  # a run cannot change it
@@ -136,4 +141,6 @@ class OptimizerConfig:
     weight_decay: Share = 0.1  # a step, times the learning rate
     clip_norm: Positive = 1.0  # longest gradient (math.inf: any)
     z_loss: Share = 0.0  # factor of log(sum of exp of logits) squared
+    first_batch_size: Whole = 0  # data.batch_size over a power of two; 0: all at once
+    batch_warmup_tokens: Whole = 0  # at whose end an update has data.batch_size
     ema_tokens: Whole = 0  # time constant of the average of the parameters; 0: none

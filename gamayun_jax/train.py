@@ -114,13 +114,14 @@ def fit(run: Run, stop: StopSignal, trace: Profile) -> int:
     batch_sharding = sharding.batch_sharding(run.mesh)
     evaluators = training_evaluators(cfg, run.corpus, run.mesh)
     data = batches(cfg, run.corpus, run.plan, batch_sharding, run.step, run.bad_records)
-    stage = -1
+    compiled: tuple[int, int] | None = None  # the stage, and the updates of a step
     with progress_bar(run) as bar:
         meters.timer.add("start", time.perf_counter() - run.began)
         evaluate_if_due(run, evaluators)
         while run.step < cfg.total_steps:
-            if stage != (stage := cfg.stage_at(run.step)):
-                step_fn = enter_stage(run, stage)
+            now = cfg.stage_at(run.step), cfg.updates_at(run.tokens_at(run.step))
+            if compiled != now:
+                step_fn, compiled = enter_stage(run, *now), now
             batch = meters.timed_next(data)
             trace.begin(run.step + 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
@@ -139,8 +140,9 @@ def fit(run: Run, stop: StopSignal, trace: Profile) -> int:
     return finish(run, first_step)
 
 
-def enter_stage(run: Run, stage: int) -> Any:
-    """The step compiled for a stage; at the stage's first step, its transition is made.
+def enter_stage(run: Run, stage: int, updates: int) -> Any:
+    """The step compiled for a stage and a number of updates; at the stage's first step,
+    its transition is made.
 
     What of the transition concerns data is in the plan (`cursors`), what concerns the
     learning rate in its schedule (`position`).
@@ -149,11 +151,14 @@ def enter_stage(run: Run, stage: int) -> Any:
     reset = cfg.stages[stage].transition.moments == "reset"
     if reset and run.step and run.step == cfg.stage_start(stage):
         run.state = reset_moments(cfg, run.state, run.abstract)
+    if cfg.optimizer.first_batch_size:
+        size = cfg.data.batch_size // updates
+        run.log(f"from step {run.step + 1} on an update has {size} examples")
     with run.meters.timer.measure("compile"):
         shares = run.plan.language_shares(cfg, stage)
         weights = TokenWeights(*build_token_weights(cfg, run.corpus, shares, stage))
         return compile_step(
-            cfg, run.mesh, run.abstract, stage, weights, run.tokens_before
+            cfg, run.mesh, run.abstract, stage, weights, run.tokens_before, updates
         )
 
 

@@ -203,11 +203,18 @@ def of_state(cfg: c.Config, mesh: jax.sharding.Mesh) -> Any:
     return of_abstract(cfg, mesh), cfg.seed
 
 
-def of_step(cfg, mesh, abstract, stage, tables, tokens_before):
+def of_step(cfg, mesh, abstract, stage, tables, tokens_before, updates=1):
     """All that a stage's compiled step depends on."""
     tokens = step.stage_tokens(cfg, stage, tokens_before)
     shape = cfg.data.batch_size, cfg.data.seq_len
-    parts = (cfg.stages[stage].schedule, cfg.divergence, tokens, shape, tokens_before)
+    parts = (
+        cfg.stages[stage].schedule,
+        cfg.divergence,
+        tokens,
+        shape,
+        tokens_before,
+        updates,
+    )
     arrays = tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(tables))
     return of_abstract(cfg, mesh), repr(parts), arrays, step.weighted_loss
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from gamayun_jax.config import Config, StageConfig, UserError
+from gamayun_jax.config import Config, OptimizerConfig, StageConfig, UserError
 
 RECORDS = 20  # most checkpoints, evaluations and log lines of a shortened run, each
 
@@ -82,7 +83,7 @@ def shorten(cfg: Config, steps: int = 100) -> Config:
     return replace(
         cfg,
         stages=tuple(map(shorter, cfg.stages, apportion(steps, cfg.stage_steps()))),
-        optimizer=replace(cfg.optimizer, ema_tokens=tokens(cfg.optimizer.ema_tokens)),
+        optimizer=resized(cfg, tokens),
         checkpoint=replace(
             kept,
             every_steps=saved,
@@ -95,6 +96,16 @@ def shorten(cfg: Config, steps: int = 100) -> Config:
             tasks_every_steps=every(evaluation.tasks_every_steps),
         ),
         log=replace(cfg.log, every_steps=every(cfg.log.every_steps)),
+    )
+
+
+def resized(cfg: Config, length: Callable[[int], int]) -> OptimizerConfig:
+    """The optimiser with its lengths in tokens changed by `length`."""
+    o = cfg.optimizer
+    return replace(
+        o,
+        ema_tokens=length(o.ema_tokens),
+        batch_warmup_tokens=length(o.batch_warmup_tokens),
     )
 
 
@@ -132,5 +143,5 @@ def lengthen(cfg: Config, factor: float) -> Config:
         cfg,
         stages=tuple(stages),
         data=replace(cfg.data, max_epochs=cfg.data.max_epochs * factor),
-        optimizer=replace(cfg.optimizer, ema_tokens=longer(cfg.optimizer.ema_tokens)),
+        optimizer=resized(cfg, longer),
     )

@@ -103,6 +103,17 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def check_divisible(cfg: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raise UserError where the batch or the model does not divide over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    updates = cfg.updates_at(0)
+    while updates > 1:
+        rows, count = cfg.data.batch_size // updates, cfg.microbatches_of(updates)
+        if rows % (count * ways):
+            raise UserError(
+                f"optimizer.first_batch_size={cfg.optimizer.first_batch_size}: updates "
+                f"of {rows} examples in {count} microbatches do not divide over data x "
+                f"fsdp = {ways} devices: use multiples of {ways}, and "
+                "compute.microbatches that is a power of two"
+            )
+        updates //= 2
     rows = cfg.data.batch_size // cfg.compute.microbatches
     if rows % ways:
         raise UserError(

@@ -83,6 +83,11 @@ def group_key(cfg: Config) -> str:
 def check_members(members: Sequence[Member]) -> None:
     """Raise UserError for what a group cannot do and a run alone can."""
     for cfg in (m.cfg for m in members):
+        if cfg.optimizer.first_batch_size:
+            raise UserError(
+                f"{cfg.name}: optimizer.first_batch_size is not done side by side: run "
+                "this study without --side-by-side"
+            )
         for stage in cfg.stages[1:]:
             if stage.transition.moments == "reset":
                 raise UserError(

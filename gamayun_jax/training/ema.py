@@ -43,10 +43,13 @@ def new_ema(params: Any) -> dict[str, Any]:
     return {"params": jax.tree.map(jnp.zeros_like, params), "updates": jnp.int32(0)}
 
 
-def update_ema(ema: dict[str, Any], params: Any, cfg: Config) -> dict[str, Any]:
+def update_ema(
+    ema: dict[str, Any], params: Any, cfg: Config, updates_of_step: int = 1
+) -> dict[str, Any]:
     """The average with the parameters after one more update in it; see the module."""
     updates = ema["updates"] + 1
-    least = -math.expm1(-cfg.tokens_per_step / cfg.optimizer.ema_tokens)
+    tokens = cfg.tokens_per_step / updates_of_step
+    least = -math.expm1(-tokens / cfg.optimizer.ema_tokens)
     share = jnp.maximum(least, 9 / (updates + 8))
     mixed = jax.tree.map(lambda a, p: a + share * (p - a), ema["params"], params)
     return {"params": mixed, "updates": updates}

@@ -71,11 +71,13 @@ def train_record(
     busy = max(times["seconds"] - sum(lost), 1e-9)
     steps = accumulator.sums["steps"]
     flops = flops_per_token(cfg.model, cfg.data.seq_len) * cfg.tokens_per_step
+    warming = cfg.data.batch_size // cfg.updates_at(run.tokens_at(step - 1))
     return {
         "kind": "train",
         "step": step,
         "tokens": run.tokens_at(step),
         "stage": cfg.stages[cfg.stage_at(step - 1)].name,
+        **({"batch_size": warming} if cfg.optimizer.first_batch_size else {}),
         **accumulator.record(cfg.languages),
         "sources": {
             name: {"tokens": examples * cfg.data.seq_len}

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T length, D model.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -94,6 +95,17 @@ def loss_sums(params, batch, cfg: Config, tables: TokenWeights):
     )
 
 
+def divide_rows(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
+    """[count, B / count, T]: every count-th row together, so that a device's rows stay
+    on that device."""
+
+    def part(values_BT: jax.Array) -> jax.Array:
+        B, T = values_BT.shape
+        return jnp.moveaxis(values_BT.reshape(B // count, count, T), 1, 0)
+
+    return jax.tree.map(part, batch)
+
+
 def gradient_sums(params, batch, cfg: Config, tables: TokenWeights):
     """Gradient of `loss_sum` and all sums, added over the microbatches."""
     grad = jax.grad(loss_sums, has_aux=True)
@@ -101,16 +113,11 @@ def gradient_sums(params, batch, cfg: Config, tables: TokenWeights):
     if count == 1:
         return grad(params, batch, cfg, tables)
 
-    def part(values_BT: jax.Array) -> jax.Array:
-        # Every count-th row, so that a device's rows stay on that device.
-        B, T = values_BT.shape
-        return jnp.moveaxis(values_BT.reshape(B // count, count, T), 1, 0)
-
     def add(carry, microbatch):
         new = grad(params, microbatch, cfg, tables)
         return jax.tree.map(jnp.add, carry, new), None
 
-    parts = jax.tree.map(part, batch)
+    parts = divide_rows(batch, count)
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
@@ -126,25 +133,53 @@ def train_step(
     stage: int,
     tables: TokenWeights,
     tokens_before: int,
+    updates: int = 1,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimiser step; pure.
+    """One step: an optimiser's update, or several while the batch warms up; pure.
 
     Args:
       batch: see data/loader.py.
       stage: index into cfg.stages; its schedule gives the learning rate.
       tokens_before: trained on before this run, in those it began from.
+      updates: `cfg.updates_at` the step's first token; each has its part of the rows.
 
     Returns:
-      The new state, and metrics: sums of weighted_loss, gradient norm, learning rate,
-      and `skipped`: 1 if loss or gradient were not finite, so that the state is the
-      old one but for its step number, and the sums are 0.
+      The new state, and metrics: sums of weighted_loss, gradient norm (the updates'
+      mean), learning rate (the last one's), and `skipped`: 1 if loss or gradient were
+      not finite, so that the state is the old one but for its step number, and the
+      sums are 0. Of several updates, those that are skipped count for nothing;
+      `skipped` is 1 if any was, and the gradient norm then 0.
     """
-    # Read at the middle of the step, so that no step has a rate of exactly 0.
-    # A float: JAX takes an integer for an int32, and a second stage starts beyond it.
-    tokens = float(tokens_before) + (state.step + 0.5) * float(cfg.tokens_per_step)
     begin, end = stage_tokens(cfg, stage, tokens_before)
-    rate = optim.learning_rate(cfg.stages[stage].schedule, tokens, begin, end)
-    return update(state, batch, cfg, tables, rate)
+
+    def rate_at(step: jax.Array) -> jax.Array:
+        # A float: JAX takes an integer for an int32, and a second stage starts beyond.
+        tokens = float(tokens_before) + step * float(cfg.tokens_per_step)
+        return optim.learning_rate(cfg.stages[stage].schedule, tokens, begin, end)
+
+    # Read at the middle of an update, so that none has a rate of exactly 0.
+    if updates == 1:
+        return update(state, batch, cfg, tables, rate_at(state.step + 0.5))
+    compute = dataclasses.replace(
+        cfg.compute, microbatches=cfg.microbatches_of(updates)
+    )
+    part_cfg = dataclasses.replace(cfg, compute=compute)
+
+    def one(new: TrainState, numbered: Any) -> tuple[TrainState, dict[str, Any]]:
+        number, rows = numbered
+        # Noise of a gradient grows as its batch shrinks: the square root rule for Adam
+        # (arXiv 2205.10287).
+        rate = rate_at(state.step + (number + 0.5) / updates) * updates**-0.5
+        return update(new, rows, part_cfg, tables, rate, updates)
+
+    parts = jnp.arange(updates), divide_rows(batch, updates)
+    new, each = jax.lax.scan(one, state, parts)
+    sums = jax.tree.map(lambda x: x.sum(0), each)
+    skipped = jnp.minimum(sums["skipped"], 1.0)
+    norm = sums["grad_norm"] / updates * (1.0 - skipped)
+    metrics = {**sums, "skipped": skipped, "grad_norm": norm}
+    metrics["learning_rate"] = each["learning_rate"][-1]
+    return new.replace(step=state.step + 1), metrics
 
 
 def update(
@@ -153,8 +188,9 @@ def update(
     cfg: Config,
     tables: TokenWeights,
     rate: jax.Array,
+    updates_of_step: int = 1,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimiser step at a given learning rate; see `train_step`.
+    """One update at a given learning rate; see `train_step`.
 
     Nothing of the stages is in it but what is passed, so that runs with other stages
     share the program.
@@ -164,7 +200,7 @@ def update(
     grads = jax.tree.map(lambda g: g / target_count, grads)
     updates, opt_state = optimizer_of(cfg).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    ema = state.ema and update_ema(state.ema, params, cfg)
+    ema = state.ema and update_ema(state.ema, params, cfg, updates_of_step)
     norm = optax.tree.norm(grads)
     sums = {**sums, "grad_norm": norm, "skipped": jnp.zeros(())}
     if cfg.divergence.skip:
@@ -195,8 +231,13 @@ def compile_step(
     stage: int,
     tables: TokenWeights,
     tokens_before: int,
+    updates: int = 1,
 ) -> Any:
-    """The train step compiled for a stage; the state's buffers are donated."""
+    """The train step compiled for a stage; the state's buffers are donated.
+
+    Args:
+      updates: as for `train_step`.
+    """
     shape = (cfg.data.batch_size, cfg.data.seq_len)
     layout = sharding.batch_sharding(mesh)
     names = ("inputs", "targets", "positions", "segment_ids", "language")
@@ -204,7 +245,7 @@ def compile_step(
     batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
 
     def step(state, batch):
-        return train_step(state, batch, cfg, stage, tables, tokens_before)
+        return train_step(state, batch, cfg, stage, tables, tokens_before, updates)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return (
