@@ -48,12 +48,15 @@ class TokenWeightConfig:
     """Weights of target tokens in the loss.
 
     none; static (`weights`: language -> factor); bytes (a token weighs the bytes
-    it spells); target_share (`weights`: language -> share of the objective, while
+    it spells); parity (bytes, over those that the language takes to say the same in
+    the corpus's parallel held-out sets, so that content counts and not how a script is
+    coded); target_share (`weights`: language -> share of the objective, while
     sampling follows the mixture; they are made to sum to 1, and it is said where they
     do not). Normalised to mean 1 under the mixture.
     """
 
-    scheme: Literal["none", "static", "bytes", "target_share"] = "none"  # see above
+    # See above.
+    scheme: Literal["none", "static", "bytes", "parity", "target_share"] = "none"
     weights: Mapping[str, Share] = field(default_factory=dict)  # by language
 
     def check_languages(self, languages: Sequence[str], where: str) -> None:

@@ -23,6 +23,7 @@ def make_token_weights(
     language_shares: Mapping[str, float],
     byte_lengths: np.ndarray | None = None,
     bytes_per_token: Mapping[str, float] | None = None,
+    content_bytes: Mapping[str, float] | None = None,
 ) -> Tables:
     """Tables of a scheme: float32 [G] by language, float32 [V] by token id.
 
@@ -33,6 +34,9 @@ def make_token_weights(
       static        w_l proportional to weights[l]
       bytes         w_v = bytes that id v spells / their mean, so that a language that
                     its tokenizer cuts finely is not over-counted; 1 for EOS
+      parity        bytes, with w_l proportional to 1 / content_bytes[l], so that a
+                    language's share of the objective is its share of what is said, and
+                    not of the bytes of its script; w_l for EOS
       target_share  w_l = weights[l] / q_l, with `weights` made to sum to 1: the
                     objective follows the given shares while sampling follows q
 
@@ -40,10 +44,13 @@ def make_token_weights(
       language_shares: q, language -> share of the tokens of the mixture; sums to 1.
       byte_lengths: int [V], for `bytes`.
       bytes_per_token: language -> mean bytes of the tokens that spell text (so without
-        BOS and EOS) in the corpus, for `bytes`.
+        BOS and EOS) in the corpus, for `bytes` and `parity`.
+      content_bytes: language -> bytes that it takes to say what one of a language of
+        reference says, for `parity`.
 
     Raises:
-      UserError: target_share gives weight to a language that is never sampled.
+      UserError: target_share gives weight to a language that is never sampled; parity
+        lacks the content of one that is.
     """
     q = np.array([language_shares.get(name, 0.0) for name in languages], np.float64)
     by_language = np.ones(len(languages))
@@ -72,16 +79,57 @@ def make_token_weights(
         sampled = q > 0
         by_language = np.where(sampled, target / np.where(sampled, q, 1.0), 0.0)
         by_language /= float(q @ by_language)
-    elif cfg.scheme == "bytes":
+    elif cfg.scheme in ("bytes", "parity"):
         if byte_lengths is None or bytes_per_token is None:
-            raise UserError("token_weights.scheme='bytes' needs the corpus's tokenizer")
-        mean = sum(
-            q_l * bytes_per_token.get(name, 0.0)
-            for name, q_l in zip(languages, q, strict=True)
-        )
+            raise UserError(
+                f"token_weights.scheme={cfg.scheme!r} needs the corpus's tokenizer"
+            )
+        if cfg.scheme == "parity":
+            by_language = parity_weights(languages, q, content_bytes or {})
+        sizes = np.array([bytes_per_token.get(name, 0.0) for name in languages])
+        mean = float(q @ (by_language * sizes))
         # EOS spells nothing but must be learnt: it has the mean weight.
         by_token = np.where(byte_lengths > 0, byte_lengths / mean, 1.0)
     return by_language.astype(np.float32), by_token.astype(np.float32)
+
+
+def parity_weights(
+    languages: Sequence[str], q: np.ndarray, content_bytes: Mapping[str, float]
+) -> np.ndarray:
+    """float64 [G], proportional to 1 / content_bytes, of mean 1 under the shares q.
+
+    Raises:
+      UserError: the content of a language with a share is not known.
+    """
+    sampled = [k for k, q_l in zip(languages, q, strict=True) if q_l]
+    if lacking := [k for k in sampled if k not in content_bytes]:
+        raise UserError(
+            "token_weights.scheme='parity' needs parallel text, of which there is none "
+            f"for {', '.join(lacking)}: add these languages to a held-out set whose "
+            "units are parallel (corpus.heldout), or choose another scheme"
+        )
+    weights = np.array([1.0 / content_bytes.get(k, np.inf) for k in languages])
+    return weights / float(q @ weights)
+
+
+def content_bytes_of(corpus: Corpus, languages: Sequence[str]) -> dict[str, float]:
+    """Language -> bytes of its parallel held-out units, over those of the same units in
+    English (or, where no set has English, in the first language that one has).
+
+    Only languages with parallel units; of all sets whose units are parallel, as the
+    manifest has their sizes.
+    """
+    sets = [
+        h["languages"] for h in corpus.manifest["heldout"].values() if h["parallel"]
+    ]
+    known = [name for name in ("en", *languages) if any(name in s for s in sets)]
+    found = {}
+    for name in languages:
+        both = [s for s in sets if name in s and known[0] in s]
+        if both:
+            own, same = (sum(s[k]["bytes"] for s in both) for k in (name, known[0]))
+            found[name] = own / same
+    return found
 
 
 def objective_shares(
@@ -138,6 +186,7 @@ def build_token_weights(
             language_shares,
             byte_lengths,
             {name: b / t for name, (b, t) in size.items() if t},
+            content_bytes_of(corpus, cfg.languages),
         )
     except UserError as e:
         raise UserError(f"stages.{cfg.stages[stage].name}.{e}") from e
