@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "curriculum": data.preview_curriculum,
     "controls": data.make_controls,
     "train": train.train,
+    "launch": train.launch,
     "study": study.study,
     "plan": train.plan,
     "eval": models.evaluate,
@@ -219,8 +220,9 @@ def bounded(
 
 def parse(words: Sequence[str]) -> functools.partial[Any]:
     """The command that the words of a command line ask for, ready to be called."""
-    if words[:1] == ["lm-eval"]:  # all else is the harness's own, --help too
-        return functools.partial(models.lm_eval, *words[1:])
+    own = {"lm-eval": models.lm_eval, "launch": train.launch}
+    if words and words[0] in own:  # all else is for them to read, --help too
+        return functools.partial(own[words[0]], *words[1:])
     check_command(words)
     values = vars(build_parser().parse_args(words))
     return functools.partial(values.pop("command"), **values)

@@ -34,9 +34,10 @@ PARAMETERS = {
     "controls": "config --set --out --arms --check",
     "train": "config --set --workdir --init-from --profile --fresh --distributed "
     "--coordinator --num-processes --process-id --silence",
+    "launch": "arguments",
     "study": "file --out --plan --side-by-side --keep-runs --arms",
     "plan": "config --set --topology --table --slices --search --price --efficiency "
-    "--json --cache",
+    "--json --cache --spot --restart --save --queue --measured --currency",
     "eval": "model --tasks --limit --corpus --languages --batch-size --window --out",
     "align": "model --out --corpus --languages --eval",
     "forgetting": "run --examples --steps --corpus",

@@ -125,6 +125,20 @@ def train(
         return run_stages(cfg, workdir, init_from, profile=steps, fresh=fresh)
 
 
+def launch(*arguments: str) -> int:
+    """Train on machines of a cloud: create, start, watch, restart, delete.
+
+    Example:
+      gamayun launch --help
+
+    Args:
+      arguments: a command and its flags; then -- and the arguments of `gamayun train`.
+    """
+    from gamayun_jax.launch.command import main
+
+    return main(arguments)
+
+
 def plan(
     config: Path,
     *,

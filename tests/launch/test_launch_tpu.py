@@ -1,4 +1,4 @@
-"""launch_tpu.sh against a recording stand-in of gcloud.
+"""launch_tpu.sh and `gamayun launch` against recording stand-ins of gcloud and kubectl.
 
 The stand-in keeps the state of one queued resource in a folder and runs what is sent to
 a worker in a local bash, with a home folder per worker: the scripts for the workers are
@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from gamayun_jax.launch import description
 
 SCRIPT = Path("launch_tpu.sh").resolve()
 WHERE = ["--name", "pod", "--zone", "zone-a"]
@@ -119,7 +121,7 @@ sys.exit(act)
 class Cloud:
     """A checkout with the script, and the folder of the played cloud."""
 
-    def __init__(self, root):
+    def __init__(self, root, **programs):
         self.root, self.folder = root / "checkout", root / "cloud"
         tools = root / "bin"
         for path in (self.root / "experiments", self.folder, tools):
@@ -128,6 +130,7 @@ class Cloud:
         (self.root / "experiments" / "small.py").write_text("# a config\n")
         (self.root / ".gitignore").write_text("/runs/\n")
         self.env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+        self.env["PYTHONPATH"] = str(SCRIPT.parent)
         self.env |= {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1"}
         for who in ("AUTHOR", "COMMITTER"):
             self.env |= {f"GIT_{who}_NAME": "t", f"GIT_{who}_EMAIL": "t@example.org"}
@@ -135,7 +138,7 @@ class Cloud:
             subprocess.run(["git", *words], cwd=self.root, env=self.env, check=True)
         fill = dict(python=sys.executable, cloud=str(self.folder))
         for path, text in (
-            (tools / "gcloud", GCLOUD),
+            *((tools / k, text) for k, text in ({"gcloud": GCLOUD} | programs).items()),
             (tools / "fakepython", PYTHON),
             (self.folder / "gamayun", GAMAYUN),
         ):
@@ -376,9 +379,13 @@ def test_bad_input_is_one_line(cloud, words, message):
 
 def test_help_explains_every_flag(cloud):
     text = cloud("--help").stdout
-    used = set(re.findall(r"^    (--[a-z-]+)\) [A-Z_]+=", SCRIPT.read_text(), re.M))
-    assert len(used) > 12
-    assert all(f"  {flag} " in text for flag in used)
+    flags = {f"--{name.replace('_', '-')}" for name in description.FIELDS}
+    assert all(f"  {flag} " in text for flag in flags)
+    assert set(re.findall(r"^  (--[a-z-]+) ", text, re.M)) == {
+        *flags,
+        "--file",
+        "--help",
+    }
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")

@@ -1,0 +1,1 @@
+"""Training on machines of a cloud: created, started, watched, deleted."""
