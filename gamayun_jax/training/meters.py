@@ -139,6 +139,17 @@ class GoodputTimer:
         self._tick()
         return {"lap": dict(self._lap), "total": dict(self._total)}
 
+    def leave_out_rest(self, started: str, wall: float) -> None:
+        """Leave out of the wall time that the run was complete before it got more
+        steps.
+
+        Args:
+          started: as for `goodput`.
+          wall: of its last goodput, when it was complete.
+        """
+        here = time.perf_counter() - self._start  # this process is no rest
+        self._total["complete"] = max(seconds_since(started) - here - wall, 0.0)
+
     def goodput(self, started: str) -> dict[str, float]:
         """Seconds of the run's wall time by what they went to.
 
@@ -152,14 +163,18 @@ class GoodputTimer:
         """
         self._tick()
         counted = self._total["seconds"]
-        try:
-            since = datetime.datetime.fromisoformat(started).timestamp()
-        except (TypeError, ValueError, OverflowError):
-            since = math.inf
-        wall = max(time.time() - since, counted)
+        wall = max(seconds_since(started) - self._total.get("complete", 0.0), counted)
         lost = {name: self._total.get(name, 0.0) for name in OVERHEADS}
         lost["interrupted"] = wall - counted
         return {"wall": wall, "productive": wall - sum(lost.values()), **lost}
+
+
+def seconds_since(started: str) -> float:
+    """Seconds since a time (ISO 8601); below any where it is unreadable."""
+    try:
+        return time.time() - datetime.datetime.fromisoformat(started).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return -math.inf
 
 
 def goodput_text(seconds: Mapping[str, float]) -> str:

@@ -194,6 +194,9 @@ def start_or_resume(setting: Setting, rollbacks: list[dict[str, Any]]) -> Run:
     sums, times, losses = (
         (meta.interval, meta.times, meta.watch) if meta else (None, None, None)
     )
+    meters = Meters(len(cfg.languages), began, sums, times)
+    if meta and meta.step == meta.config.total_steps:
+        meters.timer.leave_out_rest(begin.lineage["started"], folder.wall_seconds())
     run = Run(
         **vars(setting),
         plan=begin.plan,
@@ -203,7 +206,7 @@ def start_or_resume(setting: Setting, rollbacks: list[dict[str, Any]]) -> Run:
         origin=begin.origin,
         lineage=begin.lineage,
         rollbacks=begin.rollbacks,
-        meters=Meters(len(cfg.languages), began, sums, times),
+        meters=meters,
         detector=DivergenceDetector(cfg.divergence, losses),
         bad_records=BadRecordLog(folder.path, jax.process_index()),
         began=began,

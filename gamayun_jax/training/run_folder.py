@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import threading
@@ -202,6 +203,13 @@ class RunFolder:
         except (AttributeError, KeyError, TypeError):
             pass
         raise UserError(f"{path} is not what `gamayun train` writes: {advice}")
+
+    def wall_seconds(self) -> float:
+        """The run's wall time when it was last recorded; infinite if that is lost."""
+        try:
+            return float(read_json(self.path / "goodput.json")["wall"])
+        except (UserError, KeyError, TypeError, ValueError):
+            return math.inf
 
     def has_evaluation(self, step: int, label: str) -> bool:
         """Whether the evaluation at `step` is there, under that label."""

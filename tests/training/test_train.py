@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from gamayun_jax.interop.model_card import exposure_of
 from gamayun_jax.report.exposure import ledger_of
 from gamayun_jax.report.read_run import read_run
 from gamayun_jax.report.report import write_report
-from gamayun_jax.training import checkpoint, cluster, signals
+from gamayun_jax.training import checkpoint, cluster, meters, signals
 from gamayun_jax.training.compatibility import check_corpus
 from gamayun_jax.training.lineage import load_origin, share_points
 from gamayun_jax.training.meters import MetricAccumulator
@@ -467,6 +468,28 @@ def test_goodput_counts_what_an_interruption_costs(config, tmp_path):
     assert second["compile"] > first["compile"] - 1e-6
     assert "goodput" in said[-1]
     assert "interrupted" in said[-1]
+
+
+def test_a_complete_run_that_goes_on_was_not_interrupted(
+    straight, config, tmp_path, monkeypatch
+):
+    """Stages that are added days later: the days between are no part of the run."""
+    run, cfg, day = shutil.copytree(straight, tmp_path / "run"), config, 86_400
+    for days, name in enumerate(("more", "last"), 1):
+        later = types.SimpleNamespace(
+            time=lambda days=days: time.time() + days * day,
+            perf_counter=time.perf_counter,
+        )
+        monkeypatch.setattr(meters, "time", later)
+        before = goodput(run)
+        added = dataclasses.replace(config.stages[1], name=name)
+        cfg = dataclasses.replace(cfg, stages=(*cfg.stages, added))
+        assert train.train(cfg, run, log=quiet) == 0
+        after = goodput(run)
+        assert sum(parts(after).values()) == pytest.approx(after["wall"])
+        # Less than the seconds of this test.
+        assert after["interrupted"] < after["wall"] < before["wall"] + 600
+        assert after["productive"] > before["productive"]
 
 
 @pytest.mark.slow
