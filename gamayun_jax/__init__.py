@@ -71,8 +71,9 @@ HOMES = {
 
 def find(name: str) -> Any:
     """What a public name stands for."""
-    importlib.import_module("gamayun_jax.api")  # quiet first
-    return getattr(importlib.import_module(f"gamayun_jax.{HOMES[name]}"), name)
+    messages = importlib.import_module("gamayun_jax.api.messages")  # quiet first
+    value = getattr(importlib.import_module(f"gamayun_jax.{HOMES[name]}"), name)
+    return value if inspect.isclass(value) else messages.speak_of_calls(value)
 
 
 class Room(ModuleType):

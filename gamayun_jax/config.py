@@ -34,6 +34,7 @@ from gamayun_jax.fields import (
     UserError,
     Whole,
     call_in_file,
+    nearest,
     read_json,
     set_fields,
     settle,
@@ -359,6 +360,14 @@ def load_config(
     """
     path = Path(path)
     if path.name == str(path) and not path.suffix and not path.exists():
+        shipped = sorted(p.stem for p in EXPERIMENTS.glob("*.py"))
+        if shipped and path.name not in shipped:
+            near = nearest(path.name, shipped)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise UserError(
+                f"there is no config {path.name!r}.{hint} Give an experiment file, or "
+                f"the name of one in experiments/: {', '.join(shipped)}"
+            )
         path = EXPERIMENTS / f"{path}.py"
     defined, cfg = call_in_file(path, "get_config")
     if not defined:

@@ -58,6 +58,18 @@ def check_local(path: str | Path, where: str) -> None:
         raise UserError(f"{where}{path} must be {LOCAL}")
 
 
+def check_there(path: AnyPath, where: str, advice: str) -> None:
+    """Raise UserError, which begins with `where`, for a path at which nothing is, with
+    the nearest name beside it."""
+    path = Path(path)
+    check_local(path, where)
+    if not path.exists():
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = nearest(path.name, [p.name for p in beside])
+        hint = f" (did you mean {path.parent / near}?)" if near else ""
+        raise UserError(f"{where}{path} does not exist{hint}: {advice}")
+
+
 # Types of fields: what a value must be, as an error says it, and the test of it.
 Count = Annotated[int, ("greater than 0", lambda x: x > 0)]
 Whole = Annotated[int, ("at least 0", lambda x: x >= 0)]
@@ -260,9 +272,10 @@ def call_in_file(path: Path, function: str) -> tuple[bool, Any]:
       UserError: no such file, and whatever the file raises, with the last of its lines
         that was run.
     """
+    advice = "give a Python experiment file"
+    check_there(path, "config ", advice)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"config {path} {what}: give a Python experiment file")
+        raise UserError(f"config {path} is a folder: {advice}")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"config {path} is not a Python file (.py)")

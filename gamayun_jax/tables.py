@@ -9,6 +9,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+# Languages in the order of tables where no config tells another, and of their colours,
+# which begin again after twelve.
+# fmt: off
+LANGUAGES = (
+    "en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr",
+    "uk", "nl", "cs", "ar", "hi", "vi", "id", "sv", "fi", "el", "he", "fa",
+    "ro", "hu", "bg", "da", "no", "th", "ka", "kk", "be", "sr", "hr", "sk",
+    "ca", "lt", "lv", "et", "sl", "az", "uz", "hy", "tg", "ky", "mn", "bn",
+)
+# fmt: on
 MARKS = {"better": " +", "worse": " -"}
 
 

@@ -376,7 +376,7 @@ def experiment(config, tmp_path):
         (["--set", "corpus.tokenizer.vocab_size=300"], "another tokenizer"),
         (["--set", "data.batch_size=12"], "use a multiple of 8"),
         (["--set", "data.max_epochs=0.001"], "over its cap of 0.001 epochs"),
-        (["--init-from", "nowhere"], "has no checkpoint"),
+        (["--init-from", "nowhere"], "nowhere does not exist"),
         (["--set", "stages.align.mixture.shares.xx/*=0.1"], "matches no source"),
     ],
 )
@@ -387,6 +387,28 @@ def test_bad_input_is_one_line_and_exit_2(experiment, tmp_path, capsys, words, m
     assert message in error
     assert error.startswith("gamayun: ")
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval demoo", "eval demoo --tasks udhr", "forgetting demoo",
+        "align demoo --out out", "align demo --eval demoo", "generate demoo --prompt a",
+        "average demoo out --last 2", "quantize demoo out --bits 8",
+        "import-hf demoo out", "export-hf demoo out", "report demoo",
+        "compare demoo demoo --out out", "train CONFIG --init-from demoo --workdir out",
+        "curriculum CONFIG --init-from demoo", "controls CONFIG --check demoo",
+        "plan CONFIG --topology v5e:2x2 --spot 1 --measured demoo",
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_there(experiment, tmp_path, monkeypatch, capsys, words):
+    """What takes a run says so, and names the one that was meant."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    words = [str(experiment) if w == "CONFIG" else w for w in words.split()]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "demoo does not exist (did you mean demo?): " in error
 
 
 @pytest.mark.parametrize(
@@ -535,8 +557,13 @@ def test_train_eval_report(experiment, tmp_path, capsys):
     check = ["controls", str(experiment), *short, "--check", str(run)]
     assert cli.main(check) == 0
     assert "as planned, 3 sources, 2,048 tokens" in capsys.readouterr().out
-    assert cli.main([*check, "--set", "stages.align.tokens=2048"]) == 2
-    assert "(at step 4 of 6)" in capsys.readouterr().out
+    wrong = [*check[:2], "--set", "stages.align.tokens=2048", *check[-2:]]
+    assert cli.main(wrong) == 2
+    told = capsys.readouterr()
+    assert "(at step 4 of" in told.out
+    advice = shlex.split(told.err[told.err.index("--set stages") :])
+    assert cli.main([*wrong, *advice]) == 0
+    assert "as planned" in capsys.readouterr().out
     out = tmp_path / "eval"
     assert cli.main(["eval", str(run), "--out", str(out), "--languages", "ru"]) == 0
     table = capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gamayun_jax.commands import File, Folder, Picture, Repeated, in_repository, note
-from gamayun_jax.config import Count, SourceConfig, UserError, load_config
+from gamayun_jax.config import Count, SourceConfig, UserError, load_config, to_dict
 from gamayun_jax.fields import Part
 
 
@@ -235,6 +235,7 @@ def make_controls(
     from gamayun_jax.data.plan import make_data_plan, unbuilt_plan
     from gamayun_jax.report.read_run import read_run
     from gamayun_jax.training import compatibility
+    from gamayun_jax.training.run_folder import differences
 
     if not (out or check):
         raise UserError("give --out DIR to write arms, or --check RUN to check runs")
@@ -268,12 +269,15 @@ def make_controls(
             note(text)
     status = 0
     for run in check or ():
-        records = read_run(run).metrics
-        if not records:
+        records = read_run(run)
+        if not records.metrics:
             raise UserError(f"{run} has no record of training in metrics.jsonl yet")
         same, text = control_files.check_text(
-            str(run), records[-1], base.plan, cfg.data.seq_len
+            str(run), records.metrics[-1], base.plan, cfg.data.seq_len
         )
         print(text)
-        status = status if same else 2
+        if not same:
+            other = differences(records.config, to_dict(cfg))
+            note(f"{run}: {control_files.check_advice(other)}")
+            status = 2
     return status

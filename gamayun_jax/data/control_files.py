@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -290,4 +291,28 @@ def check_text(
     return False, (
         f"{run}: {len(different)} sources are not as planned{begun}\n"
         f"{Table(heads, rows).text()}"
+    )
+
+
+def check_advice(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """What to do about a run that did not serve what a config plans.
+
+    Args:
+      differences: dotted path -> (run's, config's) of the fields in which they differ.
+    """
+    other = {
+        name: mine
+        for name, (mine, _) in differences.items()
+        if re.match(r"stages|languages|seed|data\.(seq|batch|block|max)", name)
+    }
+    if not other:
+        return "its config plans the same: train it to its end, on the same corpus"
+    if all(isinstance(value, int | float | str) for value in other.values()):
+        told = " ".join(f"--set {name}={value}" for name, value in other.items())
+        return (
+            f"its config is another, of a shorter run perhaps: to check it, add {told}"
+        )
+    return (
+        f"its config is another ({', '.join(other)}): check it with the file that it "
+        "was trained with"
     )

@@ -53,11 +53,19 @@ def split(source: SourceConfig, out: Path, share: float, seed: int) -> dict[str,
                     file=heldout if held else train,
                 )
                 counts["held out" if held else "training"] += 1
-        if not counts["training"] or not counts["held out"]:
+        usable = counts["training"] + counts["held out"]
+        if not usable:
+            told = "; ".join(f"{n:,} {k}" for k, n in counts.items() if n)
             raise UserError(
-                f"--share {share:g} of {sum(counts.values())} documents leaves "
+                f"{', '.join(source.files)}: no document can be used "
+                f"({told or 'empty'}): name the text's field by --text-field, or give "
+                "other files"
+            )
+        if usable in counts.values():
+            raise UserError(
+                f"--share {share:g} of {usable} documents leaves "
                 f"{counts['training']} to train on and {counts['held out']} held out: "
-                "give another share"
+                "give another share, or more documents"
             )
     return counts
 

@@ -10,6 +10,7 @@ Hugging Face export writes it, gives the same tokens.)
 
 from __future__ import annotations
 
+import abc
 import codecs
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -56,7 +57,7 @@ class Boundaries(NamedTuple):
         return int(np.count_nonzero(begins))
 
 
-class TextCoder:
+class TextCoder(abc.ABC):
     """A tokenizer for corpora, evaluation, generation and export.
 
     There are two: `Tokenizer` below, and `hf_tokenizer.HFTokenizer` for imported
@@ -91,22 +92,22 @@ class TextCoder:
         """Token ids, without BOS and EOS; control tokens in the text are text."""
         return self.encode_batch([text])[0]
 
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, as `encode` gives them.
 
         Raises:
           UserError: a text with lone surrogates, which has no bytes.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode_prompt(self, text: str, literal: bool = False) -> list[int]:
         """Ids of a prompt as `AutoTokenizer` gives them: with what is written before a
         text, and control tokens in it read as such unless it is `literal`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def token_text(self, i: int) -> str:
         """How the vocabulary writes an id, such as "<|endoftext|>"; "" for none."""
-        raise NotImplementedError
 
     def spell(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids spell; UserError if one is outside the vocabulary."""
@@ -125,9 +126,9 @@ class TextCoder:
         """int32[V]: UTF-8 bytes that each id spells; 0 for control tokens."""
         return np.array([len(s) for s in self._spelled], np.int32)
 
+    @abc.abstractmethod
     def write(self, folder: Path) -> None:
         """Files in `folder` from which the same tokenizer can be read."""
-        raise NotImplementedError
 
 
 class TextStream:

@@ -12,6 +12,7 @@ import numpy as np
 
 from gamayun_jax.config import UserError
 from gamayun_jax.evaluate.results import read_items
+from gamayun_jax.fields import check_there
 
 
 def consistency(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def consistency_of(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: it has no eval.json, or items that cannot be read.
     """
+    advice = "give the OUT of `gamayun eval MODEL --tasks ... --out OUT`"
+    check_there(folder, "", advice)
     try:
         result = json.loads((folder / "eval.json").read_text("utf-8"))
         found = {}
@@ -80,7 +83,6 @@ def consistency_of(folder: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
-            f"{folder} is no folder of answers ({type(e).__name__}: {e}): give the OUT "
-            "of `gamayun eval MODEL --tasks ... --out OUT`"
+            f"{folder} is no folder of answers ({type(e).__name__}: {e}): {advice}"
         ) from e
     return found

@@ -32,7 +32,7 @@ from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, unembedding
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.corpus_changes import check_contents
-from gamayun_jax.training.run_folder import checkpoint_steps
+from gamayun_jax.training.run_folder import checkpoint_steps, find_checkpoint
 from gamayun_jax.training.run_meta import RunMeta
 
 FILE = "forgetting.json"
@@ -194,9 +194,8 @@ def forgetting(
       UserError: no such checkpoint, a corpus that is gone or another, a model that was
         not trained here.
     """
+    find_checkpoint(run)  # says what is missing
     there = checkpoint_steps(run)
-    if not there:
-        raise UserError(f"{run} has no checkpoints: give the --workdir of a run")
     if missing := set(steps) - set(there):
         raise UserError(
             f"{run} has no checkpoint of step {min(missing)}; there are "

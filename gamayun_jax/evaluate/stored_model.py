@@ -32,6 +32,7 @@ from gamayun_jax.interop.load_model import LoadedModel, load_params
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, compute_dtype
 from gamayun_jax.model.weights import parameter_count
+from gamayun_jax.tables import LANGUAGES
 from gamayun_jax.training.lineage import versions
 from gamayun_jax.training.run_folder import find_checkpoint, is_hf_folder
 
@@ -105,6 +106,8 @@ def evaluate_model(
       path: run folder, checkpoint or Hugging Face folder.
       corpus: for the held-out sets; default: the model's own.
       heldout: whether to run them.
+      languages: only these; tables list languages in their order, else in that of the
+        model's config, else in the usual one.
       watch: see `run_all`.
       window: most tokens that the model sees before a predicted one; default: its
         own, but rows as in training for held-out sets of a model trained here.
@@ -149,6 +152,12 @@ def evaluate_model(
             tasks, tokenizer, scorer, cfg.compute, watch
         )
         items |= of_tasks
+    shown = dict.fromkeys((*(languages or ()), *cfg.languages, *LANGUAGES))
+    places = {name: n for n, name in enumerate(shown)}
+    for part in (*result.get("sets", {}).values(), *result.get("tasks", {}).values()):
+        of = part["languages"]
+        order = sorted(of, key=lambda k: places.get(k, len(places)))
+        part["languages"] = {k: of[k] for k in order}
     return result, items
 
 

@@ -39,6 +39,7 @@ from gamayun_jax.data.model_tokenizer import (
     open_tokenizer,
 )
 from gamayun_jax.data.tokenizer import Tokenizer
+from gamayun_jax.fields import check_there
 from gamayun_jax.interop.export_tokenizer import fingerprint_of, write_tokenizer
 from gamayun_jax.interop.hf_config import config_from_hf, config_to_hf, unknown_keys
 from gamayun_jax.interop.hf_weights import DTYPES, read_weights, write_weights
@@ -68,12 +69,10 @@ def describe(folder: Path) -> tuple[HFTokenizer | None, RunMeta]:
     Raises:
       UserError: the folder is not a model that can be read.
     """
-    path = folder / "config.json"
+    path, advice = folder / "config.json", "give a folder in Hugging Face's format"
+    check_there(folder, "model ", advice)
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no config.json: give a folder with a model in Hugging "
-            "Face's format"
-        )
+        raise UserError(f"{folder} has no config.json: {advice}")
     data = files.read_json(path)
     model = config_from_hf(data, str(path))
     tokenizer = None

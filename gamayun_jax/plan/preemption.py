@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gamayun_jax.config import UserError
+from gamayun_jax.fields import check_there
 
 DAY = 86_400.0
 RUNS, SEED = 1000, 0
@@ -157,6 +158,7 @@ def measured_times(run: Path) -> tuple[float, float]:
     Raises:
       UserError: `run` has none.
     """
+    check_there(run, "--measured ", "name a run folder")
     try:
         spent = json.loads((run / "goodput.json").read_text())
         lineage = json.loads((run / "lineage.json").read_text())

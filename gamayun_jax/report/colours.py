@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable
 
 from gamayun_jax.report.formats import plain
-from gamayun_jax.tables import Cell
+from gamayun_jax.tables import LANGUAGES, Cell
 
 # fmt: off
 LIGHT = (  # on white
@@ -22,21 +22,16 @@ DARK = (  # on black
     "#539ed2", "#f86071", "#61c49d", "#c4abff", "#e69c5c", "#89dcfd", "#e967f8",
     "#c9d95d", "#9865e4", "#ffc2c9", "#54954f", "#b6709d",
 )
-# In the order of their colours, which begin again after twelve.
-KNOWN = (
-    "en", "ru", "de", "fr", "es", "it", "pt", "pl", "zh", "ja", "ko", "tr",
-    "uk", "nl", "cs", "ar", "hi", "vi", "id", "sv", "fi", "el", "he", "fa",
-    "ro", "hu", "bg", "da", "no", "th", "ka", "kk", "be", "sr", "hr", "sk",
-    "ca", "lt", "lv", "et", "sl", "az", "uz", "hy", "tg", "ky", "mn", "bn",
-)
 # fmt: on
 
 
 def colour_number(language: str) -> int:
     """Place of a language's colour; "zh-Hant" and "zh/web" have that of "zh"."""
     name = re.split(r"[-_/]", language)[0].lower()
-    known = name in KNOWN
-    number = KNOWN.index(name) if known else zlib.crc32(name.encode(errors="replace"))
+    known = name in LANGUAGES
+    number = (
+        LANGUAGES.index(name) if known else zlib.crc32(name.encode(errors="replace"))
+    )
     return number % len(LIGHT)
 
 

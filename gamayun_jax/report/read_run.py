@@ -11,6 +11,7 @@ from typing import Any
 
 from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.data.files import json_lines
+from gamayun_jax.fields import check_there
 from gamayun_jax.report.formats import plain
 from gamayun_jax.training.run_folder import evaluations
 
@@ -164,14 +165,15 @@ def read_run(folder: AnyPath) -> Run:
     Raises:
       UserError: no run folder, or a record that is not JSON.
     """
-    folder = Path(folder)
+    folder, advice = Path(folder), "give the folder of a run"
+    check_there(folder, "run folder ", advice)
     config, lineage, path = (
         folder / n for n in ("config.json", "lineage.json", "metrics.jsonl")
     )
     if not (config.is_file() or lineage.is_file() or path.is_file()):
         raise UserError(
             f"{folder} is no run folder (it has no config.json, lineage.json or "
-            "metrics.jsonl): give the --workdir of `gamayun train`"
+            f"metrics.jsonl): {advice}"
         )
 
     def load(path: Path) -> dict[str, Any]:

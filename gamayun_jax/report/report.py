@@ -156,7 +156,7 @@ def set_section(run: Run, name: str, languages: Sequence[str], who: str) -> Mark
         f"{who}Held-out set “{name}” by language",
         "Bits per byte ± standard error; lower is better. A baseline above the model's "
         f"number is green ✓; {won}.{told} The changes' intervals stand with the "
-        "stages above. Click a heading to sort.",
+        "stages above.",
         block("table", score_table(columns, name, languages, tuple(BASELINES), False)),
         score_chart(f"Results on {name}", evals, name, languages, changes),
         block("legend", SCORE_LEGEND),

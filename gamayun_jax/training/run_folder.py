@@ -42,6 +42,7 @@ from gamayun_jax.data.files import (
     write_text,
 )
 from gamayun_jax.data.tokenizer import TextCoder
+from gamayun_jax.fields import check_there
 
 # What a start writes, besides the checkpoints themselves.
 RECORDS = (
@@ -338,16 +339,14 @@ def find_checkpoint(path: AnyPath) -> tuple[Path, int]:
       UserError: neither a run folder nor a checkpoint.
     """
     path = Path(path)
-    check_local(path, "model ")
+    advice = "give a run folder, or one of its checkpoints/<step>"
+    check_there(path, "model ", advice)
     if is_step(path.name) and (path / "meta").is_dir():
         return path.parent, int(path.name)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = [k for k in steps_in(folder) if (folder / str(k) / "meta").is_dir()]
     if not steps:
-        raise UserError(
-            f"{path} has no checkpoint: give a run folder, or one of its "
-            "checkpoints/<step>"
-        )
+        raise UserError(f"{path} has no checkpoint: {advice}")
     return folder, max(steps)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import io
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -21,11 +22,11 @@ import pytest
 
 import gamayun_jax as gx
 from gamayun_jax import config as c
-from gamayun_jax.api import columns, configs, curricula, models, plans, runs
+from gamayun_jax.api import columns, configs, curricula, messages, models, plans, runs
 from gamayun_jax.data import corpus as corpus_module
 from gamayun_jax.interop import huggingface
 from gamayun_jax.report.report import write_report
-from gamayun_jax.tables import Table
+from gamayun_jax.tables import LANGUAGES, Table
 
 MODULES = (columns, configs, curricula, models, plans, runs)
 
@@ -210,8 +211,10 @@ def test_configs_by_name_and_changes_as_a_mapping():
         ["seed=3", "data.max_epochs=inf", "stages.align.token_weights.scheme=none",
          'evaluation.tasks=["help"]', "log.tensorboard=false"],
     )  # fmt: skip
-    with pytest.raises(gx.UserError, match="does not exist"):
+    with pytest.raises(gx.UserError, match=r"'tinny'\. Did you mean 'tiny'\?.*stage2"):
         gx.load_config("tinny")
+    with pytest.raises(gx.UserError, match=r"did you mean experiments/tiny\.py\?"):
+        gx.load_config("experiments/tinny.py")
     assert len(repr(cfg)) < 160
 
 
@@ -364,3 +367,77 @@ def test_training_works_in_a_thread(here, tmp_path):
     thread.start()
     thread.join()
     np.testing.assert_array_equal(made[0].history["loss"], run.history["loss"])
+
+
+# --- errors ------------------------------------------------------------------------
+
+
+def raised(function, *args, **kwargs):
+    with pytest.raises(gx.UserError) as error:
+        function(*args, **kwargs)
+    return str(error.value)
+
+
+def test_errors_are_in_words_of_calls(here, tmp_path):
+    _, cfg, run, _ = here
+    told = "`gamayun corpus build CONFIG --out x/y`: give --out or --init-from"
+    assert messages.in_words_of_calls(told, {"out"}) == (
+        "`gx.build_corpus(cfg, 'x/y')`: give out or --init-from"
+    )
+    other = dataclasses.replace(cfg, seed=cfg.seed + 1)
+    assert raised(gx.train, other, run).endswith("or use another workdir")
+    assert "leave fresh out" in raised(gx.train, cfg, run, fresh=True)
+    assert "init_from" in raised(gx.train, cfg, run, init_from=run)
+    assert raised(gx.load_config, "tiny", ["seed"]).startswith("'seed': write")
+    assert raised(gx.load_config, "tiny", {"sed": 1}).startswith("sed: there is no")
+    nowhere = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, corpus="no"))
+    assert "make it with `gx.build_corpus(cfg, 'no')`" in raised(
+        gx.train, nowhere, tmp_path / "new"
+    )
+    assert raised(gx.plan, cfg, "v9").startswith("topology 'v9'")
+
+
+# Options of commands that have no call: their rooms are not reached from a notebook.
+COMMANDS_ALONE = {
+    "arms", "coordinator", "distributed", "eval", "gen", "last", "measured",
+    "num-processes", "process-id", "restart", "share", "side-by-side", "steps",
+    "text-field", "window",
+}  # fmt: skip
+
+
+def test_options_in_errors_are_parameters_of_calls():
+    """Outside of the commands, whose words these are."""
+    known = {
+        p for n in gx.__all__ for p in inspect.signature(getattr(gx, n)).parameters
+    }
+    package, found = Path(gx.__file__).parent, {}
+    for path in sorted(package.rglob("*.py")):
+        if path.parent.name == "commands" or path.name in ("cli.py", "xla.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Raise) or "UserError" not in ast.unparse(node):
+                continue
+            texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+            text = " ".join(t for t in texts if isinstance(t, str))
+            text = re.sub("`[^`]*`", "", text)
+            for option in re.findall("--([a-z][a-z-]+)", text):
+                if option.replace("-", "_") not in known | {"set"}:
+                    found.setdefault(option, []).append(path.name)
+    assert set(found) <= COMMANDS_ALONE, found
+
+
+def test_languages_have_one_order(here):
+    """That which is asked for, and else the config's, in scores and comparisons."""
+    for languages in (None, ["tr", "en"]):
+        scored = gx.evaluate(
+            "runs/tiny", tasks=["udhr"], corpus="build/demo-corpus", limit=1,
+            languages=languages,
+        )  # fmt: skip
+        order = languages or list(here[1].languages)
+        assert list(scored.result["sets"]["udhr"]["languages"]) == order
+        of_task = [*order, *(k for k in LANGUAGES[:12] if k not in order)]
+        of_task = languages or of_task
+        assert list(scored.result["tasks"]["udhr"]["languages"]) == of_task
+        compared = gx.compare(scored, scored).result
+        assert compared.languages("heldout-udhr") == [*order, "macro"]
+        assert compared.languages("udhr") == [*of_task, "macro"]

@@ -73,3 +73,21 @@ def test_what_is_not_split_is_said(tmp_path, capfd):
     assert not (tmp_path / "none").exists()
     assert run(tmp_path / "no.jsonl", "--out", tmp_path / "none") == 2
     assert "no file matches" in capfd.readouterr().err
+
+
+def test_files_without_a_document_are_not_the_shares_fault(tmp_path, capfd):
+    """What is wrong with them is said instead."""
+    for name, text, reason in (
+        ("other.jsonl", '{"content": "a text"}\n' * 3, "3 left out"),
+        ("empty.jsonl", "", "empty"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert run(tmp_path / name, "--out", tmp_path / "out", "--share", "0.5") == 2
+        error = capfd.readouterr().err
+        assert f"{name}: no document can be used ({reason}" in error
+        assert "--share" not in error
+    file = write(tmp_path / "few.jsonl", range(3))
+    assert run(file, "--out", tmp_path / "out", "--share", "0.0001") == 2
+    assert (
+        "--share 0.0001 of 3 documents leaves 3 to train on" in capfd.readouterr().err
+    )

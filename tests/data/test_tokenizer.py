@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gamayun_jax.config import TokenizerConfig, UserError
 from gamayun_jax.data import fertility
 from gamayun_jax.data import tokenizer_training as training
-from gamayun_jax.data.tokenizer import Tokenizer
+from gamayun_jax.data.tokenizer import TextCoder, Tokenizer
 
 TEXTS = {
     "en": ["The quick brown fox jumps over 13 lazy dogs.\n\tdef f(x):\n        pass"]
@@ -245,3 +245,14 @@ def test_uneven_costs_by_hand():
     costs = [1.0, 2.0, 7.0]  # |differences| 1, 6, 5, each twice, over 2 n^2 mean
     assert fertility.gini(costs) == pytest.approx(24 / (2 * 9 * 10 / 3))
     assert fertility.gini([10 * x for x in costs]) == fertility.gini(costs)
+
+
+def test_a_tokenizer_with_a_method_missing_cannot_be_made():
+    """It is said when it is made, not when a corpus of hours needs the method."""
+
+    class Half(TextCoder):
+        def encode_batch(self, texts):
+            return [[0] for _ in texts]
+
+    with pytest.raises(TypeError, match="encode_prompt"):
+        Half()

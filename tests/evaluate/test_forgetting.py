@@ -184,7 +184,7 @@ def test_the_report_has_a_figure(run, tmp_path):
 def test_what_cannot_be_asked(run, tmp_path):
     with pytest.raises(UserError, match="has no checkpoint of step 5; there are"):
         forgetting.forgetting(run, 4, [5])
-    with pytest.raises(UserError, match="has no checkpoints"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         forgetting.forgetting(tmp_path, 4)
     text = (run / forgetting.FILE).read_text("utf-8")
     try:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gamayun_jax.report import colours
+from gamayun_jax.tables import LANGUAGES
 
 # Machado, Oliveira & Fernandes (2009), severity 1, on linear RGB.
 VISIONS = {
@@ -77,9 +78,9 @@ def test_colours_stand_out_from_the_page(palette, paper):
 
 
 def test_a_language_has_one_colour_whatever_stands_beside_it():
-    few, many = colours.colours_of(["tr", "ru"]), colours.colours_of(colours.KNOWN)
+    few, many = colours.colours_of(["tr", "ru"]), colours.colours_of(LANGUAGES)
     assert few == {k: many[k] for k in few}
-    assert len({many[k] for k in colours.KNOWN[:12]}) == 12
+    assert len({many[k] for k in LANGUAGES[:12]}) == 12
     for name in ("zh-Hant", "zh_TW", "zh/web", "ZH"):
         assert colours.colour_number(name) == colours.colour_number("zh")
     assert colours.colour_number("\ud800") in range(12)

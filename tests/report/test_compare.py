@@ -118,7 +118,7 @@ def test_a_model_that_is_not_there_is_met_before_others_are_evaluated(
     monkeypatch.setattr(stored_model, "evaluate_model", evaluate_model)
     (tmp_path / "run/checkpoints/1/meta").mkdir(parents=True)
     models, out = ["compare", str(tmp_path / "run")], ["--out", str(tmp_path / "out")]
-    for more, message in ([], "at least two"), (["nowhere"], "nowhere has no check"):
+    for more, message in ([], "at least two"), (["nowhere"], "nowhere does not exist"):
         assert cli.main([*models, *more, *out]) == 2
         error = capsys.readouterr().err
         assert message in error

@@ -258,9 +258,8 @@ def test_missing_files_leave_labelled_gaps(tmp_path):
 
 
 def test_no_run(tmp_path):
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match="is no run folder.*give the --workdir"):
-            report.write_report([folder], tmp_path / "out")
+    with pytest.raises(UserError, match="is no run folder.*give the folder of a run"):
+        report.write_report([tmp_path], tmp_path / "out")
     model = write_run(tmp_path / "m", {"config.json": {"model_type": "qwen3"}})
     with pytest.raises(UserError, match="is a model in Hugging Face's format"):
         report.write_report([model], tmp_path / "out")

@@ -743,7 +743,7 @@ def test_what_a_later_stage_would_be_refused_for_is_refused_at_once(config, tmp_
 def test_init_from_is_never_ignored(straight, config, tmp_path):
     with pytest.raises(UserError, match="began from nothing"):
         train.train(config, straight, straight / "checkpoints" / "7", log=quiet)
-    with pytest.raises(UserError, match="has no checkpoint"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         train.train(config, straight, tmp_path / "nowhere", log=quiet)
     stage = dataclasses.replace(
         config.stages[1], mixture=MixtureConfig("natural"), tokens=4 * 8 * 64,

@@ -1,5 +1,5 @@
-// A click on a heading, or Enter, sorts the rows of a table's body by data-v; cells
-// without a value come last.
+// A click or tap on a heading, or Enter, sorts the rows of a table's body by data-v;
+// cells without a value come last.
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
@@ -13,6 +13,7 @@ for (const table of document.querySelectorAll("table")) {
         (up ? 1 : -1) * (value(a) - value(b));
       table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
     };
+    head.title = "sort by this column";
     head.onclick = sort;
     head.onkeydown = (event) => {
       if (event.key == "Enter") sort();
