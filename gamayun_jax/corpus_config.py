@@ -57,15 +57,24 @@ class TokenizerConfig:
 
     `model`: a SentencePiece .model of ours, or a folder with the tokenizer of an
     imported model: Hugging Face's, or a run folder. `shares`: language -> share of the
-    training bytes.
+    training bytes. `parity_set`: from there on, shares are looked for with which the
+    languages take more nearly the same number of tokens on half of the units of this
+    held-out set, which has to be parallel; each round is a training.
     """
 
     vocab_size: Whole = 0  # 0: the ready tokenizer's
     shares: Mapping[str, Share] = field(default_factory=dict)  # empty: equal shares
     sample_bytes: Count = 200_000_000  # text given to the trainer, all languages
     model: LocalPath = ""  # path of a ready tokenizer: nothing is trained
+    parity_set: str = ""  # held-out set to even out costs on; empty: shares stay
+    parity_rounds: Count = 6  # trainings of that search, after the first
 
     def __post_init__(self):
+        if self.model and self.parity_set:
+            raise UserError(
+                f"corpus.tokenizer.parity_set={self.parity_set!r} is for training, and "
+                f"corpus.tokenizer.model={self.model!r} is ready: leave one out"
+            )
         if not self.vocab_size and not self.model:
             raise UserError(
                 "corpus.tokenizer.vocab_size=0: give the size of the vocabulary to "

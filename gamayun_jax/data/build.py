@@ -39,6 +39,7 @@ from gamayun_jax.data.inspect_corpus import told_damage
 from gamayun_jax.data.model_tokenizer import folder_tokenizer, given_tokenizer
 from gamayun_jax.data.recipe import check_model, check_recipe, recipe_of
 from gamayun_jax.data.selection import Scanned, select
+from gamayun_jax.data.tokenizer_parity import tuning_texts
 from gamayun_jax.data.worker_pool import Pool
 
 
@@ -59,6 +60,7 @@ def build(
     inputs = [item for source in cfg.corpus.sources for item in expand(source)]
     heldout = read_heldout(cfg.corpus)
     check_model(cfg.corpus)
+    tuning_texts(cfg.corpus.tokenizer, heldout, trained_languages(inputs))
     recipe, described = recipe_of(cfg, inputs, heldout)
     text = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -79,6 +81,11 @@ def build(
             "finished is kept, run it again"
         ) from e
     return open_corpus(out)
+
+
+def trained_languages(inputs: Sequence[Input]) -> list[str]:
+    """Languages of the sources, in their order."""
+    return list(dict.fromkeys(item.source.split("/")[0] for item in inputs))
 
 
 def find_former(out: Path, fingerprint: str) -> bool:
@@ -143,12 +150,13 @@ def make(
         name: source_entry(name, row, [s for s in scanned if s.source == name], out)
         for name, row in counts.items()
     }
-    model = out / "tokenizer.model"
+    model, evened = out / "tokenizer.model", out / ".work" / "tokenizer.json"
     if corpus.tokenizer.model:
         given_tokenizer(Path(corpus.tokenizer.model)).write(out)
     elif not model.exists():
-        list(pool.run(fit_tokenizer, [(corpus, scanned, model)]))
+        list(pool.run(fit_tokenizer, [(corpus, scanned, heldout, model, evened)]))
     tokenizer = folder_tokenizer(out)
+    parity = {"parity": read_json(evened, "")} if corpus.tokenizer.parity_set else {}
     shards = plan_shards(scanned, corpus.shard_bytes)
     tokenise_all(corpus, out, sources, shards, tokenizer.vocab_size, pool)
     disjoint = {"seed": corpus.disjoint_seed, "shared_ids": shared_ids}
@@ -162,6 +170,7 @@ def make(
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
+            **parity,
         },
         "sources": sources,
         "heldout": held_entries,
@@ -326,6 +335,7 @@ def train_tokenizer(
     if not inputs:
         raise UserError("corpus.sources is empty: the tokenizer needs text")
     heldout = read_heldout(cfg)
+    tuning_texts(cfg.tokenizer, heldout, trained_languages(inputs))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=out.parent) as temporary:
         work = Path(temporary)
@@ -334,5 +344,7 @@ def train_tokenizer(
             held_folder = work / "heldout" if heldout else None
             counts, scans = scan_all(cfg, inputs, work / "scan", held_folder, pool)
             check_bad(cfg, counts, work)
-            list(pool.run(fit_tokenizer, [(cfg, select(cfg, scans)[0], out)]))
+            scanned = select(cfg, scans)[0]
+            job = (cfg, scanned, heldout, out, work / "tokenizer.json")
+            list(pool.run(fit_tokenizer, [job]))
     return out

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from gamayun_jax.config import CorpusConfig
+from gamayun_jax.config import CorpusConfig, TokenizerConfig
 from gamayun_jax.data import tokenizer_training
 from gamayun_jax.data.cleaning import clean
 from gamayun_jax.data.contamination import Contamination
@@ -38,10 +38,13 @@ from gamayun_jax.data.documents import (
     Input,
 )
 from gamayun_jax.data.files import atomic, file_sha256, sync, write_json
+from gamayun_jax.data.heldout_sets import HeldoutSet
 from gamayun_jax.data.inputs import read_input
 from gamayun_jax.data.model_tokenizer import folder_tokenizer
 from gamayun_jax.data.records import with_checksum
 from gamayun_jax.data.selection import Scanned
+from gamayun_jax.data.tokenizer import Tokenizer
+from gamayun_jax.data.tokenizer_parity import even_out, tuning_texts
 
 BATCH_BYTES = 1_000_000  # text given to the tokenizer at a time
 COMPARED = 100_000  # characters compared with the held-out texts at a time
@@ -267,15 +270,35 @@ def sample_texts(files: Sequence[Scanned], budget: int) -> Iterator[str]:
                 yield text.decode()
 
 
-def fit_tokenizer(cfg: CorpusConfig, files: Sequence[Scanned], out: Path) -> None:
-    """Train the corpus's tokenizer on its kept documents (a job of the pool)."""
+def fit_tokenizer(
+    cfg: CorpusConfig,
+    files: Sequence[Scanned],
+    heldout: Sequence[HeldoutSet],
+    out: Path,
+    record: Path,
+) -> None:
+    """Train the corpus's tokenizer on its kept documents (a job of the pool).
+
+    Args:
+      out: the model file.
+      record: where the search for even costs is recorded, before `out` is written.
+    """
     of_language: dict[str, list[Scanned]] = {}
     for file in files:
         of_language.setdefault(file.source.split("/")[0], []).append(file)
-    shares = tokenizer_training.shares_of(cfg.tokenizer, list(of_language))
-    budgets = {k: int(shares[k] * cfg.tokenizer.sample_bytes) for k in of_language}
-    texts = {k: sample_texts(scans, budgets[k]) for k, scans in of_language.items()}
-    tokenizer_training.train(texts, cfg.tokenizer, out)
+
+    def train(given: TokenizerConfig) -> Tokenizer:
+        shares = tokenizer_training.shares_of(given, list(of_language))
+        budgets = {k: int(shares[k] * given.sample_bytes) for k in of_language}
+        texts = {k: sample_texts(scans, budgets[k]) for k, scans in of_language.items()}
+        return tokenizer_training.train(texts, given)
+
+    if units := tuning_texts(cfg.tokenizer, heldout, list(of_language)):
+        tokenizer, rounds = even_out(train, cfg.tokenizer, units)
+        write_json(record, rounds)
+    else:
+        tokenizer = train(cfg.tokenizer)
+    tokenizer.save(out)
 
 
 Part = tuple[Path, int, np.ndarray]  # folder of a scan, chunk, keep bool[n]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gamayun_jax.data.corpus import Corpus
+from gamayun_jax.data.heldout_sets import halves
 from gamayun_jax.data.tokenizer import TextCoder, whole_characters
 from gamayun_jax.tables import Table
 
@@ -72,15 +73,22 @@ def compare(corpus: Corpus, tokenizers: Mapping[str, TextCoder]) -> str:
     """Tables of each tokenizer and of all side by side, on a corpus's held-out sets.
 
     On a parallel set, where every language says the same, the tokens of the languages
-    are what it costs them: their Gini coefficient says how unevenly.
+    are what it costs them: their Gini coefficient says how unevenly. Of the set that
+    the corpus's tokenizer was made even on, the units that it was not are reported.
     """
     told = []
+    tuned_on = corpus.manifest["tokenizer"].get("parity", {}).get("set")
     for name, languages in corpus.heldout_sets().items():
-        texts = {k: [text for _, text in corpus.heldout(name, k)] for k in languages}
+        units = {k: corpus.heldout(name, k) for k in languages}
+        part = ""
+        if name == tuned_on:
+            units = {k: halves(v)[1] for k, v in units.items()}
+            part = f", {len(units[languages[0]])} units that no shares were tuned on"
+        texts = {k: [text for _, text in v] for k, v in units.items()}
         reports = {k: report(t, texts) for k, t in tokenizers.items()}
         parallel = corpus.manifest["heldout"][name]["parallel"] and len(languages) > 1
         for title, rows in reports.items():
-            line = f"held-out set {name}, tokenizer {title}"
+            line = f"held-out set {name}{part}, tokenizer {title}"
             if parallel:
                 uneven = gini([row["tokens"] for row in rows])
                 line += f": Gini coefficient of the languages' tokens {uneven:.3f}"

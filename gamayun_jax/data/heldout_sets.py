@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -173,6 +174,19 @@ def subsample_units(units: Units, limit: int) -> Units:
     if not limit or limit >= len(units):
         return units
     return sorted(units, key=lambda u: hashlib.sha256(u[0].encode()).digest())[:limit]
+
+
+def halves(units: Units) -> tuple[Units, Units]:
+    """About half of the units, to tune something on, and the others.
+
+    By the hash of their id without its last number, the same in every language:
+    paragraphs "article.7.1" and "article.7.2" stay together.
+    """
+    parts: tuple[Units, Units] = ([], [])
+    for id, text in units:
+        document = re.sub(r"[^0-9A-Za-z]?[0-9]+$", "", id) or id
+        parts[hashlib.sha256(document.encode()).digest()[0] % 2].append((id, text))
+    return parts
 
 
 def text_key(text: bytes) -> str:

@@ -136,6 +136,9 @@ def recipe_of(
         "min_chars": corpus.min_chars,
         "inputs": described,
     }
+    if corpus.tokenizer.parity_set:
+        search = corpus.tokenizer.parity_set, corpus.tokenizer.parity_rounds
+        recipe["parity"] = list(search)
     if corpus.parallel_documents != "keep":  # else a recipe of a former release stays
         fields = [[s.name, s.id_field] for s in corpus.sources]
         recipe["disjoint"] = [corpus.disjoint_seed, fields]

@@ -43,13 +43,15 @@ def shares_of(cfg: TokenizerConfig, languages: Sequence[str]) -> dict[str, float
 
 
 def train(
-    texts_by_language: Mapping[str, Iterable[str]], cfg: TokenizerConfig, out: Path
+    texts_by_language: Mapping[str, Iterable[str]],
+    cfg: TokenizerConfig,
+    out: Path | None = None,
 ) -> Tokenizer:
     """Train on the beginning of each language's texts; write the model to `out`.
 
     Each language gives its share of `cfg.sample_bytes`. If there is less text than
     that, the shares are kept, by repeating the short ones at most MAX_REPEATS times.
-    The same input gives the same file, byte for byte, on any machine.
+    The same input gives the same model, byte for byte, on any machine.
 
     Raises:
       UserError: no text, or a vocabulary too small or too large for it.
@@ -87,7 +89,8 @@ def train(
             "more text"
         )
     tokenizer = Tokenizer(model)
-    tokenizer.save(out)
+    if out is not None:
+        tokenizer.save(out)
     return tokenizer
 
 
