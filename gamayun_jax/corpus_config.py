@@ -42,8 +42,9 @@ class SourceConfig:
 class HeldoutConfig:
     """A held-out set: language -> file. If `parallel`, line i means the same in all.
 
-    None: parallel if the units of all files have the same ids in the same order. Give
-    True for files without ids.
+    None: parallel if the units of all files have the same ids in the same order, and
+    lengths that go together as those of translations do. Give True for files without
+    ids, False for texts that share ids by chance.
     """
 
     name: str  # of the set

@@ -58,8 +58,15 @@ def read_set(spec: HeldoutConfig) -> HeldoutSet:
             f"held-out set {spec.name!r} is parallel, but {why}: give the same units "
             "in the same order, or leave parallel out"
         )
-    if spec.parallel is None and not why and not named:
-        why = "there are units without an id"
+    if spec.parallel is None and not why:
+        if not named:
+            why = "there are units without an id"
+        elif low := unlike_lengths(units):  # numbers of lines, as a rule
+            told = ", ".join(f"{k} {r}" for k, r in low.items())
+            why = (
+                "ids are the same, but lengths are not those of translations "
+                f"(correlation with {next(iter(units))}: {told})"
+            )
     parallel = spec.parallel or (spec.parallel is None and not why)
     return HeldoutSet(spec.name, units, parallel, "" if spec.parallel is False else why)
 

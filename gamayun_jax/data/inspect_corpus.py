@@ -69,8 +69,8 @@ def told_copies(manifest: Mapping[str, Any], name: str) -> list[str]:
     ]
     if len(held["languages"]) > 1 and (why := held.get("unlike_ids")):
         told.append(
-            f"not parallel, since {why}: no parity, no alignment of it (give the same "
-            "ids in the same order or, where there are none, parallel=True)"
+            f"not parallel, since {why}: no parity, no alignment of it (if they are "
+            "translations, give the same ids in the same order, or parallel=True)"
         )
     if "copies" not in held:  # of a former version
         return [*told, "only documents equal to one of its texts were looked for"]
