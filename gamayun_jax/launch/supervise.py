@@ -168,6 +168,8 @@ class Supervisor:
         launch = self.launch
         setup = Path(launch.setup).read_text() if launch.setup else ""
         extra = launch.extra or ("cuda" if launch.backend == "hosts" else "tpu")
+        if any("gs://" in word for command in launch.commands for word in command):
+            extra += ",buckets"
         install = (scripts.INSTALL, commit, launch.python, setup, extra)
         say(f"installing commit {commit[:12]} on every worker")
         if not self.machines.copy(str(archive), f"gamayun-{launch.name}.tgz"):

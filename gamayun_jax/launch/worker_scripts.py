@@ -22,7 +22,11 @@ if [ "$(cat "$d/commit" 2> /dev/null)" != "$2" ]; then
     sudo apt-get install -y -q "$python" "$python-venv"
   fi
   "$python" -m venv "$d/venv"
-  "$d/venv/bin/pip" install --quiet --editable "$d/code[$5]"
+  pins= # a run that is preempted goes on with the same versions
+  if [ "$python" = python3.11 ] && [ -f "$d/code/constraints.txt" ]; then
+    pins="--constraint $d/code/constraints.txt"
+  fi
+  "$d/venv/bin/pip" install --quiet $pins --editable "$d/code[$5]"
   echo "$2" > "$d/commit"
 fi
 if [ -n "$4" ]; then bash -c "$4"; fi"""

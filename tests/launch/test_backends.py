@@ -420,6 +420,25 @@ def test_words_reach_a_shell_unchanged():
     assert done.stdout.split("\0")[:-1] == ["pod", *odd]
 
 
+def test_pins_are_within_what_the_package_asks_for():
+    packaging = pytest.importorskip("packaging.requirements")
+    lines = Path("constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for name in (
+        "requirements.txt",
+        "requirements-tpu.txt",
+        "requirements-buckets.txt",
+    ):
+        for line in Path(name).read_text().splitlines():
+            if line and not line.startswith("#"):
+                asked = packaging.Requirement(line)
+                pin = pins[re.sub(r"[-_.]+", "-", asked.name).lower()]
+                assert asked.specifier.contains(pin), (line, pin)
+    container = Path("Containerfile").read_text()
+    assert re.search(r"^FROM \S+:3\.11\.\d+-", container, re.M)  # their Python
+    assert "constraints.txt" in container
+
+
 def test_launching_needs_python_alone():
     """No package: a laptop needs not install any."""
     code = "import sys; before = {*sys.modules}; import gamayun_jax.launch.command; "
