@@ -18,6 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
+from gamayun_jax.data.files import file_sha256
 from gamayun_jax.demo_corpus import LANGUAGES
 from recipes.demo_data import debian
 from recipes.demo_data.decontaminate import DENSE
@@ -28,8 +31,8 @@ Item = dict[str, Any]
 SEED = 0
 CHOICES = 4
 CLDR = {name: f"cldr-{name}-full@48.2.0" for name in ("annotations", "localenames")}
-CLDR |= {name: f"cldr-{name}-full@48.2.0" for name in ("dates", "numbers")}
-CLDR["core"] = "cldr-core@48.2.0"
+CLDR |= {name: f"cldr-{name}-full@48.2.0" for name in ("dates", "numbers", "units")}
+CLDR |= {name: f"cldr-{name}@48.2.0" for name in ("core", "rbnf")}
 DISPUTED = ("Europe/Simferopol",)  # claimed by two countries
 LATIN = ("en", "de", "fr", "es", "it", "pt", "pl", "tr")
 CONTINENTS = ("002", "019", "142", "150", "009")  # UN M49, as CLDR has them
@@ -82,7 +85,7 @@ class Cldr:
     def __init__(self, work: Path):
         self.archives = {name: debian.fetch_npm(work, CLDR[name]) for name in CLDR}
         self.text = {k: self._names(k) for k in LANGUAGES}
-        facts = self._read("core", *(f"supplemental/{n}.json" for n in self.FACTS))
+        facts = self.read("core", *(f"supplemental/{n}.json" for n in self.FACTS))
         self.facts = {
             n: f["supplemental"][n] for n, f in zip(self.FACTS, facts, strict=True)
         }
@@ -95,7 +98,8 @@ class Cldr:
 
     FACTS = ("territoryContainment", "territoryInfo", "currencyData", "windowsZones")
 
-    def _read(self, archive: str, *names: str) -> list[Any]:
+    def read(self, archive: str, *names: str) -> list[Any]:
+        """JSON files of an archive, named by their paths in it."""
         with tarfile.open(self.archives[archive]) as tar:
             return [
                 json.load(tar.extractfile(f"package/{name}"))  # type: ignore[arg-type]
@@ -106,16 +110,16 @@ class Cldr:
         """Of one language: "territory", "language", "currency", "city", "month", "day"
         and "thing", each key -> name."""
         files = ("territories", "languages")
-        found = self._read("localenames", *(f"main/{k}/{f}.json" for f in files))
+        found = self.read("localenames", *(f"main/{k}/{f}.json" for f in files))
         territory, language = (
             data["main"][k]["localeDisplayNames"][f]
             for f, data in zip(files, found, strict=True)
         )
-        (money,) = self._read("numbers", f"main/{k}/currencies.json")
-        zones, calendar = self._read(
+        (money,) = self.read("numbers", f"main/{k}/currencies.json")
+        zones, calendar = self.read(
             "dates", f"main/{k}/timeZoneNames.json", f"main/{k}/ca-gregorian.json"
         )
-        (things,) = self._read("annotations", f"annotations/{k}/annotations.json")
+        (things,) = self.read("annotations", f"annotations/{k}/annotations.json")
         gregorian = calendar["main"][k]["dates"]["calendars"]["gregorian"]
         names = {
             "territory": territory,
@@ -381,3 +385,17 @@ def cldr_calendar(cldr: Cldr) -> list[Item]:
                 row = {"id": f"{kind}/{key}", "language": k, "context": told}
                 items.append({**row, "answers": [names[i]]})
     return items
+
+
+def write_items(path: Path, items: Sequence[Item]) -> dict[str, Any]:
+    """JSON lines, zstd level 19; returns what the manifest says of the file."""
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    path.write_bytes(zstandard.ZstdCompressor(level=19).compress(lines.encode()))
+    scored = (item["language"] for item in items if "split" not in item)
+    return {
+        "sha256": file_sha256(path),
+        "compressed_bytes": path.stat().st_size,
+        "bytes": len(lines.encode()),
+        "rows": len(items),
+        "items": dict(Counter(scored)),
+    }

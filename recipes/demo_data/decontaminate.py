@@ -8,6 +8,7 @@ compared one by one as well.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import zstandard
 
 from gamayun_jax.data.cleaning import normal_form
-from gamayun_jax.demo_corpus import LANGUAGES
+from gamayun_jax.demo_corpus import LANGUAGES, train_files
 
 if TYPE_CHECKING:  # a corpus build needs no reader of pages
     from recipes.demo_data.extract_text import Document, Report
@@ -198,3 +200,14 @@ def keep_out(
             if doc.language == "en" and doc.domain == "help":
                 gone.add((doc.path, key))
         yield replace(doc, paragraphs=good)
+
+
+def trained_paragraphs(language: str) -> list[str]:
+    """All different paragraphs of the embedded training files of a language."""
+    found: set[str] = set()
+    for source, path in train_files().items():
+        if source.split("/")[0] == language:
+            with zstandard.open(path, "rt", encoding="utf-8") as lines:
+                for line in lines:
+                    found.update(json.loads(line)["text"].split("\n"))
+    return sorted(found)

@@ -14,6 +14,7 @@ Each position among the choices is right equally often.
   cldr_lexicon       English name of a thing -> its name in the language
   cldr_names         English name of a country -> written in the language
   cldr_calendar      three months or weekdays -> the next one
+  minimal_pairs      which of two phrases is right? (minimal_pairs.py)
   description_match  a package's short description -> its long one (not committed: the
                      descriptions are licensed as the packages are, GPL at worst)
 
@@ -23,10 +24,9 @@ files that are embedded; the full recipe keeps it out as well (heldout.py).
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,33 +34,24 @@ from typing import Any
 import zstandard
 
 from gamayun_jax.data.files import file_sha256, write_json, write_text
-from gamayun_jax.demo_corpus import LANGUAGES, train_files
+from gamayun_jax.demo_corpus import LANGUAGES
 from gamayun_jax.demo_tasks import FOLDER
 from recipes.demo_data import cldr_tasks, debian
-from recipes.demo_data.cldr_tasks import CHOICES, Item, draw, with_choices
+from recipes.demo_data.cldr_tasks import CHOICES, Item, draw, with_choices, write_items
 from recipes.demo_data.decontaminate import (
     DENSE,
     NearDuplicateFinder,
     heldout_units,
     is_heldout_page,
     keep_language,
+    trained_paragraphs,
 )
 from recipes.demo_data.extract_text import Document, Report
+from recipes.demo_data.minimal_pairs import minimal_pairs
 
 Pages = Mapping[str, Sequence[tuple[int, str]]]
 
 # --- help pages
-
-
-def trained_paragraphs(language: str) -> list[str]:
-    """All different paragraphs of the embedded training files of a language."""
-    found: set[str] = set()
-    for source, path in train_files().items():
-        if source.split("/")[0] == language:
-            with zstandard.open(path, "rt", encoding="utf-8") as lines:
-                for line in lines:
-                    found.update(json.loads(line)["text"].split("\n"))
-    return sorted(found)
 
 
 def unseen_units(documents: Sequence[Document]) -> dict[str, list[tuple[int, str]]]:
@@ -272,20 +263,6 @@ source: descriptions of Debian packages and their translations
 """
 
 
-def write_items(path: Path, items: Sequence[Item]) -> dict[str, Any]:
-    """JSON lines, zstd level 19; returns what the manifest says of the file."""
-    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    path.write_bytes(zstandard.ZstdCompressor(level=19).compress(lines.encode()))
-    scored = (item["language"] for item in items if "split" not in item)
-    return {
-        "sha256": file_sha256(path),
-        "compressed_bytes": path.stat().st_size,
-        "bytes": len(lines.encode()),
-        "rows": len(items),
-        "items": dict(Counter(scored)),
-    }
-
-
 def build(out: Path, work: Path, embedded: bool = False) -> dict[str, dict[str, Any]]:
     """Write all tasks (`embedded`: those that may be committed) and a manifest.
 
@@ -322,6 +299,7 @@ def build(out: Path, work: Path, embedded: bool = False) -> dict[str, dict[str, 
         "cldr_lexicon": cldr_tasks.cldr_lexicon(cldr),
         "cldr_names": cldr_tasks.cldr_names(cldr),
         "cldr_calendar": cldr_tasks.cldr_calendar(cldr),
+        "minimal_pairs": minimal_pairs(cldr),
     }
     for key, archive in cldr.archives.items():
         name, version = cldr_tasks.CLDR[key].split("@")

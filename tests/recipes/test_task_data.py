@@ -27,7 +27,7 @@ TASKS = {
     for path in sorted(FOLDER.glob("*.yaml"))
 }
 CHOICE = ("next_paragraph", "cldr_facts", "cldr_lexicon")
-WITH_ITEMS = (*CHOICE, "last_word", "cldr_names", "cldr_calendar")
+WITH_ITEMS = (*CHOICE, "last_word", "cldr_names", "cldr_calendar", "minimal_pairs")
 KINDS = {
     "perplexity": {"text"},
     "multiple_choice": {"choices", "answer"},
