@@ -113,6 +113,13 @@ class BucketPath(gpath.PosixGPath):
 
 
 @os_errors
+def listed_sizes(folder: BucketPath) -> dict[str, int]:
+    """Address -> bytes of all objects below a folder."""
+    found = folder.fs.find(str(folder), detail=True)
+    return {f"{folder._uri_scheme}://{k}": v["size"] for k, v in found.items()}
+
+
+@os_errors
 def move(old: BucketPath, new: BucketPath) -> None:
     """Copy all objects, then delete the old ones. A checkpoint's mark of completeness
     is the first to go: half of one must not look whole."""
@@ -145,6 +152,12 @@ def upload(local: Path, out: BucketPath) -> None:
         names = [f"{out}/{p.relative_to(local).as_posix()}" for p in part]
         if part:
             fs.put([str(p) for p in part], names)
+
+
+@os_errors
+def download_file(path: BucketPath, local: Path) -> None:
+    """Copy an object to a file on this machine."""
+    path.fs.get_file(str(path), str(local))
 
 
 @os_errors

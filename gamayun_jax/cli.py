@@ -30,13 +30,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from gamayun_jax import __version__
-from gamayun_jax.commands import COMMON, Repeated, data, models, study, train
-from gamayun_jax.fields import LOCAL, UserError, is_local, nearest
+from gamayun_jax.commands import (
+    COMMON,
+    LOCAL_PATH,
+    Repeated,
+    data,
+    models,
+    study,
+    train,
+)
+from gamayun_jax.fields import UserError, nearest
+from gamayun_jax.storage import as_path
 from gamayun_jax.training import xla
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "demo": train.demo,
     "corpus build": data.build_corpus,
+    "corpus copy": data.copy_corpus,
     "corpus debian": data.download_debian,
     "corpus inspect": data.inspect_corpus,
     "corpus split": data.split_corpus,
@@ -208,10 +218,14 @@ def bounded(
         if kind is Path and not text:  # pathlib would take it for the current folder
             raise argparse.ArgumentTypeError("an empty text is given: give a path")
         value = kind(text)
-        local = [(LOCAL, is_local)] if kind is Path else []
-        for bound, holds in (*local, *bounds):
-            if not holds(value):
-                raise argparse.ArgumentTypeError(f"{text} must be {bound}")
+        try:
+            if kind is Path and LOCAL_PATH not in bounds:
+                value = as_path(text)
+            for bound, holds in bounds:
+                if not holds(value):
+                    raise argparse.ArgumentTypeError(f"{text} must be {bound}")
+        except UserError as e:
+            raise argparse.ArgumentTypeError(str(e)) from e
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in its messages

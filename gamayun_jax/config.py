@@ -31,6 +31,7 @@ from gamayun_jax.fields import (
     Positive,
     Seed,
     Share,
+    StoredPath,
     UserError,
     Whole,
     call_in_file,
@@ -130,7 +131,7 @@ class ComputeConfig:
 class DataConfig:
     """What training reads: a corpus folder, cut into examples of `seq_len` tokens."""
 
-    corpus: LocalPath = ""  # folder of `gamayun corpus build`
+    corpus: StoredPath = ""  # folder of `gamayun corpus build`
     seq_len: Count = 4096  # tokens of an example
     batch_size: Count = 512  # examples per step, over all devices and microbatches
     block_examples: Count = 1024  # curriculum block: counts are exact at its ends

@@ -39,9 +39,10 @@ class UserError(ValueError):
 
 
 LOCAL = (
-    "a path on this machine: addresses such as gs:// and s3:// are not read, mount the "
-    "bucket"
+    "a path on this machine: addresses such as gs:// and s3:// are not read here, copy "
+    "it or mount the bucket"
 )
+STORED = "a path on this machine, gs://BUCKET/... or s3://BUCKET/..."
 
 
 def is_local(path: str | Path) -> bool:
@@ -50,6 +51,11 @@ def is_local(path: str | Path) -> bool:
     if isinstance(path, Path):  # has lost one of the slashes
         return not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path))
     return "://" not in path
+
+
+def is_stored(path: str | Path) -> bool:
+    """Whether a path is on this machine, or in a bucket of a kind that is read."""
+    return is_local(path) or re.match("(gs|s3):/+[^/]{3}", str(path)) is not None
 
 
 def check_local(path: str | Path, where: str) -> None:
@@ -82,6 +88,7 @@ Finite = Annotated[float, ("a finite number above 0", lambda x: 0 < x < math.inf
 Share = Annotated[float, ("a finite number of at least 0", lambda x: 0 <= x < math.inf)]
 Part = Annotated[float, ("in [0, 1]", lambda x: 0 <= x <= 1)]
 LocalPath = Annotated[str, (LOCAL, is_local)]
+StoredPath = Annotated[str, (STORED, is_stored)]
 Decay = Annotated[float, ("in [0, 1)", lambda x: 0 <= x < 1)]
 
 
@@ -118,8 +125,9 @@ def decode(value: Any, hint: Any, where: str) -> Any:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        if hint == LocalPath and isinstance(value, os.PathLike):
-            value = os.fspath(value)
+        if hint in (LocalPath, StoredPath) and isinstance(value, os.PathLike):
+            # pathlib takes one of an address's slashes away.
+            value = re.sub(r"^([A-Za-z][\w+.-]+):/(?!/)", r"\1://", os.fspath(value))
         value = decode(value, args[0], where)
         bound, holds = args[1]
         if not holds(value):

@@ -104,11 +104,46 @@ def move(old: Path, new: Path) -> None:
     move(cast(Any, old), cast(Any, new))
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UserError, which says why, unless objects can be written below a folder of
+    a bucket: one is, and is deleted."""
+    from gamayun_jax.buckets import reason_of
+
+    probe = folder / f".{os.getpid()}.tmp"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder}: {reason_of(e, cast(Any, folder))}") from e
+
+
+def sizes_below(folder: Path) -> dict[str, int]:
+    """Path -> bytes of all objects below a folder of a bucket, by listing it: a request
+    for a thousand.
+
+    Raises:
+      UserError: the bucket cannot be listed.
+    """
+    from gamayun_jax.buckets import listed_sizes, reason_of
+
+    try:
+        return listed_sizes(cast(Any, folder))
+    except OSError as e:
+        raise UserError(f"{folder}: {reason_of(e, cast(Any, folder))}") from e
+
+
 def upload(local: Path, out: Path) -> None:
     """Put the files of a local folder into a bucket; those that complete it last."""
     from gamayun_jax.buckets import upload
 
     upload(local, cast(Any, out))
+
+
+def download_file(path: Path, local: Path) -> None:
+    """Copy an object to a file on this machine."""
+    from gamayun_jax.buckets import download_file
+
+    download_file(cast(Any, path), local)
 
 
 def upload_file(local: Path, out: Path) -> None:

@@ -14,22 +14,34 @@ from pathlib import Path
 from typing import Annotated
 
 from gamayun_jax.config import UserError
+from gamayun_jax.fields import LOCAL, is_local
+from gamayun_jax.storage import check_writable, is_bucket
 
 REPOSITORY = Path(__file__).parents[2]
 FORMATS = (".png", ".svg", ".pdf")  # of pictures that matplotlib writes
 
 
 def can_write(folder: Path) -> bool:
-    """Whether files can be written into a folder, which may have to be made."""
+    """Whether files can be written into a folder, which may have to be made; UserError
+    says why not of one in a bucket."""
+    if is_bucket(folder):
+        check_writable(folder)
+        return True
     folder = folder.absolute()
     there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     return there.is_dir() and os.access(there, os.W_OK)
 
 
+# A Path is on this machine or in a bucket. A Local one is what is executed, mapped into
+# memory, locked, or written bit by bit.
+LOCAL_PATH = (LOCAL, is_local)
+Local = Annotated[Path, LOCAL_PATH]
 # What a command writes in the end is looked at before the work begins.
-Folder = Annotated[Path, ("a folder that can be made and written", can_write)]
+WRITABLE = ("a folder that can be made and written", can_write)
+Folder = Annotated[Path, WRITABLE]
+LocalFolder = Annotated[Local, WRITABLE]
 File = Annotated[
-    Path,
+    Local,
     (
         "a file in a folder that can be made and written",
         lambda p: not p.is_dir() and can_write(p.parent),

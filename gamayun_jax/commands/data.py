@@ -7,13 +7,26 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from gamayun_jax.commands import File, Folder, Picture, Repeated, in_repository, note
+from gamayun_jax.commands import (
+    File,
+    Folder,
+    Local,
+    LocalFolder,
+    Picture,
+    Repeated,
+    in_repository,
+    note,
+)
 from gamayun_jax.config import Count, SourceConfig, UserError, load_config, to_dict
 from gamayun_jax.fields import Part
 
 
 def build_corpus(
-    config: Path, *, out: Folder, workers: Count | None = None, set_: Repeated = ()
+    config: Local,
+    *,
+    out: LocalFolder,
+    workers: Count | None = None,
+    set_: Repeated = (),
 ) -> None:
     """Make a corpus folder: clean, deduplicate and tokenise documents.
 
@@ -51,10 +64,29 @@ def inspect_corpus(folder: Path) -> None:
     print(inspect(folder))
 
 
+def copy_corpus(folder: Path, out: Folder) -> None:
+    """Copy a corpus folder to a bucket, from one, or to another disk.
+
+    Compares every shard with its hash and every size; the manifest comes last. The same
+    command goes on where it was interrupted.
+
+    Examples:
+      gamayun corpus copy build/corpus gs://my-bucket/corpus
+      gamayun corpus copy gs://my-bucket/corpus /mnt/disk/corpus
+
+    Args:
+      folder: corpus folder, only read.
+      out: folder to write; new, or an interrupted copy.
+    """
+    from gamayun_jax.data.copy_corpus import copy_corpus
+
+    print(f"{out}: {copy_corpus(folder, out, note):,} bytes")
+
+
 def split_corpus(
     files: list[str],
     *,
-    out: Folder,
+    out: LocalFolder,
     share: Part = 0.01,
     text_field: str = "text",
     id_field: str = "id",
@@ -89,7 +121,7 @@ def split_corpus(
 
 
 def download_debian(
-    *, out: Folder, work: Path | None = None, languages: list[str] | None = None
+    *, out: LocalFolder, work: Local | None = None, languages: list[str] | None = None
 ) -> None:
     """Make documents in 12 languages from public packages.
 
@@ -103,7 +135,7 @@ def download_debian(
 
 
 def build_tasks(
-    *, out: Folder, work: Path | None = None, embedded: bool = False
+    *, out: LocalFolder, work: Local | None = None, embedded: bool = False
 ) -> None:
     """Make test items with a right answer, in 12 languages, from public packages.
 
@@ -130,7 +162,7 @@ def recipe(name: str) -> Any:
     return importlib.import_module(f"recipes.demo_data.{name}")
 
 
-def train_tokenizer(config: Path, *, out: File, set_: Repeated = ()) -> None:
+def train_tokenizer(config: Local, *, out: File, set_: Repeated = ()) -> None:
     """Train a SentencePiece model on the documents that CONFIG names.
 
     Writes the model file OUT.
@@ -171,7 +203,7 @@ def report_tokenizer(corpus: Path, *, model: list[Path] | None = None) -> None:
 
 
 def preview_curriculum(
-    config: Path,
+    config: Local,
     *,
     out: Picture | None = None,
     init_from: Path | None = None,
@@ -204,9 +236,9 @@ def preview_curriculum(
 
 
 def make_controls(
-    config: Path,
+    config: Local,
     *,
-    out: Folder | None = None,
+    out: LocalFolder | None = None,
     arms: list[Literal["single", "shuffled", "reversed", "ramped"]] | None = None,
     check: list[Path] | None = None,
     set_: Repeated = (),

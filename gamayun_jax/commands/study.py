@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gamayun_jax.commands import Folder
+from gamayun_jax.commands import Local, LocalFolder
 from gamayun_jax.config import Whole
 
 
 def study(
-    file: Path,
+    file: Local,
     *,
-    out: Folder,
+    out: LocalFolder,
     plan: bool = False,
     side_by_side: Whole = 0,
     keep_runs: bool = False,

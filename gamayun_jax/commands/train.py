@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from gamayun_jax.commands import File, Folder, Repeated, in_repository, note
+from gamayun_jax.commands import File, Folder, Local, Repeated, in_repository, note
 from gamayun_jax.commands.study import show_study
 from gamayun_jax.config import Count, Finite, UserError, load_config
 from gamayun_jax.data.files import write_text
@@ -69,7 +69,7 @@ def next_steps(workdir: Path, page: Path) -> str:
 
 
 def train(
-    config: Path,
+    config: Local,
     *,
     workdir: Folder,
     init_from: Path | None = None,
@@ -140,7 +140,7 @@ def launch(*arguments: str) -> int:
 
 
 def plan(
-    config: Path,
+    config: Local,
     *,
     topology: str | None = None,
     table: list[str] | None = None,

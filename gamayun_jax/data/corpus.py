@@ -31,11 +31,12 @@ from typing import Any
 
 import numpy as np
 
-from gamayun_jax.config import AnyPath, Config, UserError, check_local
+from gamayun_jax.config import AnyPath, Config, UserError
 from gamayun_jax.data.files import file_sha256, read_json, read_json_lines, unreadable
 from gamayun_jax.data.model_tokenizer import folder_tokenizer
 from gamayun_jax.data.records import COPY_AGAIN, SHARDS, Records, check_shard
 from gamayun_jax.data.tokenizer import TextCoder, whole_characters
+from gamayun_jax.storage import as_path, is_bucket, sizes_below
 from gamayun_jax.tables import Table
 
 FORMAT = 2  # of what is built now; records.SHARDS has those that can be read
@@ -188,7 +189,8 @@ class Corpus:
         """int64[V]: how often each token occurs in a source, BOS and EOS included."""
         path = self.folder / "sources" / self._source(source).name / "token_counts.npy"
         try:
-            return np.load(path)
+            with path.open("rb") as f:
+                return np.load(f)
         except OSError as e:
             raise unreadable(path, e) from e
         except ValueError as e:
@@ -223,7 +225,7 @@ def expected_corpus(cfg: Config, tokens: Mapping[str, int]) -> Corpus:
         language, domain = name.split("/")
         records = -(-n // size)
         sources[name] = SourceInfo(name, language, domain, 0, 0, n, records, ())
-    return Corpus(Path(cfg.data.corpus), {"record_tokens": size}, sources)
+    return Corpus(as_path(cfg.data.corpus), {"record_tokens": size}, sources)
 
 
 def open_corpus(path: AnyPath, set_aside: bool = False, hashes: bool = False) -> Corpus:
@@ -240,10 +242,10 @@ def open_corpus(path: AnyPath, set_aside: bool = False, hashes: bool = False) ->
     Raises:
       UserError: no folder, an unfinished build, a broken manifest, a missing shard.
     """
-    folder = Path(path)
-    check_local(folder, "corpus ")
+    folder = as_path(path, "corpus ")
     manifest = read_manifest(folder)
     size = (manifest["record_tokens"] + 1) * np.dtype(manifest["dtype"]).itemsize
+    listed = sizes_below(folder / "sources") if is_bucket(folder) else None
     sources: dict[str, SourceInfo] = {}
     damaged: dict[str, str] = {}
     for name, s in manifest["sources"].items():
@@ -254,7 +256,7 @@ def open_corpus(path: AnyPath, set_aside: bool = False, hashes: bool = False) ->
         )
         for shard, row in zip(paths, s["shards"], strict=True):
             try:
-                check_shard(shard, row["records"], size, manifest["format"])
+                check_shard(shard, row["records"], size, manifest["format"], listed)
                 if hashes and file_sha256(shard) != row["sha256"]:
                     raise UserError(
                         f"shard {shard} has another SHA-256 than the manifest says: "
@@ -275,8 +277,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / "manifest.json"
     try:
-        os.stat(file)
+        file.stat()
     except (FileNotFoundError, NotADirectoryError):
+        if is_bucket(folder):
+            raise UserError(
+                f"there is no corpus in {folder}: build it in a local folder, then "
+                f"`gamayun corpus copy FOLDER {folder}`"
+            ) from None
         if (folder / ".work").exists():
             raise UserError(
                 f"corpus {folder} is unfinished: run the same `gamayun corpus build "
@@ -289,6 +296,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as e:
         raise unreadable(file, e) from e
     manifest = read_json(file, COPY_AGAIN)
+    if manifest.get("format") == 1 and is_bucket(folder):
+        raise UserError(
+            f"corpus {folder} has ArrayRecord shards (format 1), which are not read "
+            "from a bucket: copy it to a disk, or build the corpus again"
+        )
     if manifest.get("format") not in SHARDS:
         raise UserError(
             f"{file} has format {manifest.get('format')!r}, this version reads "
@@ -333,6 +345,8 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def is_inside(folder: Path, file: str, real: Callable[[str], str]) -> bool:
     """Whether a file of a corpus lies in its folder, wherever links lead; `real` is
     os.path.realpath, which need not be asked for the same folder twice."""
+    if is_bucket(folder):  # it has no links
+        return not os.path.isabs(file) and ".." not in file.split("/")
     path = str(folder / file)
     parent, name = os.path.split(path)
     if name == ".." or os.path.islink(path):

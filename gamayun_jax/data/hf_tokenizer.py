@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
 from gamayun_jax.data.tokenizer import SPACE, Boundaries, TextCoder
+from gamayun_jax.storage import as_path
 
 # What a Hugging Face folder keeps of its tokenizer; copied as they are.
 TOKENIZER_FILES = (
@@ -135,7 +136,7 @@ class HFTokenizer(TextCoder):
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
+        folder = as_path(folder)
         path = folder / "tokenizer.json"
         try:
             text = path.read_text("utf-8")
@@ -156,7 +157,7 @@ class HFTokenizer(TextCoder):
     def __setstate__(self, source: tuple[str, str, dict[str, Any]]) -> None:
         self._source = source
         where, text, settings = source
-        self.folder = Path(where).parent
+        self.folder = as_path(where).parent
         own = settings.get("tokenizer_config.json", {})
         self._class = tokenizer_class(settings, text)
         try:

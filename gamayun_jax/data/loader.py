@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -30,6 +31,9 @@ from gamayun_jax.data.corpus import Corpus
 from gamayun_jax.data.plan import DataPlan
 from gamayun_jax.data.records import BadRecordError
 from gamayun_jax.data.tokenizer import Boundaries
+from gamayun_jax.storage import is_bucket
+
+REQUESTS = 32  # of records in a bucket, under way at a time
 
 OnBadRecord = Callable[[str, str, int, str], None]  # (source, shard, record, reason)
 
@@ -114,6 +118,9 @@ class LocalBatches:
             corpus.records(name, cfg.data.retry_seconds) for name in plan.sources
         ]
         self._languages = np.array(plan.languages, np.int32)
+        # A local file answers sooner than a thread is woken.
+        pool = ThreadPoolExecutor(REQUESTS) if is_bucket(corpus.folder) else None
+        self._map: Callable[..., Iterator[np.ndarray]] = pool.map if pool else map
         # Of each dataset (DataPlan.lookup): position -> example of its source.
         self.order: list[Any] = []
         for run in plan.runs:
@@ -132,22 +139,24 @@ class LocalBatches:
         """A batch of any examples, as DataPlan.lookup names them, int64 [B]."""
         sources = datasets % len(self._records)
         tokens = np.empty((len(datasets), self._seq_len + 1), np.int32)
-        for row, (dataset, source, position) in enumerate(
-            zip(datasets.tolist(), sources.tolist(), positions.tolist(), strict=True)
-        ):
-            example = self.order[dataset][position]
-            record, part = divmod(example, self._per_record)
-            at = part * self._seq_len
-            try:
-                tokens[row] = self._records[source][record][at : at + self._seq_len + 1]
-            except BadRecordError as e:
-                if self._on_bad_record is None:
-                    raise
-                self._on_bad_record(
-                    self._plan.sources[source], e.shard, e.record, e.reason
-                )
-                tokens[row] = self._boundaries.pad
+        examples = self._map(
+            self._example, datasets.tolist(), sources.tolist(), positions.tolist()
+        )
+        for row, example in enumerate(examples):
+            tokens[row] = example
         return make_batch(tokens, self._languages[sources], self._boundaries)
+
+    def _example(self, dataset: int, source: int, position: int) -> Any:
+        """int32[T + 1], or the padding that takes its place."""
+        record, part = divmod(self.order[dataset][position], self._per_record)
+        at = part * self._seq_len
+        try:
+            return self._records[source][record][at : at + self._seq_len + 1]
+        except BadRecordError as e:
+            if self._on_bad_record is None:
+                raise
+            self._on_bad_record(self._plan.sources[source], e.shard, e.record, e.reason)
+            return self._boundaries.pad
 
 
 def local_batches(

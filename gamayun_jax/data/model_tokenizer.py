@@ -10,6 +10,7 @@ from typing import Any
 from gamayun_jax.config import AnyPath, ModelConfig, UserError
 from gamayun_jax.data.hf_tokenizer import SETTINGS, HFTokenizer
 from gamayun_jax.data.tokenizer import TextCoder, Tokenizer
+from gamayun_jax.storage import as_path
 
 
 def open_tokenizer(
@@ -29,9 +30,9 @@ def open_tokenizer(
     Raises:
       UserError: it cannot be found, or only others are there.
     """
-    path = Path(path).absolute()
+    path = as_path(path).absolute()
     if given is not None:
-        places = [Path(given)]
+        places = [as_path(given)]
     elif fingerprint is None:
         raise UserError(
             f"{path} was imported without a tokenizer: put its tokenizer.json beside "
@@ -40,7 +41,7 @@ def open_tokenizer(
     else:
         inside = path.name.isdigit() or path.name == "checkpoints"
         places = [path, *(path.parents[:2] if inside else ())]
-        places += [Path(corpus)] if corpus else []
+        places += [as_path(corpus)] if corpus else []
     other = None
     for place in places:
         for tokenizer in tokenizers_in(place):

@@ -8,6 +8,7 @@ time to begin grows with a corpus. Corpora of former versions have ArrayRecord f
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import os
 import threading
@@ -23,11 +24,14 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data.files import first_line, open_files_limit, unreadable
+from gamayun_jax.storage import is_bucket, scheme_of
 
 MOST = 1024  # files that are kept open, where the system allows more
 COPY_AGAIN = "copy or build the corpus again"
 READ_ERRORS = (RuntimeError, ValueError, OSError, IndexError)  # of both formats
 CHECKSUM = 4  # bytes behind a record
+# Of a record in a bucket: half a minute is a hundred times what a request takes.
+REQUEST_SECONDS = 30.0
 
 
 def with_checksum(record: bytes, number: int) -> bytes:
@@ -48,19 +52,76 @@ class FlatShard:
 
     def __len__(self) -> int:
         """Number of records; ValueError if the last one is cut."""
-        count, rest = divmod(os.fstat(self._file).st_size, self._stride)
-        if rest:
-            raise ValueError(f"its last record has {rest} of {self._stride} bytes")
-        return count
+        return records_in(os.fstat(self._file).st_size, self._size)
 
     def read(self, number: int) -> bytes:
         """A record's bytes; ValueError if it is cut or changed."""
         data = os.pread(self._file, self._stride, number * self._stride)
-        if len(data) != self._stride:
-            raise ValueError(f"{len(data)} of its {self._stride} bytes are there")
-        if with_checksum(record := data[: self._size], number) != data:
-            raise ValueError("its bytes are not those of its checksum")
-        return record
+        return checked_record(data, number, self._size)
+
+
+class BucketShard:
+    """A flat shard in a bucket: a record is one request for its bytes.
+
+    Nothing is read ahead and nothing kept: an epoch reads each record once, in an order
+    that goes over the whole source, so that neighbours are wanted hours apart.
+    """
+
+    def __init__(self, path: str, size: int):
+        self._path, self._size, self._stride = path, size, size + CHECKSUM
+        bucket, _, self._key = path.partition("://")[2].partition("/")
+        self._store = bucket_store(scheme_of(path), bucket)
+
+    def read(self, number: int) -> bytes:
+        """A record's bytes; ValueError if it is cut or changed, FileNotFoundError for
+        no shard, OSError for anything else that the bucket or the network says."""
+        begin = number * self._stride
+        try:
+            found = self._store.read(
+                self._key, byte_range=slice(begin, begin + self._stride)
+            ).result(timeout=REQUEST_SECONDS)
+        except TimeoutError as e:
+            raise OSError(f"no answer in {REQUEST_SECONDS:.0f} s") from e
+        except Exception as e:
+            if "OUT_OF_RANGE" in str(e):
+                raise ValueError("the shard ends before it or inside of it") from e
+            raise OSError(first_line(e)) from e
+        if found.state == "missing":
+            raise FileNotFoundError(2, "the bucket has no such object", self._path)
+        return checked_record(found.value, number, self._size)
+
+
+@functools.cache
+def bucket_store(scheme: str, bucket: str) -> Any:
+    """TensorStore's view of a bucket, with its connections, shared by all shards. It
+    retries what passes in a second; `Records` tries for longer."""
+    import tensorstore
+
+    driver = {"gs": "gcs", "s3": "s3"}[scheme]
+    spec: dict[str, Any] = {"driver": driver, "bucket": bucket}
+    if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+        spec["endpoint"] = endpoint
+    retries = {"max_retries": 3, "initial_delay": "100ms", "max_delay": "1s"}
+    context = tensorstore.Context({f"{driver}_request_retries": retries})
+    return tensorstore.KvStore.open(spec, context=context).result()
+
+
+def checked_record(data: bytes, number: int, size: int) -> bytes:
+    """The record in the bytes of one and its checksum; ValueError if it is cut or
+    changed."""
+    if len(data) != size + CHECKSUM:
+        raise ValueError(f"{len(data)} of its {size + CHECKSUM} bytes are there")
+    if with_checksum(record := data[:size], number) != data:
+        raise ValueError("its bytes are not those of its checksum")
+    return record
+
+
+def records_in(file_bytes: int, size: int) -> int:
+    """Records of `size` bytes in a flat shard; ValueError if the last one is cut."""
+    count, rest = divmod(file_bytes, size + CHECKSUM)
+    if rest:
+        raise ValueError(f"its last record has {rest} of {size + CHECKSUM} bytes")
+    return count
 
 
 class ArrayRecordShard:
@@ -84,15 +145,16 @@ class ArrayRecordShard:
 class Shard(Protocol):
     """An open file of records. Thread-safe."""
 
-    def __len__(self) -> int: ...
-
     def read(self, number: int) -> bytes:
         """A record's bytes; raises one of READ_ERRORS."""
         ...
 
 
-# By the format that a manifest names.
-SHARDS: dict[int, Callable[[str, int], Shard]] = {1: ArrayRecordShard, 2: FlatShard}
+# By the format that a manifest names. In a bucket only the second is read.
+SHARDS: dict[int, Callable[[str, int], FlatShard | ArrayRecordShard]] = {
+    1: ArrayRecordShard,
+    2: FlatShard,
+}
 
 
 class BadRecordError(UserError):
@@ -199,25 +261,28 @@ class Records(Sequence):
             try:
                 return OPEN.read(shard, record, self._open)
             except READ_ERRORS as e:
-                reason = first_line(e)
+                reason, away = first_line(e), why_away(shard, e)
             OPEN.forget([shard])
-            try:
-                with open(shard, "rb") as f:
-                    f.read(1)
+            if away is None:
                 if could_be_read:
                     raise BadRecordError(shard, record, reason)
                 could_be_read = True  # once more: it may have come back just now
-            except OSError as e:  # the file system's fault: it may come back
-                waited = time.monotonic() - begin
-                if waited >= self._retry_seconds:
-                    self._damaged[shard] = f"{e.strerror}, for {waited:.0f} s"
-                    break
-                time.sleep(pause)
-                pause = min(2 * pause, 10.0)
+                continue
+            waited = time.monotonic() - begin
+            if waited >= self._retry_seconds:
+                self._damaged[shard] = f"{away}, for {waited:.0f} s"
+                break
+            time.sleep(pause)
+            pause = min(2 * pause, 10.0)
         raise BadRecordError(shard, record, self._damaged[shard])
 
     def _open(self, file: str) -> Shard:
-        return SHARDS[self._format](file, self._length * self._dtype.itemsize)
+        size = self._length * self._dtype.itemsize
+        return (
+            BucketShard(file, size)
+            if is_bucket(file)
+            else SHARDS[self._format](file, size)
+        )
 
     def locate(self, i: int) -> tuple[str, int]:
         """(file, number of the record in it) of record number `i`."""
@@ -225,12 +290,42 @@ class Records(Sequence):
         return self._files[k], i - (self._ends[k - 1] if k else 0)
 
 
-def check_shard(path: Path, records: int, size: int, shard_format: int) -> None:
-    """Raise UserError unless a shard can be read and has so many records of `size`
-    bytes."""
+def why_away(shard: str, error: BaseException) -> str | None:
+    """Why a file cannot be read at all, which may pass; None if it is its bytes that
+    are wrong. Of one in a bucket the failed request itself tells."""
+    if is_bucket(shard):
+        if not isinstance(error, OSError):
+            return None
+        return error.strerror or first_line(error)
     try:
-        shard = SHARDS[shard_format](str(path), size)
-        number = len(shard)
+        with open(shard, "rb") as f:
+            f.read(1)
+    except OSError as e:
+        return e.strerror or first_line(e)
+    return None
+
+
+def check_shard(
+    path: Path,
+    records: int,
+    size: int,
+    shard_format: int,
+    listed: Mapping[str, int] | None = None,
+) -> None:
+    """Raise UserError unless a shard can be read and has so many records of `size`
+    bytes.
+
+    Args:
+      listed: object -> bytes, of a corpus in a bucket: one listing instead of a request
+        for every shard.
+    """
+    try:
+        if listed is None:
+            number = len(SHARDS[shard_format](str(path), size))
+        elif (there := listed.get(str(path))) is None:
+            raise FileNotFoundError
+        else:
+            number = records_in(there, size)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"shard {path} is missing: {COPY_AGAIN}") from e
     except OSError as e:

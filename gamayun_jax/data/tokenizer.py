@@ -22,6 +22,7 @@ import sentencepiece
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data.files import atomic
+from gamayun_jax.storage import as_path
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 FIXED_PIECES = ("\n", "\t")  # whole tokens of their own, never part of another
@@ -162,7 +163,7 @@ class Tokenizer(TextCoder):
         else:
             name = f"tokenizer {model}"
             try:
-                self.model = Path(model).read_bytes()
+                self.model = as_path(model).read_bytes()
             except OSError as e:
                 raise UserError(
                     f"{name} cannot be read ({e.strerror}): give a SentencePiece "
