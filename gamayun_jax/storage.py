@@ -7,9 +7,11 @@ stands here: whole trees, and what a bucket has in place of a rename.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path, PurePath
 from typing import Any, cast
 
@@ -144,6 +146,23 @@ def download_file(path: Path, local: Path) -> None:
     from gamayun_jax.buckets import download_file
 
     download_file(cast(Any, path), local)
+
+
+@functools.cache
+def local_file(path: Path) -> Path:
+    """A path on this machine with what is at `path`: itself; or a copy, made once, of
+    what is in a bucket, which goes with this process."""
+    if not is_bucket(path):
+        return path
+    local = Path(tempfile.mkdtemp(dir=_copies().name), path.name)
+    download_file(path, local)
+    return local
+
+
+@functools.cache
+def _copies() -> tempfile.TemporaryDirectory[str]:
+    """Deleted when the process ends."""
+    return tempfile.TemporaryDirectory()
 
 
 def upload_file(local: Path, out: Path) -> None:

@@ -25,6 +25,7 @@ from gamayun_jax.report.colours import language_cell
 from gamayun_jax.report.curves import curriculum_chart, rate_chart, sources_chart
 from gamayun_jax.report.html import block, fragment, section
 from gamayun_jax.report.provenance import curriculum_table
+from gamayun_jax.storage import as_path
 from gamayun_jax.tables import Cell, Table
 from gamayun_jax.training import compatibility, lineage, resume
 
@@ -181,7 +182,7 @@ def curriculum(cfg: Config, init_from: AnyPath | None = None) -> CurriculumPrevi
       UserError: a mixture, schedule or epoch cap that does not fit.
     """
     check_config(cfg)
-    folder = Path(cfg.data.corpus)
+    folder = as_path(cfg.data.corpus)
     origin = None
     if not (folder / "manifest.json").exists() and not init_from and cfg.corpus.sources:
         expected, plan, rows = unbuilt_plan(cfg)
@@ -193,7 +194,9 @@ def curriculum(cfg: Config, init_from: AnyPath | None = None) -> CurriculumPrevi
         return CurriculumPreview(cfg, plan, rows, notes, None)
     corpus = open_corpus(folder)
     if init_from:
-        store, _, origin = lineage.load_origin(Path(init_from), cfg, corpus, open_model)
+        store, _, origin = lineage.load_origin(
+            as_path(init_from), cfg, corpus, open_model
+        )
         store.close()
     plan = make_data_plan(cfg, corpus, origin)
     compatibility.check_corpus(cfg, corpus)

@@ -21,6 +21,7 @@ from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.report import compare as comparing
 from gamayun_jax.report import eval_page, scores, task_scores
 from gamayun_jax.report.html import fragment
+from gamayun_jax.storage import as_path
 
 Prompt = TypeVar("Prompt", str, list[str])
 
@@ -118,7 +119,7 @@ def load_model(path: AnyPath) -> Model:
     Raises:
       UserError: none of these, or damaged.
     """
-    return Model(Path(path), loading.load_params(path, quantised=True))
+    return Model(as_path(path), loading.load_params(path, quantised=True))
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Evaluation:
     def write(self, out: AnyPath) -> Path:
         """Write OUT/eval.json, OUT/items/ and the page, whose path is returned."""
         results.write_results(out, self.result, self.items)
-        return eval_page.write_eval_page(self.result, Path(out))
+        return eval_page.write_eval_page(self.result, as_path(out))
 
     def __str__(self) -> str:
         parts = []
@@ -222,7 +223,7 @@ class Comparison:
 
     def write(self, out: AnyPath) -> Path:
         """Write OUT/compare.json and the page, whose path is returned."""
-        return comparing.write_comparison(self.result, Path(out))
+        return comparing.write_comparison(self.result, as_path(out))
 
     def __str__(self) -> str:
         return comparing.comparison_text(self.result)
@@ -266,7 +267,7 @@ def compare(
     if len(models) < 2:
         first = ", ".join(str(m) for m in models) or "none"
         raise UserError(f"{first} alone: give at least two models to compare")
-    paths = [Path(m) for m in models if not isinstance(m, Evaluation)]
+    paths = [as_path(m) for m in models if not isinstance(m, Evaluation)]
     chosen = []
     if not all(results.is_result(path) for path in paths):
         chosen = load_tasks(tasks or ["all"], languages, limit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from gamayun_jax.api.configs import check_config
 from gamayun_jax.config import AnyPath, Config, UserError
 from gamayun_jax.plan import aot, choices, preemption, roofline
 from gamayun_jax.plan import text as plan_text
+from gamayun_jax.storage import as_path
 
 
 class Plans(list[dict[str, Any]]):
@@ -90,7 +90,7 @@ def plan(
         spot = preemption.Preemptions(spot)
     if names and (search or slices > 1):
         raise UserError("search and slices go with one topology (N*CHIP:AxB: slices)")
-    assume, cache = roofline.Assumptions(compute=efficiency), Path(cache)
+    assume, cache = roofline.Assumptions(compute=efficiency), as_path(cache)
     options: dict[str, Any] = dict(price=price, assume=assume, cache=cache, log=log)
     with without_compilation_cache():
         if not isinstance(topology, str):

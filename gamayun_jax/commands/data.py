@@ -19,6 +19,7 @@ from gamayun_jax.commands import (
 )
 from gamayun_jax.config import Count, SourceConfig, UserError, load_config, to_dict
 from gamayun_jax.fields import Part
+from gamayun_jax.storage import as_path
 
 
 def build_corpus(
@@ -272,7 +273,7 @@ def make_controls(
     if not (out or check):
         raise UserError("give --out DIR to write arms, or --check RUN to check runs")
     cfg = load_config(config, set_)
-    folder = Path(cfg.data.corpus)
+    folder = as_path(cfg.data.corpus)
     known = True
     if (folder / "manifest.json").exists() or not cfg.corpus.sources:
         corpus = open_corpus(folder)

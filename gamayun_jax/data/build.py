@@ -41,6 +41,7 @@ from gamayun_jax.data.recipe import check_model, check_recipe, recipe_of
 from gamayun_jax.data.selection import Scanned, select
 from gamayun_jax.data.tokenizer_parity import tuning_texts
 from gamayun_jax.data.worker_pool import Pool
+from gamayun_jax.storage import is_bucket
 
 
 def build(
@@ -55,6 +56,11 @@ def build(
     Raises:
       UserError: bad config or input, a folder that holds another corpus, a full disk.
     """
+    if is_bucket(out):
+        raise UserError(
+            f"corpus {out}: a corpus is built on this machine: give a local folder, "
+            f"then `gamayun corpus copy FOLDER {out}`"
+        )
     out = Path(out)
     check_recipe(cfg)
     inputs = [item for source in cfg.corpus.sources for item in expand(source)]

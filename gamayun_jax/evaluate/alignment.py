@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +39,7 @@ from gamayun_jax.evaluate.scoring import batches, pack, sum_over_batches, window
 from gamayun_jax.interop.load_model import load_params
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, hidden_states
+from gamayun_jax.storage import as_path
 
 Texts = Mapping[str, Sequence[tuple[str, str]]]  # language -> (id, text)
 
@@ -332,10 +332,10 @@ def align(
     Raises:
       UserError: no model, tokenizer, corpus, language or answers where they should be.
     """
-    path, out = Path(path), Path(out) if out else None
-    answers = consistency_of(Path(evaluated)) if evaluated else {}
+    path, out = as_path(path), as_path(out) if out else None
+    answers = consistency_of(as_path(evaluated)) if evaluated else {}
     cfg, params, meta, mesh = load_params(path)
-    folder = Path(corpus_folder or cfg.data.corpus or "nowhere")
+    folder = as_path(corpus_folder or cfg.data.corpus or "nowhere")
     corpus = None
     if corpus_folder or (folder / "manifest.json").exists():
         corpus = open_corpus(folder)

@@ -34,6 +34,7 @@ from gamayun_jax.inference.generator import Generator
 from gamayun_jax.inference.sampling import Sampling
 from gamayun_jax.interop.export_tokenizer import write_tokenizer
 from gamayun_jax.interop.load_model import load_params
+from gamayun_jax.storage import as_path
 from gamayun_jax.training.run_folder import is_hf_folder
 
 MAX_NEW = 256  # tokens to generate where the task says nothing, as in --model hf
@@ -71,7 +72,7 @@ class GamayunLM(TemplateLM):
     ):
         super().__init__()
         check_local(path, "path=")
-        folder = Path(path)
+        folder = as_path(path)
         cfg, params, meta, mesh = load_params(folder)
         compute = dataclasses.replace(cfg.compute, dtype=dtype)
         own = open_tokenizer(folder, meta.tokenizer, cfg.data.corpus)

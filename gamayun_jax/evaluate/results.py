@@ -14,6 +14,7 @@ from typing import Any
 
 from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.data.files import read_json_lines, write_json, write_json_lines
+from gamayun_jax.storage import as_path
 
 FORMAT = 1
 # eval.json with its held-out sets among the tasks, and the items of each task.
@@ -22,12 +23,13 @@ Results = tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]
 
 def is_result(path: AnyPath) -> bool:
     """Whether a folder is what `gamayun eval --out` wrote."""
-    return (Path(path) / "eval.json").is_file() and (Path(path) / "items").is_dir()
+    path = as_path(path)
+    return (path / "eval.json").is_file() and (path / "items").is_dir()
 
 
 def plain_name(path: AnyPath) -> str:
     """What a model is called in tables: its folder, and the step if it is given."""
-    path = Path(path).absolute()
+    path = as_path(path).absolute()
     if path.name.isdigit() and path.parent.name == "checkpoints":
         return f"{path.parents[1].name} {path.name}"
     return path.name
@@ -55,7 +57,7 @@ def write_results(
     out: AnyPath, result: Mapping[str, Any], items: Mapping[str, Sequence[Any]]
 ) -> None:
     """eval.json and items/ of a result folder."""
-    out = Path(out)
+    out = as_path(out)
     (out / "items").mkdir(parents=True, exist_ok=True)
     for name, of_task in items.items():
         write_items(out / "items", name, of_task)
@@ -87,7 +89,7 @@ def read_results(path: AnyPath) -> Results:
     Raises:
       UserError: they cannot be read, or are of another version.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         text = (path / "eval.json").read_text(encoding="utf-8")
         result = with_sets(json.loads(text))

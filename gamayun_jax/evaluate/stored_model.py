@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +31,7 @@ from gamayun_jax.interop.load_model import LoadedModel, load_params
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, compute_dtype
 from gamayun_jax.model.weights import parameter_count
+from gamayun_jax.storage import as_path
 from gamayun_jax.tables import LANGUAGES
 from gamayun_jax.training.lineage import versions
 from gamayun_jax.training.run_folder import find_checkpoint, is_hf_folder
@@ -65,14 +65,14 @@ def evaluate_heldout(
     Raises:
       UserError: a model or corpus that cannot be read, no tokenizer of the model.
     """
-    path = Path(path)
+    path = as_path(path)
     cfg, params, meta, mesh = loaded or load_params(path)
     if not (corpus_folder or cfg.data.corpus):
         raise UserError(
             f"{path} was not trained on a corpus here: give --corpus, a corpus folder "
             "with held-out sets, or --tasks"
         )
-    corpus = open_corpus(Path(corpus_folder or cfg.data.corpus))
+    corpus = open_corpus(as_path(corpus_folder or cfg.data.corpus))
     tokenizer: TextCoder = corpus.tokenizer()
     if meta.tokenizer != tokenizer.fingerprint:
         tokenizer = open_tokenizer(path, meta.tokenizer, cfg.data.corpus)
@@ -115,7 +115,7 @@ def evaluate_model(
     Raises:
       UserError: a model that cannot be read, or without a tokenizer.
     """
-    path, corpus = Path(path), Path(corpus) if corpus else None
+    path, corpus = as_path(path), as_path(corpus) if corpus else None
     loaded = load_params(path)
     cfg, params, meta, mesh = loaded
     result: dict[str, Any] = {
@@ -177,7 +177,7 @@ def evaluate_each(
     Raises:
       UserError: a result folder of a former version, or a model that cannot be read.
     """
-    paths, kept = [Path(m) for m in models], Path(out) if out else None
+    paths, kept = [as_path(m) for m in models], as_path(out) if out else None
     for path in paths:  # before hours of evaluating the others
         if (path / "eval.json").is_file() and not is_result(path):
             raise UserError(

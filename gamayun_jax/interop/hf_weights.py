@@ -24,6 +24,7 @@ from flax import traverse_util
 from gamayun_jax.config import ModelConfig, UserError
 from gamayun_jax.data import files
 from gamayun_jax.model.weights import WEIGHTS, size_of, weights_of
+from gamayun_jax.storage import local_file
 
 # Tables that old files hold and every model computes for itself.
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -141,7 +142,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file; its errors become a UserError of one line."""
     try:
-        with safetensors.safe_open(path, framework="np") as f:
+        with safetensors.safe_open(local_file(path), framework="np") as f:
             yield f
     except (safetensors.SafetensorError, OSError) as e:
         raise UserError(f"{path} cannot be read ({e}): copy it again") from e

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from gamayun_jax.interop.hf_weights import DTYPES, read_weights, write_weights
 from gamayun_jax.interop.model_card import exposure_of, model_card
 from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import abstract_params, parameter_count
+from gamayun_jax.storage import as_path
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.model_folder import (
     freed_memory_given_back,
@@ -148,7 +148,7 @@ def import_hf(
     Raises:
       UserError: the folder is not a model that can be read, or `out` exists.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     tokenizer, _ = describe(folder)
     with files.new_folder(out) as temporary, freed_memory_given_back():
         cfg, params, meta = read_hf(folder, mesh)
@@ -202,7 +202,7 @@ def copy_kept(source: Path, out: Path) -> None:
     """Copy the tokenizer's files."""
     for name in KEPT_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+            (out / name).write_bytes((source / name).read_bytes())
 
 
 # --- out ------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from gamayun_jax.inference import quantize
 from gamayun_jax.interop import huggingface
 from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import abstract_params
+from gamayun_jax.storage import as_path
 from gamayun_jax.training import checkpoint
 from gamayun_jax.training.run_folder import find_checkpoint, is_hf_folder
 from gamayun_jax.training.run_meta import RunMeta
@@ -39,7 +39,7 @@ def load_params(path: AnyPath, quantised: bool = False) -> LoadedModel:
     Raises:
       UserError: none of these, or damaged.
     """
-    path = Path(path)
+    path = as_path(path)
     if is_hf_folder(path):
         mesh = sharding.make_mesh(MeshConfig())
         loaded = LoadedModel(*huggingface.read_hf(path, mesh), mesh)

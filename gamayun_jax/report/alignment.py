@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gamayun_jax.data.files import atomic
 from gamayun_jax.report.figures import (
     INK,
     PAPER,
@@ -93,7 +94,8 @@ def draw_pairs(ax: Any, result: Mapping[str, Any], name: str, kind: str) -> None
 def write_figures(result: Mapping[str, Any], out: Path) -> None:
     """OUT/<set>.png of each set of an alignment.json."""
     for name in result["sets"]:
-        alignment_figure(result, name).savefig(out / f"{name}.png", dpi=150)
+        with atomic(out / f"{name}.png") as temporary:
+            alignment_figure(result, name).savefig(temporary, dpi=150, format="png")
 
 
 def alignment_text(result: Mapping[str, Any]) -> str:

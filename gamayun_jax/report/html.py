@@ -23,6 +23,7 @@ from gamayun_jax.config import AnyPath
 from gamayun_jax.data.files import write_text
 from gamayun_jax.report.colours import DARK, LIGHT
 from gamayun_jax.report.formats import plain
+from gamayun_jax.storage import as_path
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -141,7 +142,7 @@ def write_page(out: AnyPath, title: str, kind: str, parts: Iterable[Markup]) -> 
         contents=block("contents", places) if len(places) > 2 else "",
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
-    out = Path(out)
+    out = as_path(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "index.html", text + "\n")
     return out / "index.html"

@@ -48,6 +48,7 @@ from gamayun_jax.report.read_run import (
 from gamayun_jax.report.scores import Column, score_chart, score_table, set_changes
 from gamayun_jax.report.story import sample_sections, summary_section, switch_section
 from gamayun_jax.report.task_scores import task_sections
+from gamayun_jax.storage import as_path
 from gamayun_jax.tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def write_report(folders: Sequence[AnyPath], out: AnyPath) -> Path:
     Raises:
       UserError: a folder that holds no run, or a record that is damaged.
     """
-    out, records = Path(out), {Path(f): read_quantised(f) for f in folders}
+    out, records = as_path(out), {as_path(f): read_quantised(f) for f in folders}
     runs = [read_run(folder) for folder, record in records.items() if record is None]
     quantised = {f: record for f, record in records.items() if record is not None}
     if not runs:
