@@ -211,6 +211,13 @@ def test_help_says_types_and_defaults(capsys):
     assert "--prompt TEXT text to continue; may be repeated --" in told
 
 
+@pytest.fixture
+def writable_buckets(monkeypatch):
+    """Addresses of examples are not asked."""
+    monkeypatch.setattr("gamayun_jax.commands.check_writable", lambda path: None)
+
+
+@pytest.mark.usefixtures("writable_buckets")
 def test_examples_of_help_are_read():
     for name, command in cli.COMMANDS.items():
         lines = re.findall(r"^  (gamayun .*)", inspect.getdoc(command), re.MULTILINE)
@@ -226,6 +233,7 @@ WRITTEN = [
 ]
 
 
+@pytest.mark.usefixtures("writable_buckets")
 @pytest.mark.parametrize("path", [p for p in WRITTEN if p.is_file()], ids=str)
 def test_commands_of_the_documents_are_read(path):
     text = re.sub(r"\\+\n", " ", path.read_text())  # two in a docstring of Python
@@ -308,13 +316,13 @@ LOCAL_ALONE = {
 }
 
 
+@pytest.mark.usefixtures("writable_buckets")
 @pytest.mark.parametrize(("words", "name"), list(path_arguments()))
 def test_every_path_at_a_bucket_is_taken_or_refused(
     words, name, tmp_path, monkeypatch, capsys
 ):
     """A command gets it as one in a bucket, or says in a line that it cannot be."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gamayun_jax.commands.check_writable", lambda path: None)
     # planning needs one of a group, which is no path
     more = ["--topology", "v5e:2x2"] if words[0] == "plan" else []
     groups = words[0] in cli.GROUPS
@@ -338,7 +346,7 @@ def test_every_path_at_a_bucket_is_taken_or_refused(
 def test_an_output_in_a_bucket_is_tried_before_the_work(bucket, bucket_server, capsys):
     words = ["eval", "nowhere", "--out"]
     bucket_server.fault = lambda kind, _: 403 if kind == "write" else None
-    for out, said in ((bucket, "may not be used"), ("hdfs://a/b", "not read")):
+    for out, said in ((bucket, "credentials for gs://runs"), ("hdfs://a/b", "not read")):
         assert cli.main([*words, out]) == 2
         error = capsys.readouterr().err.strip()
         assert error.startswith(f"gamayun: error: argument --out: {out}")
