@@ -346,7 +346,7 @@ def test_every_path_at_a_bucket_is_taken_or_refused(
 def test_an_output_in_a_bucket_is_tried_before_the_work(bucket, bucket_server, capsys):
     words = ["eval", "nowhere", "--out"]
     bucket_server.fault = lambda kind, _: 403 if kind == "write" else None
-    for out, said in ((bucket, "credentials for gs://runs"), ("hdfs://a/b", "not read")):
+    for out, said in ((bucket, " gs://runs"), ("hdfs://a/b", "not read")):
         assert cli.main([*words, out]) == 2
         error = capsys.readouterr().err.strip()
         assert error.startswith(f"gamayun: error: argument --out: {out}")
