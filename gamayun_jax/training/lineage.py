@@ -172,7 +172,7 @@ def share_points(
 def rate_points(
     cfg: Config, tokens_before: int = 0, each: int = 60
 ) -> list[list[float]]:
-    """[tokens, learning rate], so many in each stage."""
+    """[tokens, learning rate of an update], so many in each stage."""
     points = []
     for stage, span in zip(cfg.stages, stage_spans(cfg, tokens_before), strict=True):
         begin, end = span["start_tokens"], span["end_tokens"]
@@ -180,7 +180,9 @@ def rate_points(
         rates = learning_rate(stage.schedule, jnp.asarray(at), begin, end)
         # A constant rate is a scalar.
         pairs = zip(at, np.broadcast_to(rates, at.shape), strict=True)
-        points += [[round(x), float(f"{y:.4g}")] for x, y in pairs]
+        for x, y in pairs:
+            rate = y * cfg.updates_at(round(x)) ** -0.5
+            points.append([round(x), float(f"{rate:.4g}")])
     return points
 
 

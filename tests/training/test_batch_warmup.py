@@ -19,6 +19,7 @@ from gamayun_jax.model.loss import TokenWeights
 from gamayun_jax.study import side_by_side
 from gamayun_jax.training import step
 from gamayun_jax.training.checkpoint import Checkpoints
+from gamayun_jax.training.lineage import rate_points
 from gamayun_jax.training.optimizer import learning_rate
 
 
@@ -206,6 +207,27 @@ def test_resumed_is_the_same_bit_for_bit(whole, last, tmp_path):
         np.testing.assert_array_equal, state_of(straight, cfg), state_of(again, cfg)
     )
     assert records(straight) == records(again)
+
+
+def test_rates_planned_and_recorded_are_an_update_s(whole):
+    cfg, run, _ = whole
+    first, end = cfg.stages[0], cfg.stage_start(1) * cfg.tokens_per_step
+    trained = [r for r in records(run) if r["kind"] == "train" and r["tokens"] <= end]
+    made = [
+        # In the midst of the last update of the step.
+        (r["tokens"] - r["batch_size"] * cfg.data.seq_len / 2, r["lr"], r["batch_size"])
+        for r in trained
+    ]
+    planned = [
+        (at, rate, cfg.data.batch_size // cfg.updates_at(at))
+        for at, rate in rate_points(cfg)
+        if at < end
+    ]
+    assert {size for *_, size in made} > {16}
+    assert {size for *_, size in planned} == {4, 8, 16}
+    for at, rate, size in made + planned:
+        whole_batch = float(learning_rate(first.schedule, at, 0, end))
+        assert rate == pytest.approx(whole_batch * (size / 16) ** 0.5, rel=1e-2)
 
 
 def test_tokens_before_the_run_count(whole):
