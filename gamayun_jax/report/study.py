@@ -29,6 +29,7 @@ from gamayun_jax.report.study_tables import (
     hypothesis_table,
     ledger_table,
     made_with_table,
+    mean_lines,
     noise_table,
     pair_text,
     power_table,
@@ -131,6 +132,7 @@ def verdict_section(f: Findings) -> Markup:
     if names:
         content = [
             block("notes", [sentence(f, c) for c in f.hypotheses]),
+            *([block("notes", [*part.values()])] if (part := mean_lines(f)) else []),
             forest(f, "Registered differences", f.hypotheses, names),
             block("table", hypothesis_table(f)),
         ]
@@ -172,10 +174,10 @@ def effect_sections(f: Findings) -> Iterable[Markup]:
         text = "The registered pairs at every size; others than those are exploratory."
         yield section("Effect against size", text, *size_charts(f))
     text = "Open: single runs; solid: their mean. The table has standard deviations."
-    yield section(
-        "Outcomes and noise by arm", text, arms_chart(f),
-        block("table", noise_table(f)),
-    )  # fmt: skip
+    content = [arms_chart(f), block("table", noise_table(f))]
+    if part := mean_lines(f):
+        content.append(block("notes", [*part.values()]))
+    yield section("Outcomes and noise by arm", text, *content)
     if any(c.difference.sd is not None for c in f.hypotheses):
         text = (
             "Standard deviation over seeds of the paired differences, and the smallest "

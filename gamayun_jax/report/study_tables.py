@@ -122,6 +122,23 @@ def hypothesis_table(f: Findings) -> Table:
     return Table(heads, body)
 
 
+def mean_lines(f: Findings) -> dict[str, str]:
+    """Outcome -> what languages its mean is over, where a set lacks some of those that
+    the outcome is about; known once a run is there."""
+    of_study = (k for a in f.arms for k in a.plan["config"]["languages"])
+    known, found = list(dict.fromkeys(of_study)), {}
+    for o in f.outcomes:
+        wanted, told = o.languages_of(known), []
+        for name in o.sets:
+            has = {k for corpus in f.units.values() for k in corpus.get(name, ())}
+            if has and (missing := [k for k in wanted if k not in has]):
+                over = ", ".join(k for k in wanted if k in has)
+                told.append(f"{name} has no {', '.join(missing)}: the mean of {over}")
+        if told:
+            found[o.name] = plain(f"Outcome {o.name}: {'; '.join(told)}.", 600)
+    return found
+
+
 def noise_table(f: Findings) -> Table:
     """Mean and standard deviation over seeds of each arm in each outcome."""
     known: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -135,8 +152,11 @@ def noise_table(f: Findings) -> Table:
             sd = "" if r["sd"] is None else f"sd {r['sd']:.4f}"
             cells.append(Cell(fixed(r["mean"], ".4f"), sd, value=r["mean"]))
         body.append(cells)
+    part = mean_lines(f)
     heads = [
-        o.name + ("" if f.unit(o.name) == PER_BYTE else f", {f.unit(o.name)}")
+        o.name
+        + ("" if f.unit(o.name) == PER_BYTE else f", {f.unit(o.name)}")
+        + (" (not of all languages)" if o.name in part else "")
         for o in f.outcomes
     ]
     return Table(["arm", "seeds", *heads], body)
@@ -245,6 +265,7 @@ def study_text(f: Findings) -> str:
         "outcomes by arm, mean and standard deviation over seeds (bits per byte where "
         "nothing else is said)",
         noise_table(f).text(),
+        *mean_lines(f).values(),
     ]
     return "\n".join(parts)
 

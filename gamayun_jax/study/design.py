@@ -114,7 +114,8 @@ class Study:
       worthwhile: the smallest difference in the primary outcome that would matter, in
         bits per byte; a contrast that could miss it is underpowered. 0: not said.
       exclusions: which runs are left out of the analysis, and why, in words; runs that
-        diverge are always named and never averaged.
+        diverge are always named and never averaged. One does that has
+        divergence.nonfinite such steps in a row (or a spike), alone or side by side.
       notes: whatever a reader should know: what was tuned before, and on what.
     """
 
@@ -267,5 +268,8 @@ def load_study(path: str | Path) -> Study:
 
 
 def with_seed(cfg: Config, arm: str, seed: int) -> Config:
-    """A run's config."""
-    return dataclasses.replace(cfg, name=f"{arm}-{seed}", seed=seed)
+    """A run's config. Where it would go back to a checkpoint it has diverged: what it
+    left out then would make its examples others than its twin's."""
+    divergence = dataclasses.replace(cfg.divergence, rollbacks=0)
+    name = f"{arm}-{seed}"
+    return dataclasses.replace(cfg, name=name, seed=seed, divergence=divergence)

@@ -300,10 +300,11 @@ def run_group(folder: Path, sha256: str, group: Todo, log: Log) -> None:
 
 
 def divergence_of(made: MadeArm, result: Trained) -> str:
-    """Why a run of a group counts as diverged; "" if it does not."""
-    limit = made.cfg.divergence.nonfinite or made.cfg.total_steps
-    if result.skipped >= limit:
-        return f"loss or gradient of {result.skipped} steps was not finite"
+    """Why a run of a group counts as diverged, by the rule of runs alone; "" if it
+    does not."""
+    limit = made.cfg.divergence.nonfinite
+    if limit and result.in_a_row >= limit:
+        return f"loss or gradient of {result.in_a_row} steps in a row was not finite"
     if not all(math.isfinite(point["loss"]) for point in result.curve):
         return "the training loss is not finite"
     return "" if result.evaluations else "its last parameters are not finite"

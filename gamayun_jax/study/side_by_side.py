@@ -66,12 +66,12 @@ class Trained(NamedTuple):
       evaluations: items of the last parameters, and of their average
         where the run asks for one; none if these are not finite.
       curve: the means of every log.every_steps steps, as records.py says.
-      skipped: steps whose loss or gradient was not finite.
+      in_a_row: most steps in a row whose loss or gradient was not finite.
     """
 
     evaluations: list[Items]
     curve: list[dict[str, Any]]
-    skipped: int
+    in_a_row: int
 
 
 def group_key(cfg: Config) -> str:
@@ -87,6 +87,11 @@ def check_members(members: Sequence[Member]) -> None:
             raise UserError(
                 f"{cfg.name}: optimizer.first_batch_size is not done side by side: run "
                 "this study without --side-by-side"
+            )
+        if cfg.divergence.spike:
+            raise UserError(
+                f"{cfg.name}: divergence.spike is not looked at side by side: run this "
+                "study without --side-by-side, or set it to 0"
             )
         for stage in cfg.stages[1:]:
             if stage.transition.moments == "reset":
@@ -122,15 +127,17 @@ def run_steps(
     members: Sequence[Member], cfg: Config, corpus: Corpus, log: Callable[[str], None]
 ) -> tuple[Any, Any, list[list[dict[str, Any]]], np.ndarray]:
     """All steps of a group: the last parameters, their averages (None where no run asks
-    for one), curves, skipped steps [N]."""
+    for one), curves, most skipped steps in a row [N]."""
     seeds = jnp.array([m.cfg.seed for m in members])
     make = jax.jit(jax.vmap(lambda seed: init_state(cfg, jax.random.key(seed))))
     states = make(seeds)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(states, batch, tables, rates_NK, k):
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(states, rows_2N, batch, tables, rates_NK, k):
         one = functools.partial(vmapped_update, cfg=cfg)
-        return jax.vmap(one)(states, batch, tables, jnp.take(rates_NK, k, axis=1))
+        rates_N = jnp.take(rates_NK, k, axis=1)
+        states, metrics = jax.vmap(one)(states, batch, tables, rates_N)
+        return states, count_in_a_row(rows_2N, metrics["skipped"]), metrics
 
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
     blend = jax.jit(blend_params, donate_argnums=0)
@@ -138,14 +145,14 @@ def run_steps(
     shares_NK = average_shares(members)
     averages = None
     curves: list[list[dict[str, Any]]] = [[] for _ in members]
-    skipped = np.zeros(len(members))
+    rows_2N: Any = jnp.zeros((2, len(members)))
     pending: list[Any] = [None] * len(members)
     sums, tables, begun = None, None, [-1] * len(members)
     for k, batch in enumerate(group_batches(members, cfg, corpus)):
         stages = [m.cfg.stage_at(k) for m in members]
         if stages != begun:
             tables, begun = group_tables(members, corpus, stages), stages
-        states, metrics = step(states, batch, tables, rates, k)
+        states, rows_2N, metrics = step(states, rows_2N, batch, tables, rates, k)
         metrics.pop("learning_rate")
         sums = metrics if sums is None else add(sums, metrics)
         if shares_NK[:, k].any():
@@ -156,7 +163,6 @@ def run_steps(
             continue
         read = jax.device_get(sums)
         sums = None
-        skipped += read["skipped"]
         for n, curve in enumerate(curves):
             own = jax.tree.map(operator.itemgetter(n), read)
             pending[n] = jax.tree.map(np.add, pending[n], own) if pending[n] else own
@@ -166,7 +172,14 @@ def run_steps(
         if all(due):
             mean = np.mean([c[-1]["loss"] for c in curves])
             log(f"step {k + 1}/{cfg.total_steps}, mean loss {mean:.4f}")
-    return states.params, averages, curves, skipped
+    return states.params, averages, curves, np.asarray(rows_2N[1])
+
+
+def count_in_a_row(rows_2N: jax.Array, skipped_N: jax.Array) -> jax.Array:
+    """Of each run how many of the last steps in a row were skipped, and the most so
+    far, float32 [2, N]; `skipped_N`: 1 where this step was."""
+    now_N = (rows_2N[0] + 1) * skipped_N
+    return jnp.stack([now_N, jnp.maximum(rows_2N[1], now_N)])
 
 
 def vmapped_update(
@@ -287,7 +300,7 @@ def evaluate_group(
     params: Any,
     averages: Any,
     curves: list[list[dict[str, Any]]],
-    skipped: np.ndarray,
+    in_a_row: np.ndarray,
 ) -> list[Trained]:
     """Each run's last parameters on the held-out sets and tasks, and its average's."""
     evaluators = measured(cfg, corpus, mesh, members[0].measures)
@@ -303,5 +316,5 @@ def evaluate_group(
         evaluations = []
         if all(bool(is_finite(end).all()) for end in ends):
             evaluations = [items_of(evaluators, end) for end in ends]
-        made.append(Trained(evaluations, curves[n], int(skipped[n])))
+        made.append(Trained(evaluations, curves[n], int(in_a_row[n])))
     return made

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from synthetic_study import hypothesis, registration, write_study
+from synthetic_study import LANGUAGES, hypothesis, registration, write_study
 
 from gamayun_jax import cli
 from gamayun_jax.report import study as report
@@ -114,6 +114,28 @@ def test_what_went_wrong_stands_on_top(tmp_path):
     text = study_tables.study_text(f)
     assert "Left out for divergence: seeds 3." in text
     assert "EXCLUDED" in text
+
+
+def test_a_mean_that_lacks_languages_says_so(tmp_path, whole):
+    """On the page, in the tables and in the terminal's text; and only there."""
+    frozen = small()
+    for arm in frozen["study"]["arms"]:
+        arm["config"]["languages"].append("ko")
+    frozen["sha256"] = digest({k: frozen[k] for k in ("study", "analysis")})
+    write_study(tmp_path, frozen=frozen)
+    f, page = page_of(tmp_path)
+    others = ", ".join(k for k in LANGUAGES if k != "en")
+    told = f"Outcome udhr: udhr has no ko: the mean of {others}."
+    assert page.count(told) == 2  # beside the verdicts and beneath the table
+    assert told in study_tables.study_text(f)
+    heads = study_tables.noise_table(f).heads
+    assert [h.endswith("(not of all languages)") for h in heads[2:]] == [
+        True,
+        True,
+        False,
+    ]
+    assert "not of all languages" not in whole[2]
+    assert "has no" not in study_tables.study_text(whole[1])
 
 
 def test_two_arms_without_sizes_and_without_twins(tmp_path):

@@ -5,6 +5,7 @@ import json
 import threading
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
@@ -23,7 +24,8 @@ from gamayun_jax.study import (
     runner,
     side_by_side,
 )
-from gamayun_jax.training.divergence import DivergedForGoodError
+from gamayun_jax.training import step
+from gamayun_jax.training.divergence import DivergedForGoodError, DivergenceDetector
 from gamayun_jax.training.optimizer import learning_rate
 from gamayun_jax.training.run_folder import RunFolder
 from gamayun_jax.training.step import stage_tokens
@@ -354,7 +356,57 @@ def test_a_group_tells_runs_that_diverge(base):
     made = registration.MadeArm(arm, base, None, None)
     assert not runner.divergence_of(made, side_by_side.Trained([{}], [], 2))
     why = runner.divergence_of(made, side_by_side.Trained([{}], [], 3))
-    assert "3 steps was not finite" in why
+    assert "3 steps in a row was not finite" in why
+    never = dataclasses.replace(base, divergence=c.DivergenceConfig(nonfinite=0))
+    free = registration.MadeArm(arm, never, None, None)
+    assert not runner.divergence_of(free, side_by_side.Trained([{}], [], 9))
+
+
+def test_steps_in_a_row_are_counted_as_the_detector_does():
+    """Of many runs at once, on the device."""
+    skipped_KN = np.random.default_rng(0).integers(0, 2, (40, 8)).astype(np.float32)
+    rows = np.zeros((2, 8), np.float32)
+    for skipped_N in skipped_KN:
+        rows = side_by_side.count_in_a_row(rows, skipped_N)
+    for n in range(8):
+        most = int(rows[1][n])
+        for limit in (most, most + 1):
+            detector = DivergenceDetector(c.DivergenceConfig(nonfinite=limit))
+            told = [
+                detector.observe(
+                    k + 1, 0, {"skipped": x, "loss_sum": 1.0, "target_count": 1.0}
+                )
+                for k, x in enumerate(skipped_KN[:, n])
+            ]
+            assert any(told) == (limit == most)
+
+
+@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize(
+    ("at", "status"), [((1, 3, 5, 7), "done"), ((1, 4, 5), "diverged")]
+)
+def test_skipped_steps_apart_are_no_divergence(
+    base, tmp_path, monkeypatch, at, status, group
+):
+    """Alone or side by side: in a row they are, and nothing is taken back."""
+    update = step.update
+
+    def poisoned(state, *rest):
+        new, metrics = update(state, *rest)
+        bad = jnp.isin(state.step, jnp.array(at))
+        return new, {**metrics, "skipped": jnp.where(bad, 1.0, 0.0)}
+
+    monkeypatch.setattr(step, "update", poisoned)
+    monkeypatch.setattr(side_by_side, "update", poisoned)
+    # A config of its own, or JAX would take the step that it has traced before.
+    mine = c.DivergenceConfig(nonfinite=2, window=100 + 10 * len(at) + group)
+    cfg = dataclasses.replace(base, divergence=mine)
+    arms = (design.Arm({"order": "staged"}, cfg, (0,)),)
+    study = small_study(cfg, arms=arms, hypotheses=(), matched=None)
+    assert runner.run_study(study, tmp_path, side_by_side=group) == 0
+    (record,) = records.read_records(tmp_path).values()
+    assert record["status"] == status
+    assert not list(tmp_path.rglob("rollbacks.json"))
 
 
 def test_a_signal_stops_a_study(base, tmp_path, monkeypatch):
@@ -422,6 +474,9 @@ def test_what_cannot_be_done_side_by_side_is_refused(config):
     cfg = dataclasses.replace(config, name="resets")
     with pytest.raises(c.UserError, match=r"resets: .*moments=reset is not done side"):
         side_by_side.check_members([side_by_side.Member(cfg, None)])
+    spikes = dataclasses.replace(cfg, divergence=c.DivergenceConfig(spike=20.0))
+    with pytest.raises(c.UserError, match=r"divergence.spike is not looked at side"):
+        side_by_side.check_members([side_by_side.Member(spikes, None)])
 
 
 # --- bad designs ------------------------------------------------------------------
