@@ -135,7 +135,7 @@ def decode(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is Literal:
         if not isinstance(value, str) or value not in args:
-            choices = ", ".join(args)
+            choices = ", ".join(a or "''" for a in args)
             raise UserError(f"{where}={value!r} is unknown: choose one of {choices}")
         return value
     if origin in (types.UnionType, typing.Union):

@@ -115,6 +115,7 @@ BAD = [
     ("stages.align.mixture.shares=5", "shares: expected a dict of str to float, got 5"),
     # a value that cannot be
     ("compute.remat=some", "choose one of none, minimal, attention, full"),
+    ("log.tracker=wndb", "choose one of '', wandb, trackio"),
     ("stages.align.schedule.kind=wds", "stages.align.schedule.kind='wds' is unknown"),
     ("stages.align.token_weights.scheme=static", "lacks 'en'"),
     ("stages.align.token_weights.weights.xx=1", "names 'xx', which is not in"),

@@ -159,7 +159,7 @@ def generate(
     if not prompt and not interactive:
         raise UserError("nothing to continue: give --prompt TEXT or --interactive")
     if temperature:
-        note(f"drawn at temperature {temperature:g} with seed {seed}; 0: not drawn")
+        note(f"drawn at --temperature {temperature:g} with --seed {seed}")
     loaded = load_model(model)
     tokenizer = loaded.tokenizer
     write = functools.partial(
