@@ -177,8 +177,8 @@ def notes(cfg: Config, arms: Sequence[str]) -> list[str]:
     found = []
     if len(cfg.stages) == 1:
         found.append(
-            f"{cfg.name} has one stage, so its arms serve what it serves, and evenly: "
-            "give a config with the stages whose order matters"
+            f"{cfg.name} has one stage, so its arms serve what it serves, evenly or "
+            "shuffled: give a config with the stages whose order matters"
         )
     if ramps and "reversed" in arms:
         found.append(
