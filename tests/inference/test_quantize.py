@@ -127,7 +127,7 @@ def test_generate_on_the_command_line(trained, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("sys.stdin", iter(["one\n", "\n", "two\n"]))
     assert cli.main(argv) == 0
     said, noted = capfd.readouterr()
-    assert "temperature 1 with seed 0" in noted
+    assert "temperature 1 with --seed 0" in noted
     assert said.startswith("The ")
     assert "\nЭто " in said
     assert "\none" in said
@@ -139,7 +139,8 @@ def test_generate_on_the_command_line(trained, tmp_path, capfd, monkeypatch):
         assert cli.main(argv) == 0
         said, noted = capfd.readouterr()
         texts.append(said)
-        assert ("drawn at temperature 0.8" in noted) == (words[:1] != ["--temperature"])
+        drawn = "drawn at --temperature 0.8" in noted
+        assert drawn == (words[:1] != ["--temperature"])
     assert texts[0] == texts[1]
     assert len(set(texts)) == 3
 
