@@ -93,16 +93,51 @@ def rope_angles(
     return jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
 
 
+@jax.custom_vjp
 def rotate(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.Array:
     """Rotate pairs (i, i + H/2) of each head: Hugging Face's order of dimensions.
 
     In float32, as the LLaMA reference, and rounded once to the dtype of x: a cosine
-    rounded to bfloat16 turns all heads' pairs of one position by a wrong angle.
+    rounded to bfloat16 turns all heads' pairs of one position by a wrong angle. Its
+    gradient is the rotation back, rounded once too; the angles have none.
     """
-    x32_BTNH = x_BTNH.astype(jnp.float32)
-    x1, x2 = jnp.split(x32_BTNH, 2, axis=-1)
-    rotated = jnp.concatenate([-x2, x1], axis=-1)
-    return (x32_BTNH * cos_BT1H + rotated * sin_BT1H).astype(x_BTNH.dtype)
+    turned_BTNH = jax.lax.platform_dependent(
+        x_BTNH, tpu=_turned_by_product, default=_turned
+    )
+    y32_BTNH = x_BTNH.astype(jnp.float32) * cos_BT1H + turned_BTNH * sin_BT1H
+    return y32_BTNH.astype(x_BTNH.dtype)
+
+
+def _turned(x_BTNH: jax.Array) -> jax.Array:
+    """Each pair (a, b) as (-b, a), in float32."""
+    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([-x2, x1], axis=-1)
+
+
+def _turned_by_product(x_BTNH: jax.Array) -> jax.Array:
+    """The same for TPUs, which have a matrix unit and store halves of 128 lanes as
+    whole ones: a product with a matrix of one 1 or -1 in each column, exact."""
+    H = x_BTNH.shape[-1]
+    turn_HH = np.eye(H, k=H // 2) - np.eye(H, k=-H // 2)
+    return jnp.einsum(
+        "BTNH,HK->BTNK",
+        x_BTNH,
+        turn_HH.astype(x_BTNH.dtype),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _rotate_fwd(x_BTNH, cos_BT1H, sin_BT1H):
+    return rotate(x_BTNH, cos_BT1H, sin_BT1H), (cos_BT1H, sin_BT1H)
+
+
+def _rotate_bwd(saved, g_BTNH):
+    cos_BT1H, sin_BT1H = saved
+    return rotate(g_BTNH, cos_BT1H, -sin_BT1H), None, None
+
+
+rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 
 def _param(module: nn.Module, cfg: ModelConfig, path: str) -> Any:
