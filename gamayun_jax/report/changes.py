@@ -24,7 +24,7 @@ from gamayun_jax.evaluate.paired import (
 )
 from gamayun_jax.report.charts import Dot, Panel, dots_chart, percent
 from gamayun_jax.report.colours import language_cell
-from gamayun_jax.report.formats import fixed, interval_text, plain
+from gamayun_jax.report.formats import fixed, interval_text, metric_name, plain
 from gamayun_jax.report.html import block, section
 from gamayun_jax.report.read_run import Evaluation, Run, entries, get, label_of, num
 from gamayun_jax.tables import Cell, Table
@@ -246,7 +246,9 @@ def tallies(changes: Iterable[Change]) -> list[str]:
     for (name, metric), of_test in by_test(changes).items():
         marks = [c.verdict for k, c in of_test.items() if k != MACRO]
         counts = ", ".join(f"{marks.count(k)} {word}" for k, word in VERDICTS.items())
-        unit = "bits per byte, lower is better" if metric == BITS else plain(metric)
+        unit = (
+            "bits per byte, lower is better" if metric == BITS else metric_name(metric)
+        )
         lines.append(f"{plain(name, 20)} ({unit}): {counts}")
     return lines
 
@@ -310,7 +312,7 @@ def stage_sections(run: Run, languages: Sequence[str], who: str) -> Iterable[Mar
         many = len(by_test(boundary.changes)) > 3
         panels = [
             Panel(
-                f"{plain(name, 20)}, {plain(metric, 13).replace('_', ' ')}",
+                f"{plain(name, 20)}, {metric_name(metric)}",
                 {k: [c.dot()] for k, c in of_test.items()},
                 form=None if metric == BITS else percent,
             )

@@ -23,7 +23,7 @@ from gamayun_jax.report.changes import (
 )
 from gamayun_jax.report.charts import Panel, dots_chart, percent
 from gamayun_jax.report.colours import language_cell
-from gamayun_jax.report.formats import error_text, metric_text, plain
+from gamayun_jax.report.formats import error_text, metric_name, metric_text, plain
 from gamayun_jax.report.html import GLOSSARY, block, section, write_page
 from gamayun_jax.report.read_run import Evaluation
 from gamayun_jax.tables import Cell, Table
@@ -184,11 +184,11 @@ def comparison_text(c: Comparison) -> str:
     """Plain text: a table per task; + and - mark significant differences."""
     parts = []
     for name, task in c.tasks.items():
-        unit = "bits per byte, lower is better" if task["metric"] == BITS else "%"
+        unit = "lower is better" if task["metric"] == BITS else "%"
         first = plain(c.labels[0], 20)
         parts += [
-            f"{name}: {task['metric']} ({unit}); differences from {first}: + better, "
-            "- worse, beyond noise",
+            f"{name}: {metric_name(task['metric'])}, {unit}; differences from {first}: "
+            "+ better, - worse, beyond noise",
             task_table(c, name).text(notes=False, marks=True),
             "",
         ]
@@ -208,7 +208,8 @@ def task_section(c: Comparison, name: str) -> Markup:
         for label, of_model in zip(labels[1:], c.changes, strict=True)
     ]
     low = "; lower is better" if task["metric"] == BITS else ""
-    text = f"{plain(task['description'], 300)}: {task['metric']}{low}."
+    metric = metric_name(task["metric"])
+    text = f"{plain(task['description'], 300)}: {metric}{low}."
     known = [k for k in languages if k != MACRO]
     svg = dots_chart(f"Differences on {name}", panels, languages, known, shared=True)
     return section(name, text, block("table", task_table(c, name)), svg)

@@ -27,6 +27,13 @@ def fixed(value: float | None, form: str = ".3f") -> str:
     return "–" if value is None else format(value, form).replace("-", "−")
 
 
+def metric_name(metric: Any) -> str:
+    """What tables call a metric: "bits per byte", "accuracy (norm)"."""
+    name = plain(metric, 24)
+    accuracies = ("raw", "token", "norm", "pmi")
+    return f"accuracy ({name})" if name in accuracies else name.replace("_", " ")
+
+
 def metric_text(task: Mapping[str, Any], value: float | None) -> str:
     """A value of a task's headline metric: "41.5 %", or "1.234" bits per byte."""
     if value is None:

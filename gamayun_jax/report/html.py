@@ -40,7 +40,9 @@ GLOSSARY = {
     "bits per byte": "Bits of the model's code for a text, by its bytes in UTF-8: "
     "compares across tokenizers, as perplexities do not.",
     "parity": "Bits for the same content, relative to English.",
-    "accuracy": "Share of tokens that the model ranks first.",
+    "accuracy": "Share of tokens that the model ranks first. Of a task with choices: "
+    "share of questions whose right choice has the highest log-probability: in all "
+    "(raw), per token, per byte (norm), or less that without the question (pmi).",
     "uniform, unigram": "Bits per byte of a model to which all tokens are alike, and "
     "of one that knows how often each occurs in the training text.",
     "xz -9e": "Bits per byte of the held-out text, compressed by xz.",

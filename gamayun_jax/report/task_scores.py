@@ -12,7 +12,7 @@ from gamayun_jax.report.changes import BITS
 from gamayun_jax.report.charts import Dot, Panel, Points, dots_chart, percent
 from gamayun_jax.report.colours import language_cell
 from gamayun_jax.report.curves import panels_chart
-from gamayun_jax.report.formats import error_text, metric_text, plain
+from gamayun_jax.report.formats import error_text, metric_name, metric_text, plain
 from gamayun_jax.report.html import block, section
 from gamayun_jax.report.read_run import Run, averaged, entries, num
 from gamayun_jax.tables import Cell, Table
@@ -52,7 +52,13 @@ def task_text(tasks: Tasks) -> str:
                 str(row.get("truncated") or ""),
             ]
             rows.append([language, value, *cells])
-        heads = ["language", metric, "chance", task["baseline"], "right, bits/byte"]
+        heads = [
+            "language",
+            metric_name(metric),
+            "chance",
+            task["baseline"],
+            "right, bits/byte",
+        ]
         heads += ["items", "parity"]
         table = Table([*heads, "prompts cut"], rows).without_empty_columns()
         parts += [f"{name}: {task['description']}", table.text()]
@@ -81,7 +87,7 @@ def task_panel(name: str, task: Mapping[str, Any]) -> Panel:
         if row.get("baseline") is not None:
             dots[language].append(Dot(row["baseline"], "cross", name="baseline"))
     return Panel(
-        f"{plain(name, 18)}, {metric.replace('_', ' ')}",
+        f"{plain(name, 18)}, {metric_name(metric)}",
         dots,
         line=sum(chances) / len(chances) if chances else None,
         dashed=True,
@@ -205,7 +211,8 @@ def task_sections(runs: Sequence[Run], languages: Sequence[str]) -> Iterable[Mar
                 title, runs, keys, languages, points_of, cut=False, alike=True,
                 form=None if metric_of(runs, name) == BITS else percent,
             )  # fmt: skip
-            text = f"{plain(metric_of(runs, name))}; all panels have one scale, from 0."
+            metric = metric_name(metric_of(runs, name))
+            text = f"{metric}; all panels have one scale, from 0."
             yield section(title, text, svg)
     for run in runs:
         for e in [e for e in run.evals if entries(e, "tasks")][-1:]:

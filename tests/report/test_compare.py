@@ -82,7 +82,9 @@ def test_tables_and_page(tmp_path):
     text = compare.comparison_text(found)
     # Two is better in three languages and on the whole.
     assert text.count(" +\n") + text.count(" +  ") == 4
+    assert "t: accuracy (norm), %; differences" in text
     page = compare.write_comparison(found, tmp_path).read_text()
+    assert "d: accuracy (norm)." in page
     assert "<b>one" not in page
     assert page.count('class="better"') == 4
     saved = json.loads((tmp_path / "compare.json").read_text())

@@ -190,3 +190,9 @@ def test_an_interval_shows_on_which_side_of_0_it_is():
     assert text(0.01, 0.0002, 0.02, 0.04) == "+0.0002 … +0.0200"
     assert text(0.0, -0.1, 0.1, 1.0) == "−0.100 … +0.100"
     assert text(0.5, None, None, 1.0) == "–"
+
+
+def test_metrics_have_names_for_people():
+    assert formats.metric_name("bits_per_byte") == "bits per byte"
+    assert formats.metric_name("pmi") == "accuracy (pmi)"
+    assert formats.metric_name("exact") == "exact"
