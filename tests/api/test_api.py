@@ -412,7 +412,8 @@ def test_options_in_errors_are_parameters_of_calls():
     }
     package, found = Path(gx.__file__).parent, {}
     for path in sorted(package.rglob("*.py")):
-        if path.parent.name == "commands" or path.name in ("cli.py", "xla.py"):
+        own = {"commands", "launch", "cli.py", "xla.py"}  # rooms that no call reaches
+        if own & {path.parent.name, path.name}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Raise) or "UserError" not in ast.unparse(node):
