@@ -71,6 +71,13 @@ class BucketPath(gpath.PosixGPath):
     def is_symlink(self) -> bool:
         return False
 
+    def mkdir(
+        self, mode: int | None = None, parents: bool = False, exist_ok: bool = False
+    ) -> None:
+        """Nothing: a folder is there with its first object; and no bucket is made."""
+        if not exist_ok and self.exists():
+            raise FileExistsError(str(self))
+
     @os_errors
     def is_file(self) -> bool:
         return self.fs.isfile(str(self))
@@ -171,7 +178,7 @@ def reason_of(error: BaseException, path: BucketPath) -> str:
     text, scheme = " ".join(str(error).split()), path._uri_scheme
     bucket = bucket_of(path)[0]
     low = text.lower()
-    if isinstance(error, FileNotFoundError) or "nosuchbucket" in low:
+    if isinstance(error, FileNotFoundError) or "nosuchbucket" in low or "404" in low:
         return (
             f"there is no bucket {scheme}://{bucket} for these credentials: make "
             "it, or correct its name"

@@ -20,7 +20,7 @@ import traceback
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -67,13 +67,15 @@ def check_local(path: str | Path, where: str) -> None:
 def check_there(path: AnyPath, where: str, advice: str) -> None:
     """Raise UserError, which begins with `where`, for a path at which nothing is, with
     the nearest name beside it."""
-    path = Path(path)
-    check_local(path, where)
-    if not path.exists():
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        near = nearest(path.name, [p.name for p in beside])
-        hint = f" (did you mean {path.parent / near}?)" if near else ""
-        raise UserError(f"{where}{path} does not exist{hint}: {advice}")
+    place: Any = path
+    if not isinstance(path, PurePath) or isinstance(path, Path):  # not in a bucket
+        place = Path(path)
+        check_local(place, where)
+    if not place.exists():
+        beside = place.parent.iterdir() if place.parent.is_dir() else ()
+        near = nearest(place.name, [p.name for p in beside])
+        hint = f" (did you mean {place.parent / near}?)" if near else ""
+        raise UserError(f"{where}{place} does not exist{hint}: {advice}")
 
 
 # Types of fields: what a value must be, as an error says it, and the test of it.

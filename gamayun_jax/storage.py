@@ -17,6 +17,11 @@ from typing import Any, cast
 
 from gamayun_jax.fields import AnyPath, UserError
 
+
+class InUseError(UserError):
+    """Another process writes a folder."""
+
+
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
 # pathlib takes one of an address's slashes away.
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)

@@ -20,6 +20,7 @@ from gamayun_jax.evaluate.run_tasks import training_evaluators
 from gamayun_jax.interop.init_from import open_model
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import TokenWeights
+from gamayun_jax.storage import as_path
 from gamayun_jax.training.checkpoint import Checkpoints, kept_forever
 from gamayun_jax.training.compatibility import check_corpus, check_same
 from gamayun_jax.training.divergence import (
@@ -61,7 +62,7 @@ def train(
       profile: the first and last step to trace, on the first process.
       fresh: begin anew in a run folder whose checkpoints are lost; its records are
         moved aside.
-      own_process: see StopSignal.
+      own_process: see StopSignal and RunFolder.
 
     Returns:
       0 when the run is complete, PREEMPTED if a signal made it save and stop.
@@ -69,7 +70,8 @@ def train(
     Raises:
       UserError: config, corpus, devices or run folder do not fit.
     """
-    workdir, init_from = Path(workdir), Path(init_from) if init_from else None
+    workdir = as_path(workdir, "--workdir ")
+    init_from = as_path(init_from, "--init-from ") if init_from else None
     check_same(cfg, init_from=init_from and str(init_from), fresh=fresh)
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_divisible(cfg, mesh)
@@ -81,13 +83,15 @@ def train(
     with (
         jax.set_mesh(mesh),
         nn.logical_axis_rules(sharding.RULES),
-        contextlib.closing(open_run_folder(workdir, first, fresh, report)) as folder,
+        contextlib.closing(
+            open_run_folder(workdir, first, fresh, report, own_process)
+        ) as folder,
         contextlib.closing(
             Checkpoints(folder.path / "checkpoints", cfg.checkpoint, kept_forever(cfg))
         ) as store,
         StopSignal(log, own_process) as stop,
         contextlib.closing(
-            Profile(folder.path / "profile", profile if first else None, log)
+            Profile(folder.spool.folder / "profile", profile if first else None, log)
         ) as trace,
         open_trackers(cfg, folder, report) as trackers,
     ):

@@ -52,8 +52,8 @@ class Proxy(http.server.ThreadingHTTPServer):
     Attributes:
       counts: requests by kind; `log`: (kind, object or prefix) of each.
       sent, received: bytes of bodies that clients sent and got.
-      fault: (kind, target) -> a status to answer with, seconds to wait before the
-        answer, "cut" for half of one, or None.
+      fault: (kind, object or prefix) -> a status to answer with, seconds to wait before
+        the answer, "cut" for half of one, or None.
       latency: seconds that every request waits.
     """
 
@@ -119,7 +119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         proxy.log.append((kind, name))
         proxy.sent += len(body)
         time.sleep(proxy.latency)
-        fault = proxy.fault(kind, unquote(self.path))
+        fault = proxy.fault(kind, name)
         if isinstance(fault, int) and not isinstance(fault, bool):
             text = json.dumps({"error": {"code": fault, "message": "injected"}})
             self.reply(fault, [("Content-Type", "application/json")], text.encode())

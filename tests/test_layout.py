@@ -18,7 +18,9 @@ JSON_ONLY = {
     "data.files",
     "data.ledger",
     "evaluate.paired",
+    "training.records",
     "training.run_folder",
+    "training.ticker",
     "study.analysis",
     "study.design",
     "study.findings",
@@ -28,7 +30,7 @@ JSON_ONLY = {
 # What every room may import. Tables: a corpus, a plan and an evaluation print the same
 # kind as the report, and data may not import the report.
 BASE = {"fields", "corpus_config", "stage_config", "config", "tables"}
-BASE |= {"huge_pages", "storage"}
+BASE |= {"huge_pages", "storage", "lease"}
 HOUSE = {*BASE, "model", "data", "training", "inference", "interop", "evaluate"}
 LIGHT = (
     "training.chips"  # a table, that launching may read: it starts with Python alone
@@ -39,6 +41,7 @@ LAWS = {
     "tables": set(),
     "buckets": {"fields"},
     "storage": {"fields", "buckets"},
+    "lease": {"fields", "buckets", "storage"},
     "huge_pages": set(),
     "corpus_config": {"fields"},
     "stage_config": {"fields"},

@@ -22,6 +22,7 @@ from gamayun_jax.report.read_run import entries, get, num
 from gamayun_jax.report.report import bpb_points, facts, loss_sections, write_report
 from gamayun_jax.report.scores import Column, language_text, score_table
 from gamayun_jax.report.story import summary_section
+from gamayun_jax.storage import as_path
 from gamayun_jax.tables import Table
 from gamayun_jax.train import PREEMPTED
 from gamayun_jax.train import train as run_stages
@@ -287,7 +288,7 @@ def train(
       KeyboardInterrupt: stopped by a signal, after a checkpoint was saved.
     """
     check_config(cfg)
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     xla.keep_compilations(workdir / "compiled")
     status = run_stages(cfg, workdir, init_from, log, profile, fresh, own_process=False)
     if status == PREEMPTED:

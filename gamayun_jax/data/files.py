@@ -161,8 +161,15 @@ def lock(path: Path, busy: UserError) -> Iterator[None]:
     """A file or folder for one process at a time; the lock goes with the process.
 
     Raises:
-      UserError: `busy`, if another process has it.
+      UserError: `busy`, if another process has it; of a folder in a bucket the lease's
+        own (lease.py), which goes with the process too, if later.
     """
+    if is_bucket(path):
+        from gamayun_jax.lease import take
+
+        with contextlib.closing(take(path / ".lock", str(path), print)):
+            yield
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         try:

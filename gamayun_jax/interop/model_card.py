@@ -10,7 +10,6 @@ import jinja2
 
 from gamayun_jax import __version__
 from gamayun_jax.config import Config, UserError
-from gamayun_jax.data.files import json_lines
 from gamayun_jax.data.ledger import (
     ledger_table,
     make_ledger,
@@ -21,6 +20,7 @@ from gamayun_jax.data.plan import past_plan
 from gamayun_jax.interop.hf_config import ARCHITECTURES
 from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.training.meters import MetricAccumulator
+from gamayun_jax.training.records import metric_lines
 from gamayun_jax.training.run_meta import RunMeta
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -77,14 +77,14 @@ def exposure_of(meta: RunMeta, run: Path) -> dict[str, Any] | None:
     Args:
       run: its run folder, whose records count targets by language; they may be gone.
     """
-    cfg, path = meta.config, run / "metrics.jsonl"
+    cfg = meta.config
     if not meta.lineage.get("curriculum", {}).get("table") or not meta.curricula:
         return None
     try:
         plan = past_plan(meta.step, cfg.data.batch_size, meta.curricula, meta.rollbacks)
     except UserError:  # another version's mapping: what it served cannot be computed
         return None
-    lines = json_lines(path.read_bytes() if path.is_file() else b"")
+    lines = metric_lines(run)
     records = [
         r for _, r in lines if r and r.get("kind") == "train" and r["step"] <= meta.step
     ]

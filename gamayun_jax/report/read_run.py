@@ -13,6 +13,8 @@ from gamayun_jax.config import AnyPath, UserError
 from gamayun_jax.data.files import json_lines
 from gamayun_jax.fields import check_there
 from gamayun_jax.report.formats import plain
+from gamayun_jax.storage import as_path
+from gamayun_jax.training.records import metric_lines
 from gamayun_jax.training.run_folder import evaluations
 
 BASELINES = {"uniform": "uniform", "unigram": "unigram", "xz": "xz -9e"}
@@ -165,12 +167,11 @@ def read_run(folder: AnyPath) -> Run:
     Raises:
       UserError: no run folder, or a record that is not JSON.
     """
-    folder, advice = Path(folder), "give the folder of a run"
+    folder, advice = as_path(folder), "give the folder of a run"
     check_there(folder, "run folder ", advice)
-    config, lineage, path = (
-        folder / n for n in ("config.json", "lineage.json", "metrics.jsonl")
-    )
-    if not (config.is_file() or lineage.is_file() or path.is_file()):
+    config, lineage = folder / "config.json", folder / "lineage.json"
+    lines = metric_lines(folder)
+    if not (config.is_file() or lineage.is_file() or lines):
         raise UserError(
             f"{folder} is no run folder (it has no config.json, lineage.json or "
             f"metrics.jsonl): {advice}"
@@ -188,7 +189,6 @@ def read_run(folder: AnyPath) -> Run:
             f"{folder} is a model in Hugging Face's format, which has no records: "
             "`gamayun eval` scores it"
         )
-    lines = list(json_lines(path.read_bytes() if path.is_file() else b""))
     metrics = [r for _, r in lines if r is not None and r.get("kind") == "train"]
     unread = [n for n, (line, r) in enumerate(lines, 1) if r is None and line.strip()]
     evals = [

@@ -27,6 +27,7 @@ from gamayun_jax.data.files import lock, read_json_lines
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import compute_dtype
 from gamayun_jax.model.weights import abstract_params, flops_per_token
+from gamayun_jax.storage import InUseError
 from gamayun_jax.study.curricula import write_curricula
 from gamayun_jax.study.design import Study, with_seed
 from gamayun_jax.study.measures import (
@@ -56,7 +57,7 @@ from gamayun_jax.training.average import average_meta, average_of
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.divergence import DivergedForGoodError
 from gamayun_jax.training.lineage import versions
-from gamayun_jax.training.run_folder import FolderInUseError
+from gamayun_jax.training.records import metric_lines
 
 Log = Callable[[str], None]
 Todo = list[tuple[MadeArm, int]]
@@ -152,7 +153,7 @@ def run_study(
                     try:
                         if run_alone(folder, sha256, arm, seed, keep_runs, log):
                             return PREEMPTED
-                    except FolderInUseError:
+                    except InUseError:
                         continue  # by a command on that run alone
                     progress.say(f"{arm.name}, seed {seed}")
                 taken = True
@@ -177,9 +178,8 @@ def run_alone(
         log(f"{made.name}, seed {seed}: DIVERGED, {e}")
         return 0
     seconds = time.monotonic() - begun
-    metrics = [
-        r for r in read_json_lines(workdir / "metrics.jsonl") if r["kind"] == "train"
-    ]
+    lines = metric_lines(workdir)
+    metrics = [r for _, r in lines if r and r["kind"] == "train"]
     served = {
         name: row["tokens"] // cfg.data.seq_len
         for name, row in metrics[-1]["sources"].items()
@@ -262,8 +262,8 @@ def claimed(folder: Path, runs: Todo, limit: int) -> Iterator[Todo]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
             try:
-                held.enter_context(lock(path, FolderInUseError(f"{path} is in use")))
-            except FolderInUseError:
+                held.enter_context(lock(path, InUseError(f"{path} is in use")))
+            except InUseError:
                 continue
             if not record_path(folder, made.name, seed).exists():
                 mine.append((made, seed))

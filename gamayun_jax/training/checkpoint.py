@@ -13,7 +13,7 @@ each save and restore, no pass over files, the same on any mesh; and one of itse
 from __future__ import annotations
 
 import contextlib
-import os
+import json
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from gamayun_jax.config import CheckpointConfig, Config, UserError
 from gamayun_jax.model.weights import parameter_path
+from gamayun_jax.storage import as_given, is_bucket, move
 from gamayun_jax.training import cluster
 from gamayun_jax.training.checksums import (
     checksums,
@@ -35,7 +36,7 @@ from gamayun_jax.training.checksums import (
     named_leaves,
     verify,
 )
-from gamayun_jax.training.run_folder import steps_in
+from gamayun_jax.training.run_folder import mark_copied, steps_in
 from gamayun_jax.training.run_meta import RunMeta
 
 FORMAT = 2
@@ -79,15 +80,20 @@ class Checkpoints:
           in_flight: bytes of parameters on their way to or from the disk at a time,
             at least the largest one's; default: Orbax's own, tens of gigabytes.
         """
+        remote = is_bucket(folder)
         keep: list[Any] = [policies.LatestN(cfg.keep)]
         if forever:
             keep.append(policies.CustomSteps(sorted(forever)))
-        self.folder = folder.absolute()
+        self.folder = as_given(folder)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            # No rename in a bucket: a mark is written last (run_folder.is_whole).
+            temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath
+            if remote
+            else None,
         )
         limit: Any = in_flight and in_flight / 1e9
         handlers: dict[str, Any] = {
@@ -104,6 +110,8 @@ class Checkpoints:
         }
         handlers["meta"] = ocp.JsonCheckpointHandler()
         self._handlers = handlers
+        if remote and jax.process_index() == 0:
+            mark_copied(self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers=handlers
         )
@@ -123,6 +131,8 @@ class Checkpoints:
         """
         items = items_of(state)
         data = {**meta.to_json(), "format": FORMAT, "checksums": checksums(items)}
+        # A copy: it is written while the run goes on, and its lineage changes.
+        data = json.loads(json.dumps(data))
         with of_files(self._unwritten):
             self._manager.save(
                 meta.step,
@@ -323,7 +333,7 @@ class Checkpoints:
             place, number = aside / f"{step}.{number}", number + 1
         if jax.process_index() == 0:
             aside.mkdir(exist_ok=True)
-            os.rename(self.folder / str(step), place)
+            move(self.folder / str(step), place)
         cluster.barrier(f"set aside {step}")
         self._manager.reload()
         self._same_steps()

@@ -47,8 +47,8 @@ from gamayun_jax.training.lineage import (
     open_checkpoint,
 )
 from gamayun_jax.training.meters import Meters
+from gamayun_jax.training.records import BadRecordLog
 from gamayun_jax.training.run_folder import (
-    BadRecordLog,
     RunFolder,
     config_changes,
     differences,
@@ -142,14 +142,17 @@ def check_stages(
         build_token_weights(cfg, corpus, plan.language_shares(cfg, k), k)
 
 
-def open_run_folder(workdir: Path, writer: bool, fresh: bool, log: Log) -> RunFolder:
+def open_run_folder(
+    workdir: Path, writer: bool, fresh: bool, log: Log, own_process: bool = False
+) -> RunFolder:
     """The run folder, which has the checkpoints that its lineage lists.
 
     Args:
       writer: whether this process writes into it.
       fresh: begin anew; the records of the former start are moved aside.
+      own_process: see RunFolder.
     """
-    folder = RunFolder(workdir, writer)
+    folder = RunFolder(workdir, writer, log, own_process)
     try:
         cluster.check_shared(folder.path)
         if fresh:
@@ -208,7 +211,7 @@ def start_or_resume(setting: Setting, rollbacks: list[dict[str, Any]]) -> Run:
         rollbacks=begin.rollbacks,
         meters=meters,
         detector=DivergenceDetector(cfg.divergence, losses),
-        bad_records=BadRecordLog(folder.path, jax.process_index()),
+        bad_records=BadRecordLog(folder.spool, jax.process_index()),
         began=began,
     )
     begin_records(run)

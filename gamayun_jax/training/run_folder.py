@@ -4,7 +4,8 @@ config.json     the resolved config of the last start
 lineage.json    where the run comes from and what happened to it
 parameters.txt  names, shapes and sizes of the parameters
 tokenizer.model the corpus's tokenizer; an imported one: tokenizer.json, its settings
-metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash
+metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash; in a
+                bucket metrics/<number>.jsonl (records.py)
 goodput.json    where the run's time went
 events.*        the same for TensorBoard, and samples of what the model writes
 tracker.*.json  what the run is called by Weights & Biases or trackio
@@ -16,13 +17,11 @@ former/<n>/     the records of a start that --fresh moved aside
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import fnmatch
 import json
 import math
-import os
-import shutil
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,10 @@ from gamayun_jax.config import (
     AnyPath,
     Config,
     UserError,
-    check_local,
     to_dict,
 )
 from gamayun_jax.data.files import (
-    atomic,
-    json_lines,
+    lock,
     read_json,
     write_json,
     write_json_lines,
@@ -43,28 +40,34 @@ from gamayun_jax.data.files import (
 )
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.fields import check_there
+from gamayun_jax.storage import (
+    InUseError,
+    as_path,
+    is_bucket,
+    lexists,
+    move,
+    remove_tree,
+)
+from gamayun_jax.training.records import RecordLog, Spool
 
 # What a start writes, besides the checkpoints themselves.
 RECORDS = (
     *("config.json", "lineage.json", "parameters.txt", "eval"),
     *("tokenizer*", "generation_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
-    *("metrics.jsonl", "goodput.json", "events.*", "set_aside.*", "rollbacks.json"),
-    "tracker.*",
+    *("metrics.jsonl", "metrics", "goodput.json", "events.*", "set_aside.*"),
+    *("rollbacks.json", "tracker.*"),
     *("divergence", "damaged", "profile", "report"),
 )
 # What may lie in a folder where no run has begun: logs, scripts, notes; and folders.
 BESIDE = (".err", ".log", ".md", ".out", ".py", ".sh", ".txt")
 NO_RUN = ("compiled", "former", "lost+found")
+COMMITTED = "commit_success.txt"  # in a checkpoint of a bucket, by Orbax
 SAMPLES = 2  # items of a generation task that are shown, of each language
 # What a run cannot change on its way: its state or its past would not fit any more.
 FIXED = (
     "model", "languages", "data.seq_len", "data.batch_size", "optimizer.kind", "seed",
 )  # fmt: skip
-
-
-class FolderInUseError(UserError):
-    """Another process writes the run folder."""
 
 
 def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
@@ -100,44 +103,73 @@ def config_changes(former: Config, cfg: Config) -> dict[str, tuple[Any, Any]]:
 
 
 class RunFolder:
-    """A run folder that this process (the first host's) writes, locked while open."""
+    """A run folder that this process (the first host's) writes, locked while open.
 
-    def __init__(self, path: Path, writer: bool = True):
-        """`writer`: False on all hosts but the first, which then write nothing.
+    Attributes:
+      spool: where files that grow are written.
+    """
+
+    def __init__(
+        self,
+        path: AnyPath,
+        writer: bool = True,
+        log: Callable[[str], None] = lambda text: None,
+        own_process: bool = False,
+    ):
+        """Args:
+          writer: False on all hosts but the first, which then write nothing.
+          log: told once that the lease of a former owner is waited for.
+          own_process: end the process at once if the folder of a bucket is lost to
+            another one; otherwise the next `write` or `check` raises.
 
         Raises:
           UserError: the folder cannot be made, holds other files but no run, or
             another run is using it.
         """
-        check_local(path, "run folder ")
-        self.path = Path(path)
+        self.path = as_path(path, "run folder ")
         self.writer = writer
-        self._metrics: Any = None
-        if not writer:
+        self._lease: Any = None
+        self._stack = contextlib.ExitStack()
+        with self._stack:
+            if writer:
+                self._open(log, own_process)
+            self.spool = Spool(self.path, self.check)
+            self._stack.callback(self.spool.close)
+            self._records = RecordLog(self.spool)
+            self._stack.callback(self._records.close)
+            self._stack = self._stack.pop_all()
+
+    def _open(self, log: Callable[[str], None], own_process: bool) -> None:
+        folder = f"run folder {self.path}"
+        if is_bucket(self.path):
+            from gamayun_jax.lease import take
+
+            self._lease = take(self.path / ".lock", folder, log, own_process)
+            self._stack.callback(self._lease.close)
+            check_folder(self.path)
             return
         check_folder(self.path)
         try:
             (self.path / "eval").mkdir(parents=True, exist_ok=True)
-            # The kernel drops the lock with its owner, however that one dies.
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+            (self.path / ".lock").touch()
         except OSError as e:
             raise UserError(
-                f"run folder {path} cannot be written ({e.strerror}): give --workdir a "
-                "folder that can"
+                f"{folder} cannot be written ({e.strerror}): give --workdir a folder "
+                "that can"
             ) from e
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            self._lock.close()
-            raise FolderInUseError(
-                f"run folder {path} is in use by another process: wait for it, or give "
-                "another --workdir"
-            ) from e
+        busy = InUseError(
+            f"{folder} is in use by another process: wait for it, or give another "
+            "--workdir"
+        )
+        self._stack.enter_context(lock(self.path / ".lock", busy))
+
+    def check(self) -> None:
+        """Raise UserError if another process may have the folder by now."""
+        if self._lease:
+            self._lease.check()
 
     def close(self) -> None:
-        for file in (self._metrics, self.writer and self._lock):
-            if file:
-                file.close()
+        self._stack.close()
 
     def begin_afresh(self) -> Path | None:
         """Move the former start's records to former/<n>, which is returned.
@@ -147,7 +179,7 @@ class RunFolder:
             written there.
         """
         folder = self.path / "checkpoints"
-        if os.path.lexists(folder) and not folder.is_dir():
+        if lexists(folder) and not folder.is_dir():
             raise UserError(
                 f"{folder} is a link to what is not there, or a file: mount or restore "
                 "it, or take it away to begin anew"
@@ -159,9 +191,9 @@ class RunFolder:
             )
         found = [
             p
-            for pattern in RECORDS
-            for p in sorted(self.path.glob(pattern))
-            if not p.is_dir() or any(p.iterdir())
+            for p in sorted(self.path.iterdir() if self.path.is_dir() else ())
+            if any(fnmatch.fnmatch(p.name, pattern) for pattern in RECORDS)
+            and (not p.is_dir() or any(p.iterdir()))
         ]
         if not (self.writer and found):
             return None
@@ -171,15 +203,17 @@ class RunFolder:
         place.mkdir(parents=True)
         # The lineage last: until then the next start is told the same as this one.
         for path in sorted(found, key=lambda p: p.name == "lineage.json"):
-            path.rename(place / path.name)
+            move(path, place / path.name)
         (self.path / "eval").mkdir(exist_ok=True)
         return place
 
     def write(self, name: str, data: Any) -> None:
         """Write a file of the folder whole: a text as it is, else as JSON."""
         if self.writer:
+            self.check()
             whole = write_text if isinstance(data, str) else write_json
-            whole(self.path / name, data)
+            often = name == "goodput.json"
+            whole((self.spool.folder if often else self.path) / name, data)
 
     def write_tokenizer(self, tokenizer: TextCoder) -> None:
         """Beside the checkpoints, so that the run can be used without its corpus."""
@@ -236,44 +270,22 @@ class RunFolder:
         """
         if not self.writer:
             return []
-        if self._metrics:
-            self._metrics.close()
         for made, evaluation in evaluations(self.path).items():
             if not step or made > step:
                 evaluation.unlink()
-                shutil.rmtree(evaluation.with_suffix(".items"), ignore_errors=True)
-        path = self.path / "metrics.jsonl"
-        data = path.read_bytes() if path.exists() and step else b""
-        lines = list(json_lines(data))
-        if data[-1:] != b"\n" and lines and lines[-1][1] is None:
-            lines.pop()  # torn by a crash: it will be made again
-        kept: list[bytes] = []
-        damaged: list[int] = []
-        later = False
-        for number, (line, record) in enumerate(lines, 1):
-            at = record.get("step") if record else None
-            if isinstance(at, int) and at > step:
-                later = True
-            elif isinstance(at, int) or not later:
-                kept.append(line + b"\n")
-                damaged += [] if isinstance(at, int) else [number]
-        with atomic(path) as temporary:
-            temporary.write_bytes(b"".join(kept))
-        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        return damaged
+                remove_tree(evaluation.with_suffix(".items"))
+        return self._records.start(step)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append one record; it is on disk once `sync` returns."""
-        if not self.writer:
-            return
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        self._metrics.write(line + "\n")
-        self._metrics.flush()
+        """Append one record; it is durable once `sync` returns."""
+        if self.writer:
+            self._records.add(record)
 
     def sync(self) -> None:
         """Force the records to disk; before a checkpoint that counts on them."""
         if self.writer:
-            os.fsync(self._metrics.fileno())
+            self.check()
+            self._records.sync()
 
 
 def check_folder(path: Path) -> None:
@@ -282,8 +294,9 @@ def check_folder(path: Path) -> None:
         return
     for entry in sorted(path.iterdir()) if path.is_dir() else ():
         note = entry.suffix in BESIDE and entry.name != "parameters.txt"
-        empty = entry.is_dir() and not any(entry.iterdir())
-        if not (note or empty or entry.name in NO_RUN or entry.name.startswith(".")):
+        if note or entry.name in NO_RUN or entry.name.startswith("."):
+            continue
+        if not entry.is_dir() or any(entry.iterdir()):
             raise UserError(
                 f"{path} has {entry.name!r} in it, but no run: give another --workdir"
             )
@@ -303,7 +316,28 @@ def checkpoint_steps(run: Path) -> list[int]:
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder of them; none where there is no folder."""
     found = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    return sorted(int(p.name) for p in found if is_step(p.name))
+    return sorted(int(p.name) for p in found if is_step(p.name) and is_whole(p))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, or copied from where it was. In a
+    bucket, which has no rename, a mark comes last."""
+    if not is_bucket(checkpoint) or (checkpoint / COMMITTED).exists():
+        return True
+    try:
+        data = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_bytes())
+        return bool(data["commit_timestamp_nsecs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def mark_copied(folder: Path) -> None:
+    """Put Orbax's mark into the checkpoints of a folder in a bucket that were copied
+    from a file system, where there are no marks."""
+    for step in steps_in(folder):
+        mark = folder / str(step) / COMMITTED
+        if not mark.exists():
+            mark.write_text("copied")
 
 
 def is_step(name: str) -> bool:
@@ -313,7 +347,7 @@ def is_step(name: str) -> bool:
 
 def is_hf_folder(folder: AnyPath) -> bool:
     """Whether a folder holds a model in Hugging Face's format, not a run."""
-    folder = Path(folder)
+    folder = as_path(folder)
     path = folder / "config.json"
     if (folder / "checkpoints").is_dir() or not path.is_file():
         return False
@@ -338,7 +372,7 @@ def find_checkpoint(path: AnyPath) -> tuple[Path, int]:
     Raises:
       UserError: neither a run folder nor a checkpoint.
     """
-    path = Path(path)
+    path = as_path(path, "model ")
     advice = "give a run folder, or one of its checkpoints/<step>"
     check_there(path, "model ", advice)
     if is_step(path.name) and (path / "meta").is_dir():
@@ -348,35 +382,3 @@ def find_checkpoint(path: AnyPath) -> tuple[Path, int]:
     if not steps:
         raise UserError(f"{path} has no checkpoint: {advice}")
     return folder, max(steps)
-
-
-class BadRecordLog:
-    """What a process met in the corpus and could not use, each record once, in
-    set_aside.<process>.jsonl of the run folder."""
-
-    def __init__(self, run: Path, process: int):
-        self._path = run / f"set_aside.{process}.jsonl"
-        self._lock = threading.Lock()
-        self._known: set[tuple[str, int]] = set()
-        self.counts: dict[str, int] = {}  # by source
-        data = self._path.read_bytes() if self._path.exists() else b""
-        for _, row in json_lines(data):
-            try:
-                self._count(row["source"], row["shard"], row["record"])  # type: ignore[index]
-            except (KeyError, TypeError):
-                continue  # torn by a crash: it will be met again
-
-    def _count(self, source: str, shard: str, record: int) -> bool:
-        new = (shard, record) not in self._known
-        self._known.add((shard, record))
-        self.counts[source] = self.counts.get(source, 0) + new
-        return new
-
-    def __call__(self, source: str, shard: str, record: int, reason: str) -> None:
-        """Note a record; called from the loader's threads."""
-        with self._lock:
-            if not self._count(source, shard, record):
-                return
-            row = dict(source=source, shard=shard, record=record, reason=reason)
-            with open(self._path, "a", encoding="utf-8") as f:
-                f.write("\n" * (f.tell() > 0) + json.dumps(row, ensure_ascii=False))

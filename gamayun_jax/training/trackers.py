@@ -10,14 +10,15 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 from gamayun_jax.config import Config, UserError, to_dict
 from gamayun_jax.data.files import read_json, write_json
+from gamayun_jax.training.records import Spool
 from gamayun_jax.training.run_folder import SAMPLES, RunFolder
 
 Scalars = Mapping[str, float | None]  # by tag; None: not known
+EVENTS = 10_000  # in a file of a bucket, which is sent whole each time
 BACKLOG = 10_000  # calls that wait for a service; then it is given up
 PATIENCE = 30.0  # seconds that the end of a run waits for a service
 
@@ -48,9 +49,9 @@ def open_trackers(
     """
     trackers: list[Tracker] = []
     if folder.writer and cfg.log.tensorboard:
-        trackers.append(TensorBoard(folder.path))
+        trackers.append(TensorBoard(folder.spool))
     if folder.writer and cfg.log.tracker:
-        trackers.append(Service(cfg, folder.path, log))
+        trackers.append(Service(cfg, folder, log))
     try:
         yield trackers
     finally:
@@ -61,19 +62,25 @@ def open_trackers(
 class TensorBoard:
     """Event files in a run folder, over tokens."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, spool: Spool):
+        self._spool = spool
         self._events: Any = None
+        self._written = 0
 
     def start(self, step: int, tokens: int) -> None:
         from tensorboardX import SummaryWriter
 
         self.close()
-        self._events = SummaryWriter(str(self._folder), purge_step=tokens + 1)
+        # Older events of what comes are void, from the first file on.
+        self._events = SummaryWriter(str(self._spool.folder), purge_step=tokens + 1)
+        self._written = 0
 
     def write(
         self, step: int, tokens: int, scalars: Scalars, texts: Mapping[str, str]
     ) -> None:
+        if self._spool.remote and self._written > EVENTS:
+            self.start(step, tokens)  # a new file: the former one is sent no more
+        self._written += len(scalars)
         for tag, value in scalars.items():
             if value is not None:
                 self._events.add_scalar(tag, value, tokens)
@@ -96,9 +103,10 @@ class Service:
     again.
     """
 
-    def __init__(self, cfg: Config, folder: Path, log: Callable[[str], None]):
+    def __init__(self, cfg: Config, folder: RunFolder, log: Callable[[str], None]):
         """Raises UserError if the package is missing."""
-        self._cfg, self._folder, self._log = cfg, folder, log
+        self._cfg, self._folder, self._log = cfg, folder.spool.folder, log
+        self._name = folder.path.resolve().name
         package = cfg.log.tracker
         try:
             # A folder of that name, such as wandb makes, would be an empty module.
@@ -108,12 +116,13 @@ class Service:
                 f"log.tracker={package!r}: the package cannot be imported ({e}): "
                 f"pip install {package}, or leave log.tracker out"
             ) from e
-        self._path = folder / f"tracker.{package}.json"
+        self._former = folder.path / f"tracker.{package}.json"
+        self._path = self._folder / self._former.name
         self._thread: threading.Thread | None = None
         self._failed = False
 
     def start(self, step: int, tokens: int) -> None:
-        known = read_json(self._path) if step and self._path.exists() else None
+        known = read_json(self._former) if step and self._former.exists() else None
         if known is None:
             self.close()
             known = {"id": uuid.uuid4().hex[:8], "last_steps": {}}
@@ -150,7 +159,7 @@ class Service:
 
     def _send(self) -> None:
         """The thread: one run of the service, from its beginning to its end."""
-        key, name = self._known["id"], self._folder.resolve().name
+        key, name = self._known["id"], self._name
         if self._cfg.log.tracker == "wandb":
             own = {"name": name, "id": key, "dir": str(self._folder)}
         else:  # trackio knows a run by its name

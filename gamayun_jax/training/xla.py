@@ -12,6 +12,8 @@ import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
+from gamayun_jax.storage import is_bucket
+
 PCI = Path("/sys/bus/pci/devices")
 GOOGLE, GOOGLE_NETWORK = "0x1ae0", "0x0042"  # PCI vendor; its device that is no TPU
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
@@ -89,3 +91,5 @@ def keep_compilations(folder: Path) -> None:
         and not jax.config.values["jax_compilation_cache_dir"]
     ):
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        if is_bucket(folder):  # which XLA's own caches cannot write
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

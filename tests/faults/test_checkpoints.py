@@ -539,3 +539,21 @@ def test_a_read_only_run_folder(small, straight, tmp_path):
     with read_only(run), pytest.raises(UserError, match="Read-only file system"):
         train.train(small, run, log=quiet)
     assert {p: p.read_bytes() for p in files(run)} == before
+
+
+def test_a_meta_that_changes_while_it_is_written(tmp_path, monkeypatch):
+    """The lineage of a run goes on while its checkpoint is on the way to the disk."""
+    meta = meta_of(1, lineage={"events": [{"event": "begun"}]})
+    write = checkpoint.ocp.JsonCheckpointHandler._save_fn
+
+    def slowly(self, *args):
+        meta.lineage["events"].append({"event": "later"})
+        return write(self, *args)
+
+    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "_save_fn", slowly)
+    store = Checkpoints(tmp_path / "checkpoints")
+    store.save(TrainState(jnp.int32(1), {"x": jnp.ones(3)}, {}), meta)
+    store.wait()
+    assert len(meta.lineage["events"]) == 2
+    assert store.meta(1).lineage["events"] == [{"event": "begun"}]
+    store.close()

@@ -43,7 +43,8 @@ from gamayun_jax.training import checkpoint, cluster, meters, signals
 from gamayun_jax.training.compatibility import check_corpus
 from gamayun_jax.training.lineage import load_origin, share_points
 from gamayun_jax.training.meters import MetricAccumulator
-from gamayun_jax.training.run_folder import BadRecordLog, RunFolder
+from gamayun_jax.training.records import BadRecordLog, Spool
+from gamayun_jax.training.run_folder import RunFolder
 from gamayun_jax.training.step import abstract_state
 
 
@@ -418,14 +419,14 @@ def test_a_damaged_record_is_named_on_resume(straight, config, tmp_path):
 
 def test_what_is_set_aside_is_read_back(tmp_path):
     place = ("ru/a", "corpus\u2028/00000.records", 3)
-    BadRecordLog(tmp_path, 0)(*place, "why")
+    BadRecordLog(Spool(tmp_path), 0)(*place, "why")
     with open(tmp_path / "set_aside.0.jsonl", "ab") as f:
         f.write(b'\n{"source": "ru/a", "sha\xff')  # torn
-    again = BadRecordLog(tmp_path, 0)
+    again = BadRecordLog(Spool(tmp_path), 0)
     assert again.counts == {"ru/a": 1}
     again(*place, "why")
     again("ru/a", place[1], 4, "why")
-    assert BadRecordLog(tmp_path, 0).counts == {"ru/a": 2}
+    assert BadRecordLog(Spool(tmp_path), 0).counts == {"ru/a": 2}
 
 
 def goodput(run):
