@@ -25,7 +25,6 @@ from gamayun_jax.fields import UserError
 from gamayun_jax.storage import InUseError
 
 LEASE = 60.0  # seconds
-REPLY = 15.0  # seconds that a server is given to answer
 LOST = 4  # exit status of a process that lost its lease: it may be started again
 MARGIN = 0.9  # of a lease: then an owner that could not renew it stops
 
@@ -50,9 +49,13 @@ class Conditional(Protocol):
 class GoogleObject:
     """By generations."""
 
-    def __init__(self, path: BucketPath):
+    def __init__(self, path: BucketPath, patience: float):
+        """`patience`: seconds in which a request that failed is made again."""
         from google.cloud import storage
+        from google.cloud.storage.retry import DEFAULT_RETRY
 
+        retry = DEFAULT_RETRY.with_timeout(patience)
+        self._patience: dict[str, Any] = {"timeout": patience, "retry": retry}
         bucket, key = bucket_of(path)
         self._bucket, self._key = storage.Client().bucket(bucket), key
 
@@ -66,7 +69,7 @@ class GoogleObject:
         try:
             # One request; the generation is in its headers.
             blob = self._blob()
-            text = blob.download_as_bytes(timeout=REPLY, retry=None).decode()
+            text = blob.download_as_bytes(**self._patience).decode()
             return text, int(blob.generation)
         except NotFound:
             return "", None
@@ -77,20 +80,21 @@ class GoogleObject:
         try:
             blob = self._blob()
             blob.upload_from_string(
-                text, if_generation_match=version or 0, timeout=REPLY, retry=None
+                text, if_generation_match=version or 0, **self._patience
             )
             return int(blob.generation)
         except PreconditionFailed:
             return None
 
     def delete(self, version: Any) -> None:
-        self._blob().delete(if_generation_match=version, timeout=REPLY, retry=None)
+        self._blob().delete(if_generation_match=version, **self._patience)
 
 
 class AmazonObject:
     """By entity tags; what is written is never the same twice, so neither are they."""
 
-    def __init__(self, path: BucketPath):
+    def __init__(self, path: BucketPath, patience: float):
+        """`patience` is for the package to choose."""
         bucket, key = bucket_of(path)
         self._fs, self._at = path.fs, dict(Bucket=bucket, Key=key)
 
@@ -121,7 +125,7 @@ class AmazonObject:
             self._fs.call_s3("delete_object", **self._at)
 
 
-OBJECTS: dict[str, Callable[[BucketPath], Conditional]] = {
+OBJECTS: dict[str, Callable[[BucketPath, float], Conditional]] = {
     "gs": GoogleObject,
     "s3": AmazonObject,
 }
@@ -182,7 +186,7 @@ class Lease:
         """
         self._what, self._lost, self._log = what, lost, log
         self._seconds = seconds or LEASE
-        self._object = OBJECTS[path.parts[1]](path)
+        self._object = OBJECTS[path.parts[1]](path, self._seconds / 4)
         self._error: LostError | None = None
         self._id = secrets.token_hex(8)
         self._count = 0

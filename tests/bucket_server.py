@@ -1,5 +1,11 @@
 """A server of buckets on this machine: fake-gcs-server behind a proxy that counts
-requests and bytes, and answers with faults where a test asks for them."""
+requests and bytes, and answers with faults where a test asks for them.
+
+    python tests/bucket_server.py FOLDER [LATENCY]
+
+serves the bucket `runs` from files in FOLDER, prints what to put into the environment,
+and ends with its standard input.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +28,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "runs"
+COUNTS = "/counts"  # asked of the proxy itself: requests by kind, and bytes
 
 
 def binary() -> Path | None:
@@ -109,6 +117,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         proxy, body = self.server, self.body()
+        if self.path == COUNTS:
+            told = {**proxy.counts, "sent": proxy.sent, "received": proxy.received}
+            self.reply(200, [], json.dumps(told).encode())
+            return
         kind = kind_of(self.command, self.path)
         proxy.counts[kind] += 1
         url = urlsplit(self.path)
@@ -213,3 +225,10 @@ def bucket_server(root: Path | None = None) -> Iterator[Proxy]:
             except OSError:
                 time.sleep(0.05)
         yield proxy
+
+
+if __name__ == "__main__":
+    with bucket_server(Path(sys.argv[1])) as served:
+        served.latency = float(sys.argv[2]) if sys.argv[2:] else 0.0
+        print(json.dumps(environment(served.url)), flush=True)
+        sys.stdin.read()

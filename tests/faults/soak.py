@@ -1,30 +1,35 @@
 """Kill a run of both stages with SIGKILL a hundred times; the end must be the same.
 
-    python tests/faults/soak.py --kills 100 [--seed 1] [--work DIR]
+    python tests/faults/soak.py --kills 100 [--seed 1] [--work DIR] [--bucket]
 
 The corpus build, training and the report are each killed at random moments and at
 chosen ones: while a checkpoint is written, while one is read back, at the transition,
 during an evaluation, during a report's write. The end is compared with what nothing
 interrupted: corpus files, parameters, optimiser, metrics, evaluations, tokens per
-source. Prints what was injected and how long the recoveries took; exits 1 if
-anything differs. Every life is a process of its own, forked from this one, which has
-imported everything and started nothing.
+source. With --bucket the run folder is in a bucket of a server on this machine, and
+training alone is killed; the other run stays on the disk. Prints what was injected,
+how long the recoveries took and what the bucket was asked; exits 1 if anything differs.
+Every life is a process of its own, forked from this one, which has imported everything
+and started nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CONFIG = Path(__file__).parent / "small_run.py"
@@ -103,27 +108,42 @@ def names(folder: Path) -> set[str]:
         return set()
 
 
+def whole(run: Path) -> set[int]:
+    """Steps of the checkpoints that are there whole."""
+    there = run / "checkpoints"
+    marked = "runs" in run.parts  # the files of the server's bucket
+    return {
+        int(n)
+        for n in names(there)
+        if n.isdigit() and (not marked or (there / n / "commit_success.txt").exists())
+    }
+
+
 def aims(run: Path, life: Life, rng: random.Random):
     """name -> (what to wait for, longest random delay after it)."""
     checkpoints = run / "checkpoints"
     begin = names(checkpoints)
+    before = whole(run)
     evaluations = names(run / "eval")
 
     def said(words: str) -> bool:
         return words in life.log.read_text(errors="replace")
 
     def committed(count: int) -> bool:
-        new = {n for n in names(checkpoints) - begin if n.isdigit()}
-        return len(new) >= count
+        return len(whole(run) - before) >= count
+
+    def saving() -> bool:
+        """A part of a checkpoint is there."""
+        new = names(checkpoints) - begin
+        parts = {n for n in new if n.isdigit() and int(n) not in whole(run)}
+        return bool(parts) or any("tmp" in n for n in new)
 
     return {
         "start": (lambda: True, 1.5),
         "restore": (lambda: said("going on from") or not begin, 0.05),
         "step": (lambda: committed(1), 0.5),
-        "save": (lambda: any("tmp" in n for n in names(checkpoints) - begin), 0.05),
-        "second save": (
-            lambda: committed(1)
-            and any("tmp" in n for n in names(checkpoints) - begin), 0.05),
+        "save": (saving, 0.3 if "runs" in run.parts else 0.05),
+        "second save": (lambda: committed(1) and saving(), 0.05),
         "transition": (
             lambda: any(
                 n.startswith(f"{STAGE_END}") for n in names(checkpoints) - begin
@@ -136,17 +156,26 @@ def aims(run: Path, life: Life, rng: random.Random):
 
 
 def kill_training(
-    config_words: list[str], run: Path, kills: int, rng: random.Random, log: Path
+    config_words: list[str],
+    run: Path,
+    address: str,
+    kills: int,
+    rng: random.Random,
+    log: Path,
 ) -> tuple[collections.Counter, list[float]]:
     """Kill at least `kills` times, then let it end. Counts, and seconds from each
-    start to the first new checkpoint where there was one."""
+    start to the first new checkpoint where there was one.
+
+    Args:
+      run: where its files are seen; `address`: the run folder.
+    """
     counts: collections.Counter = collections.Counter()
     recoveries: list[float] = []
     killed = 0
-    words = ["train", str(CONFIG), "--workdir", str(run), *config_words]
+    words = ["train", str(CONFIG), "--workdir", address, *config_words]
     while True:
-        before = names(run / "checkpoints")
-        newest = max((int(n) for n in before if n.isdigit()), default=0)
+        before = whole(run)
+        newest = max(before, default=0)
         life = Life(words, log)
         # Late in the run, only kills that cannot let it go far.
         left = (STEPS - newest) / max(kills - killed, 1)
@@ -167,15 +196,11 @@ def kill_training(
             if life.kill():
                 killed += 1
                 counts[kind] += 1
-                now = names(run / "checkpoints")
-                if any(n.isdigit() for n in now - before):
-                    newest = max(int(n) for n in now if n.isdigit())
+                newest = max(whole(run), default=0)
                 print(f"kill {killed}: {kind}, checkpoint {newest}", flush=True)
         else:
-            known = names(run / "checkpoints")
-            if life.wait_for(
-                lambda: any(n.isdigit() for n in names(run / "checkpoints") - known)
-            ):
+            known = whole(run)
+            if life.wait_for(lambda: bool(whole(run) - known)):
                 recoveries.append(time.monotonic() - life.begin)
         if life.wait() == -signal.SIGKILL:
             continue
@@ -219,6 +244,31 @@ def tree_hashes(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, str]
     }
 
 
+@contextlib.contextmanager
+def bucket(folder: Path) -> Iterator[None]:
+    """A server of buckets in a process of its own, for all that is started here."""
+    program = Path(__file__).parents[1] / "bucket_server.py"
+    command = [sys.executable, str(program), str(folder)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **pipes) as server:
+        os.environ.update(json.loads(server.stdout.readline()))
+        yield
+        server.stdin.close()
+
+
+def requests() -> dict[str, int]:
+    """What the server was asked so far; {} where there is none."""
+    if server := os.environ.get("STORAGE_EMULATOR_HOST"):
+        with urllib.request.urlopen(f"{server}/counts") as answer:
+            return json.load(answer)
+    return {}
+
+
+def since(before: dict[str, int]) -> dict[str, int]:
+    now = requests()
+    return {k: v - before.get(k, 0) for k, v in now.items()}
+
+
 def outcome(run: Path) -> dict:
     """All that must be the same: final state, records, evaluations, what was kept."""
     import jax
@@ -228,6 +278,7 @@ def outcome(run: Path) -> dict:
     from gamayun_jax.model.sharding import make_mesh
     from gamayun_jax.training.checkpoint import Checkpoints
     from gamayun_jax.training.checksums import named_leaves
+    from gamayun_jax.training.records import metric_lines
     from gamayun_jax.training.step import abstract_state
 
     cfg = load_config(CONFIG)
@@ -236,8 +287,8 @@ def outcome(run: Path) -> dict:
     meta = store.meta(STEPS)
     kept = store.steps()
     store.close()
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(x).items() if k != "time"} for x in lines]
+    lines = [row for _, row in metric_lines(run)]
+    records = [{k: v for k, v in row.items() if k != "time"} for row in lines]
     steps = [r["step"] for r in records if r["kind"] == "train"]
     want = sorted({*range(5, STEPS + 1, 5), STAGE_END})
     assert steps == want, f"gap or duplicate in metrics.jsonl: {steps}"
@@ -258,6 +309,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="of the training")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--work", type=Path, help="default: a temporary folder")
+    parser.add_argument("--bucket", action="store_true", help="train in a bucket")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     rng = random.Random(args.seed)
@@ -269,6 +321,17 @@ def main() -> int:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
     from gamayun_jax import train  # noqa: F401  imported once, for all lives
 
+    with contextlib.ExitStack() as stack:
+        if args.bucket:
+            stack.enter_context(bucket(work / "buckets"))
+        same = soak(args, work, rng)
+    if not args.work:
+        shutil.rmtree(work)
+    return 0 if all(same.values()) else 1
+
+
+def soak(args: argparse.Namespace, work: Path, rng: random.Random) -> dict[str, bool]:
+    """All kills; prints what came of them. What is the same in the end."""
     log = work / "log"
     began = time.monotonic()
     corpus, again = work / "corpus", work / "corpus-killed"
@@ -277,30 +340,46 @@ def main() -> int:
     def build(out: Path) -> list[str]:
         return ["corpus", "build", str(CONFIG), "--out", str(out), "--workers", "1"]
 
+    same, builds, reports = {}, 0, 0
     seconds = run_once(build(corpus), log)
-    builds = kill_often(build(again), few, seconds, rng, log)
-    same = {"corpus": tree_hashes(corpus) == tree_hashes(again)}
-    shutil.rmtree(again)
-    print(f"corpus build: {builds} kills, same files: {same['corpus']}", flush=True)
+    if not args.bucket:
+        builds = kill_often(build(again), few, seconds, rng, log)
+        same["corpus"] = tree_hashes(corpus) == tree_hashes(again)
+        shutil.rmtree(again)
+        print(f"corpus build: {builds} kills, same files: {same['corpus']}", flush=True)
 
     words = ["--set", f"data.corpus={corpus}"]
     straight, run = work / "straight", work / "run"
+    address = str(run)
+    if args.bucket:
+        run, address = work / "buckets" / "runs" / "run", "gs://runs/run"
     train_words = ["train", str(CONFIG), "--workdir"]
     seconds = run_once([*train_words, str(straight), *words], log)
     print(f"uninterrupted: {STEPS} steps in {seconds:.0f} s", flush=True)
+    if args.bucket:
+        before = requests()
+        seconds = run_once([*train_words, "gs://runs/straight", *words], log)
+        print(f"in a bucket: {seconds:.0f} s, {since(before)}", flush=True)
+    before = requests()
     began_training = time.monotonic()
-    counts, recoveries = kill_training(words, run, args.kills, rng, log)
+    counts, recoveries = kill_training(words, run, address, args.kills, rng, log)
     spent = time.monotonic() - began_training
 
-    page = run / "report" / "index.html"
-    seconds = run_once(["report", str(straight)], log)
-    reports = kill_often(["report", str(run)], few, seconds, rng, log)
-    whole = page.read_text().rstrip().endswith("</html>")
-    same["report"] = whole and not [p for p in page.parent.iterdir() if "tmp" in p.name]
+    asked = since(before)
 
-    a, b = outcome(straight), outcome(run)
+    if not args.bucket:
+        page = run / "report" / "index.html"
+        seconds = run_once(["report", str(straight)], log)
+        reports = kill_often(["report", str(run)], few, seconds, rng, log)
+        ended = page.read_text().rstrip().endswith("</html>")
+        torn = [p for p in page.parent.iterdir() if "tmp" in p.name]
+        same["report"] = ended and not torn
+
+    from gamayun_jax.storage import as_path
+
+    a, b = outcome(straight), outcome(as_path(address))
     same |= {key: a[key] == b[key] for key in a}
-    lineage = json.loads((run / "lineage.json").read_text())
+    lineage = json.loads((as_path(address) / "lineage.json").read_text())
     resumed = sum(e["event"] == "resumed" for e in lineage["events"])
     print(
         json.dumps(
@@ -313,6 +392,7 @@ def main() -> int:
                 },
                 "training kills by moment": dict(counts),
                 "resumes in the surviving lineage": resumed,
+                "requests and bytes": asked,
                 "same": same,
                 "seconds": round(time.monotonic() - began),
                 "seconds per killed life of training": round(
@@ -325,9 +405,7 @@ def main() -> int:
             indent=1,
         )
     )
-    if not args.work:
-        shutil.rmtree(work)
-    return 0 if all(same.values()) else 1
+    return same
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import shutil
+import threading
 import time
 
 import pytest
+from test_hosts import finish, start_all
 
 from gamayun_jax import train
 from gamayun_jax.config import UserError
@@ -31,7 +33,8 @@ def leaves(run):
 
 def records(run):
     lines = [row for _, row in metric_lines(as_path(run))]
-    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+    times = ("time", "hosts")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -199,5 +202,40 @@ def test_who_lost_the_folder_writes_no_more(small, straight, bucket, monkeypatch
     assert max(run_folder.checkpoint_steps(as_path(bucket))) < 9
     path.unlink()
     assert train.train(small, bucket, log=quiet) == 0
+    assert leaves(bucket) == leaves(straight)
+    assert records(bucket) == records(straight)
+
+
+@pytest.mark.slow
+def test_several_processes(experiment, bucket, tmp_path):
+    """Two train in one bucket; one is killed, all go on, and the end is the same."""
+    here, there = tmp_path / "run", as_path(bucket)
+    assert [s for _, s in finish(start_all(experiment, here, 2))] == [0, 0]
+    processes = start_all(experiment, there, 2)
+    while not run_folder.checkpoint_steps(there):
+        assert processes[0].poll() is None
+        time.sleep(0.2)
+    processes[1].kill()
+    finish(processes)
+    ends = finish(start_all(experiment, there, 2))
+    assert [s for _, s in ends] == [0, 0], ends
+    assert leaves(there) == leaves(here)
+    assert records(there) == records(here)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket")  # those cut short
+def test_short_troubles_cost_nothing(small, straight, bucket, bucket_server):
+    """One request in a hundred is answered with 503 or 429, or cut short."""
+    count, lock = iter(range(10**9)), threading.Lock()
+
+    def fault(kind, name):
+        with lock:
+            number = next(count)
+        return None if number % 100 else (503, 429, "cut")[number // 100 % 3]
+
+    bucket_server.fault = fault
+    assert train.train(small, bucket, log=quiet) == 0
+    bucket_server.fault = lambda *_: None
     assert leaves(bucket) == leaves(straight)
     assert records(bucket) == records(straight)
