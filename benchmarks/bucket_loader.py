@@ -91,20 +91,24 @@ class Blocks:
             if key in self.kept:
                 self.kept.move_to_end(key)
                 return self.kept[key]
-            event = self.under_way.get(key)
+            event, mine = self.under_way.get(key), threading.Event()
             if event is None:
-                self.under_way[key] = threading.Event()
+                self.under_way[key] = mine
         if event:
             event.wait()
             return self.block(number)
         begin = number * self._per * self._stride
         part = slice(begin, min(begin + self._per * self._stride, SIZES[self._path]))
-        data = self._store.read(self._key, byte_range=part).result().value
-        with self.lock:
-            self.kept[key] = data
-            while sum(map(len, self.kept.values())) > self.budget:
-                self.kept.popitem(last=False)
-            self.under_way.pop(key).set()
+        try:
+            data = self._store.read(self._key, byte_range=part).result().value
+            with self.lock:
+                self.kept[key] = data
+                while sum(map(len, self.kept.values())) > self.budget:
+                    self.kept.popitem(last=False)
+        finally:
+            with self.lock:
+                self.under_way.pop(key, None)
+            mine.set()
         return data
 
     def read(self, number: int) -> bytes:
