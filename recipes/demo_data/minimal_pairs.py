@@ -59,14 +59,21 @@ EVERYDAY = {
 }
 UNITS = [f"{kind}-{n}" for kind, names in EVERYDAY.items() for n in names.split()]
 FIELDS = "year quarter month week day hour minute second"
-# Nouns whose gender or case varies, or is not CLDR's (il miglio), and those before
-# which articles have another form (l'ora, lo yard, el acre).
+# Nouns whose gender or case varies, or is not CLDR's (il miglio), those that are another
+# word in another gender (le livre, la tour), and those before which articles have another
+# form (l'ora, lo yard, el acre).
 UNSURE = {
-    "de": r".*(?i:meter|liter)|Hektar|Yard|Grad|Acre|Barrel|Joule|Pint",
-    "fr": r"[aâeéèêiîoôuûhy].*",
+    "de": r".*(?i:meter|liter|löffel)|Hektar|Yard|Grad|Acre|Barrel|Joule|Pint|Pixel",
+    "fr": r"[aâeéèêiîoôuûhy].*|livre|tour",
     "es": r"(a|á|ha).*",
     "it": r"[aeiouhxyz].*|s[^aeiou].*|p[sn].*|gn.*|miglio",
     "pt": r"(mili|quilo)?grama",
+}
+# Units and times whose other form is right, too: 6 foot, 4 Yard; 19个天后 are 19 divas.
+UNSURE_FORMS = {
+    "en": ("length-foot",),
+    "de": ("area-acre", "length-yard", "volume-pint"),
+    "zh": ("day-future",),
 }
 GENDERS = ("masculine", "inanimate", "feminine", "neuter")
 CASES = {
@@ -378,8 +385,9 @@ def minimal_pairs(cldr: Cldr) -> list[Item]:
         p, trained = Patterns(cldr, k), "\n".join(trained_paragraphs(k))
         for name, (languages, twins_of) in PHENOMENA.items():
             if k in languages.split():
-                rng = draw(f"minimal_pairs {name} {k}")
-                for key, pairs in chosen(list(twins_of(p, k)), trained, rng):
+                rng, unsure = draw(f"minimal_pairs {name} {k}"), UNSURE_FORMS.get(k, ())
+                twins = [t for t in twins_of(p, k) if t[0].split("/")[0] not in unsure]
+                for key, pairs in chosen(twins, trained, rng):
                     for answer, choices in enumerate((pairs[0], pairs[1][::-1])):
                         items.append(
                             {
