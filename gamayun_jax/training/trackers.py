@@ -45,7 +45,7 @@ def open_trackers(
     """The trackers that a config asks for; none where this process does not write.
 
     Raises:
-      UserError: the package of `log.tracker` is missing.
+      UserError: the package of `log.tracker` is missing or broken.
     """
     trackers: list[Tracker] = []
     if folder.writer and cfg.log.tensorboard:
@@ -100,21 +100,22 @@ class Service:
     fails there is said once, and training goes on without. What the run is called there
     and the last step of each kind of record are in tracker.<package>.json of the run
     folder: started again it goes on there, and steps that are made again are not sent
-    again.
+    again. A copy of the folder under another name is another run there.
     """
 
     def __init__(self, cfg: Config, folder: RunFolder, log: Callable[[str], None]):
-        """Raises UserError if the package is missing."""
+        """Raises UserError if the package is missing or broken."""
         self._cfg, self._folder, self._log = cfg, folder.spool.folder, log
         self._name = folder.path.resolve().name
         package = cfg.log.tracker
         try:
             # A folder of that name, such as wandb makes, would be an empty module.
             self._init = importlib.import_module(package).init
-        except (ImportError, AttributeError) as e:
+        except Exception as e:  # also of a package that does not fit another one
             raise UserError(
-                f"log.tracker={package!r}: the package cannot be imported ({e}): "
-                f"pip install {package}, or leave log.tracker out"
+                f"log.tracker={package!r}: the package cannot be imported "
+                f"({type(e).__name__}: {e}): pip install {package}, or leave "
+                "log.tracker out"
             ) from e
         self._former = folder.path / f"tracker.{package}.json"
         self._path = self._folder / self._former.name
@@ -122,10 +123,11 @@ class Service:
         self._failed = False
 
     def start(self, step: int, tokens: int) -> None:
-        known = read_json(self._former) if step and self._former.exists() else None
-        if known is None:
+        known = read_json(self._former) if step and self._former.exists() else {}
+        # The copy of a folder, which may go on beside the original, has its file, too.
+        if known.get("name") != self._name:
             self.close()
-            known = {"id": uuid.uuid4().hex[:8], "last_steps": {}}
+            known = {"id": uuid.uuid4().hex[:8], "name": self._name, "last_steps": {}}
         self._known = known
 
     def write(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -230,6 +231,32 @@ def test_the_first_process_alone_sends(config, replace, service, tmp_path):
     cfg = replace(config, "log.tracker", "wandb")
     with trackers.open_trackers(cfg, RunFolder(tmp_path, writer=False), print) as made:
         assert made == []
+
+
+def test_a_copied_run_folder_is_another_run_there(config, replace, service, tmp_path):
+    """It may go on beside the original, which keeps its own."""
+    made = service("wandb")
+    cfg = replace(config, "log.tracker", "wandb")
+    assert train.train(cfg, tmp_path / "a", log=stop_at(11)) == train.PREEMPTED
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in "ab":
+        assert train.train(cfg, tmp_path / name, log=quiet) == 0
+    ids = [(t[1]["name"], t[1]["id"]) for t in made.told if t[0] == "init"]
+    assert [name for name, _ in ids] == ["a", "a", "b"]
+    assert ids[0] == ids[1]
+    assert ids[1][1] != ids[2][1]
+    steps = [t[1] for t in made.told if t[0] == "log"]
+    assert steps[-1] == 13
+
+
+def test_a_broken_package_is_named(config, replace, tmp_path, monkeypatch):
+    """What fails at import need not be an ImportError."""
+    (tmp_path / "wandb.py").write_text("raise TypeError('protobuf is too new')")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = replace(config, "log.tracker", "wandb")
+    with pytest.raises(UserError, match=r"TypeError: protobuf is too new"):
+        train.train(cfg, tmp_path / "run", log=quiet)
 
 
 @pytest.mark.parametrize("missing", [None, types.ModuleType("wandb")])
