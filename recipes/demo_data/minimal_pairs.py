@@ -59,9 +59,9 @@ EVERYDAY = {
 }
 UNITS = [f"{kind}-{n}" for kind, names in EVERYDAY.items() for n in names.split()]
 FIELDS = "year quarter month week day hour minute second"
-# Nouns whose gender or case varies, or is not CLDR's (il miglio), those that are another
-# word in another gender (le livre, la tour), and those before which articles have another
-# form (l'ora, lo yard, el acre).
+# Nouns whose gender or case varies, or is not CLDR's (il miglio), those that are
+# another word in another gender (le livre, la tour), and those before which articles
+# have another form (l'ora, lo yard, el acre).
 UNSURE = {
     "de": r".*(?i:meter|liter|löffel)|Hektar|Yard|Grad|Acre|Barrel|Joule|Pint|Pixel",
     "fr": r"[aâeéèêiîoôuûhy].*|livre|tour",
