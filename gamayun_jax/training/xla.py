@@ -7,6 +7,7 @@ planned is the one that runs.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -16,6 +17,11 @@ from gamayun_jax.storage import is_bucket
 
 PCI = Path("/sys/bus/pci/devices")
 GOOGLE, GOOGLE_NETWORK = "0x1ae0", "0x0042"  # PCI vendor; its device that is no TPU
+CPUINFO = Path("/proc/cpuinfo")
+CPU_FIELDS = {  # of x86 and of Arm
+    *("vendor_id", "cpu family", "model", "flags"),
+    *("CPU implementer", "CPU part", "CPU variant", "Features"),
+}
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
 GPU_FLAGS = {
@@ -78,18 +84,34 @@ def skip_absent_tpu(
         environment["JAX_PLATFORMS"] = "cpu"
 
 
+def instructions(cpuinfo: Path = CPUINFO) -> str:
+    """A name for the processor's kind and instructions; empty where it isn't known."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return ""
+    told = {line for line in lines if line.partition(":")[0].strip() in CPU_FIELDS}
+    named = "\n".join(sorted(told)).encode()
+    return f"cpu-{hashlib.sha256(named).hexdigest()[:12]}" if told else ""
+
+
 def keep_compilations(folder: Path) -> None:
     """Keep compiled programs on disk: a run that goes on does not compile again.
 
-    JAX_COMPILATION_CACHE_DIR names another folder. Not on CPUs, where a program
-    compiled for one machine's instructions may not run on the next.
+    JAX_COMPILATION_CACHE_DIR names another folder. On CPUs each kind has a folder of
+    its own in it: what is compiled for one's instructions may not run on the next.
     """
     import jax
 
-    if (
-        jax.default_backend() != "cpu"
-        and not jax.config.values["jax_compilation_cache_dir"]
-    ):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        if is_bucket(folder):  # which XLA's own caches cannot write
-            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    if (backend := jax.default_backend()) == "cpu":
+        kind = instructions()
+        if not kind or is_bucket(folder):
+            return
+        folder = folder / kind
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # XLA's own caches are for GPUs and no buckets; their path would be part of every
+    # program's key, so that a folder that was moved would be compiled for anew.
+    if backend != "gpu" or is_bucket(folder):
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

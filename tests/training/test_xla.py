@@ -78,14 +78,37 @@ def test_libtpu_is_silent_on_a_cpu_machine(tmp_path):
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-def test_no_cache_on_cpus(tmp_path):
+def test_each_kind_of_cpu_has_a_cache_of_its_own(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    xla.keep_compilations(tmp_path / "compiled")
-    assert jax.config.jax_compilation_cache_dir == before
+    others = jax.config.jax_persistent_cache_enable_xla_caches
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setattr(xla, "instructions", lambda: "")  # not known: none is kept
+        xla.keep_compilations(tmp_path)
+        assert not jax.config.jax_compilation_cache_dir
+        monkeypatch.setattr(xla, "instructions", lambda: "cpu-1")
+        xla.keep_compilations(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cpu-1")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", others)
+
+
+def test_kinds_of_cpus(tmp_path):
+    def of(text):
+        (tmp_path / "cpuinfo").write_text(text)
+        return xla.instructions(tmp_path / "cpuinfo")
+
+    one = "model\t: 85\nflags\t: sse avx2\ncpu MHz\t: 2000.0\n"
+    assert of(one) == of(one + one.replace("2000", "2100")).strip()  # a second core
+    assert of(one) != of(one.replace("avx2", "avx512f"))
+    assert of("Features\t: asimd sve\n") not in ("", of(one))
+    assert of("nothing\n") == xla.instructions(tmp_path / "none") == ""
 
 
 def test_a_cache_where_programs_stay_valid(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
+    others = jax.config.jax_persistent_cache_enable_xla_caches
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     try:
         xla.keep_compilations(tmp_path)
@@ -95,3 +118,4 @@ def test_a_cache_where_programs_stay_valid(tmp_path, monkeypatch):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", others)
