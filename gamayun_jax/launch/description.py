@@ -309,7 +309,7 @@ def check_commands(launch: Launch) -> None:
         raise UserError("run has no config: end with -- CONFIG --workdir DIR")
     for words in launch.commands:
         workdir = value_of("--workdir", words)
-        if not workdir.startswith(("/", "gs://")):
+        if not workdir.startswith(("/", "gs://", "s3://")):
             raise UserError(
                 f"--workdir {workdir!r} must be an absolute path on storage that all "
                 "workers share, or gs://...: see docs/tpu.md"

@@ -168,7 +168,8 @@ class Supervisor:
         launch = self.launch
         setup = Path(launch.setup).read_text() if launch.setup else ""
         extra = launch.extra or ("cuda" if launch.backend == "hosts" else "tpu")
-        if any("gs://" in word for command in launch.commands for word in command):
+        words_of_all = " ".join(word for c in launch.commands for word in c)
+        if "gs://" in words_of_all or "s3://" in words_of_all:
             extra += ",buckets"
         install = (scripts.INSTALL, commit, launch.python, setup, extra)
         say(f"installing commit {commit[:12]} on every worker")
