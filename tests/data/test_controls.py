@@ -366,7 +366,7 @@ def test_runs_are_checked_against_the_plan(tiny, tmp_path, capsys):
         line = json.dumps(record) + "\n"
         (tmp_path / name / "metrics.jsonl").write_text('{"kind": "train"}\n' + line)
     (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "metrics.jsonl").touch()
+    (tmp_path / "none" / "lineage.json").write_text("{}\n")
 
     def check(*names):
         runs = [str(tmp_path / name) for name in names]
