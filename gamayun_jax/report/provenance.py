@@ -80,7 +80,16 @@ def curriculum_sections(
     content = gap("curriculum.shares in lineage.json")
     if rows(run.lineage, "curriculum", "shares"):
         content = curriculum_chart("Share of each source over tokens", run, languages)
-    text = "Share of each source in the tokens trained on, stacked."
+    text = "Share of each source in the tokens trained on, as planned, stacked."
+    if names := [
+        plain(get(stage, "name"))
+        for stage in rows(run.config, "stages")
+        if get(stage, "mixture", "order") == "shuffled"
+    ]:
+        text += (
+            f" Examples come in a random order in {', '.join(names)}: over a part of "
+            "it, shares are about these."
+        )
     yield section(f"{who}Curriculum", text, content)
     yield from exposure_sections(run, who, languages)
 

@@ -296,6 +296,17 @@ def test_language_table():
     assert scores.language_text([]) == ""
 
 
+def test_a_shuffled_stage_is_named(tmp_path):
+    """Its shares are drawn as planned; what was served scatters."""
+    files = records(every=50)
+    names = {"align": "shuffled", "enrich": "interleaved"}
+    files["config.json"]["stages"] = [
+        {"name": k, "mixture": {"order": order}} for k, order in names.items()
+    ]
+    page = page_of(tmp_path / "out", write_run(tmp_path / "r", files))
+    assert "random order in align: over a part of it" in page.source
+
+
 def test_curriculum_figure_and_table(tmp_path):
     points = records()["lineage.json"]["curriculum"]["shares"]
     figure = figures.curriculum_figure(points)
