@@ -18,7 +18,7 @@ from gamayun_jax.data.corpus import open_corpus
 from gamayun_jax.data.loader import LocalBatches, local_batches
 from gamayun_jax.data.plan import make_data_plan
 from gamayun_jax.data.records import BadRecordError
-from gamayun_jax.storage import as_path
+from gamayun_jax.storage import as_path, local_file, upload_file
 
 
 @pytest.fixture
@@ -141,6 +141,16 @@ def test_what_is_no_corpus_there(corpus, bucket, tmp_path):
     manifest.write_text(json.dumps(former))
     with pytest.raises(UserError, match="names a shard outside of the corpus"):
         open_corpus(corpus)
+
+
+def test_large_objects(bucket, tmp_path):
+    """Beyond what one request of gcsfs, or a buffer of aiohttp, takes."""
+    data = np.random.default_rng(0).bytes(12_000_000)
+    (tmp_path / "x").write_bytes(data)
+    upload_file(tmp_path / "x", as_path(bucket) / "x")
+    (as_path(bucket) / "y").write_bytes(data)
+    assert local_file(as_path(bucket) / "x").read_bytes() == data
+    assert (as_path(bucket) / "y").read_bytes() == data
 
 
 def test_a_copy_goes_on_and_ends_with_the_manifest(config, bucket, bucket_server):
