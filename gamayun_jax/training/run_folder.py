@@ -8,7 +8,7 @@ metrics.jsonl   one JSON object a line: no gap and no duplicate after any crash;
                 bucket metrics/<number>.jsonl (records.py)
 goodput.json    where the run's time went
 events.*        the same for TensorBoard, and samples of what the model writes
-tracker.*.json  what the run is called by Weights & Biases or trackio
+tracker.*.json  what the run is called by Weights & Biases or trackio; wandb/ is its own
 eval/<step>.json
 eval/<step>.items/*.jsonl  units and items, at the start and at stage ends; in ema/
                 those of the average of the parameters
@@ -56,7 +56,7 @@ RECORDS = (
     *("tokenizer*", "generation_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
     *("metrics.jsonl", "metrics", "goodput.json", "events.*", "set_aside.*"),
-    *("rollbacks.json", "tracker.*"),
+    *("rollbacks.json", "tracker.*", "wandb"),
     *("divergence", "damaged", "profile", "report"),
 )
 # What may lie in a folder where no run has begun: logs, scripts, notes; and folders.

@@ -1,5 +1,6 @@
 """What a run shows while it trains, read back: TensorBoard, trackio, wandb."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -247,6 +248,16 @@ def test_a_copied_run_folder_is_another_run_there(config, replace, service, tmp_
     assert ids[1][1] != ids[2][1]
     steps = [t[1] for t in made.told if t[0] == "log"]
     assert steps[-1] == 13
+
+
+def test_what_a_service_wrote_moves_aside_with_the_records(tmp_path):
+    """Or a start that is killed just after --fresh would find files of no run."""
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    (tmp_path / "lineage.json").write_text("{}")
+    with contextlib.closing(RunFolder(tmp_path)) as folder:
+        place = folder.begin_afresh()
+    assert (place / "wandb" / "offline-run-1").is_dir()
+    RunFolder(tmp_path).close()
 
 
 def test_a_broken_package_is_named(config, replace, tmp_path, monkeypatch):
