@@ -11,8 +11,12 @@ from typing import Any
 from gamayun_jax.config import UserError
 
 # What a message tells to run, and the call that does the same.
-CALLS = (
-    (r"`gamayun corpus build CONFIG --out ([^`]+)`", r"`gx.build_corpus(cfg, '\1')`"),
+Words = str | Callable[[re.Match[str]], str]
+CALLS: tuple[tuple[str, Words], ...] = (
+    (
+        r"`gamayun corpus build CONFIG --out ([^`]+)`",
+        lambda found: f"`gx.build_corpus(cfg, {found[1]!r})`",
+    ),
     (r"`gamayun corpus build`", "`gx.build_corpus(cfg)`"),
     (r"`gamayun train`", "`gx.train`"),
 )

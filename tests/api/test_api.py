@@ -384,6 +384,8 @@ def test_errors_are_in_words_of_calls(here, tmp_path):
     assert messages.in_words_of_calls(told, {"out"}) == (
         "`gx.build_corpus(cfg, 'x/y')`: give out or --init-from"
     )
+    told = "`gamayun corpus build CONFIG --out Ann's`"
+    assert messages.in_words_of_calls(told, ()) == '`gx.build_corpus(cfg, "Ann\'s")`'
     other = dataclasses.replace(cfg, seed=cfg.seed + 1)
     assert raised(gx.train, other, run).endswith("or use another workdir")
     assert "leave fresh out" in raised(gx.train, cfg, run, fresh=True)
