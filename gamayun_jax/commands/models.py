@@ -232,6 +232,9 @@ def quantize(
 ) -> None:
     """Write a checkpoint with int8 or int4 weights, for small machines.
 
+    int4 weights are rounded by what they do to text of the model's corpus, or of the
+    embedded one where that is not there or the model's tokenizer is another.
+
     Prints bits per byte by language before and after. `gamayun eval` and `generate`
     read the folder.
 
@@ -248,13 +251,14 @@ def quantize(
     from gamayun_jax.data.corpus import open_corpus
     from gamayun_jax.data.model_tokenizer import open_tokenizer
     from gamayun_jax.evaluate import results, stored_model
-    from gamayun_jax.inference import quantize
+    from gamayun_jax.inference import quantize, rounding
     from gamayun_jax.interop import load_model
+    from gamayun_jax.model.weights import parameter_count
     from gamayun_jax.report import scores
     from gamayun_jax.training.model_folder import save_model
 
     files.check_new(out)
-    cfg, params, meta, _ = load_model.load_params(model, quantised=True)
+    cfg, params, meta, mesh = load_model.load_params(model, quantised=True)
     if not (corpus or cfg.data.corpus or no_eval):
         raise UserError(
             f"{model} was not trained on a corpus here: give --corpus, a corpus "
@@ -263,10 +267,20 @@ def quantize(
     if not no_eval:  # refused before the folder is written
         open_corpus(corpus or cfg.data.corpus)
     tokenizer = open_tokenizer(model, meta.tokenizer, corpus or cfg.data.corpus)
-    small = jax.jit(quantize.quantize, static_argnums=1)(params, bits)
+    if bits == 4 and not meta.bits:
+        rows, whose = rounding.text_rows(tokenizer, corpus or cfg.data.corpus)
+        print(f"rounding by {rows.size:,} tokens of {whose}", flush=True)
+        small = rounding.quantize_by_text(cfg, params, rows, mesh)
+        meta = dataclasses.replace(meta, group=quantize.GROUP)
+    else:
+        small = jax.jit(quantize.quantize, static_argnums=1)(params, bits)
     save_model(small, dataclasses.replace(meta, bits=bits), tokenizer, out)
     old, new = (quantize.size_bytes(tree) for tree in (params, small))
-    print(f"{out}: {new:,} bytes of weights, before {old:,}", flush=True)
+    per_weight = 8 * new / parameter_count(cfg.model)
+    print(
+        f"{out}: {new:,} bytes of weights, {per_weight:.2f} bits each; before {old:,}",
+        flush=True,
+    )
     del params, small
     evals = []
     for folder, label in () if no_eval else ((model, "before"), (out, f"int{bits}")):

@@ -1,9 +1,11 @@
-"""Weight-only quantisation: int8 per output channel, int4 in groups of 64.
+"""Weight-only quantisation: int8 per output channel, int4 in groups of 32.
 
-Symmetric, round to nearest. A quantised matrix is {"codes": integers, "scale":
-float32}, and the model gives it back its floats where it is used. The table of
-weights says what is quantised: embeddings are int8 in both, norms and biases stay
-float32.
+int8 is symmetric: {"codes": int8, "scale": float32}. int4 goes from the least to the
+greatest of a group: {"codes": uint8, two in each, "scale": bfloat16, "zero": uint8}, a
+weight being (code - zero) * scale: 4.75 bits. Here codes are the nearest; rounding.py
+chooses better ones. The model gives a matrix back its floats where it is used. The
+table of weights says what is quantised: embeddings are int8 in both, norms and biases
+stay float32.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import WEIGHTS
 from gamayun_jax.training.run_meta import RunMeta
 
-GROUP = 64
+GROUP = 32
+FORMER_GROUP = 64  # of folders whose meta names none: symmetric, so without "zero"
 RECORD = "quantised.json"  # of a quantised folder; `gamayun report` reads it
 MATRICES = {w.name: w for w in WEIGHTS.values() if w.kind.fewest_bits}
 
 
 def is_quantised(leaf: Any) -> bool:
     """Whether a dict is one quantised matrix."""
-    return isinstance(leaf, dict) and set(leaf) == {"codes", "scale"}
+    return isinstance(leaf, dict) and {"codes", "scale"} <= set(leaf)
 
 
 def map_leaves(function: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:
@@ -43,47 +46,91 @@ def map_leaves(function: Callable[[str, Any], Any], tree: Any, name: str = "") -
     return function(name, tree)
 
 
-def quantize_matrix(w: jax.Array, summed: tuple[int, ...], bits: int) -> Any:
-    """{"codes", "scale"} of one matrix, stacked over layers or not.
+def group_of(size: int) -> int:
+    """How many weights along an axis share a scale: the greatest divisor of GROUP.
 
-    8 bits: int8 codes, one scale per output channel. 4 bits: two codes in a uint8
-    along the first of the summed axes, a scale for each GROUP of them (the greatest
-    divisor of GROUP that fits). The error is at most half a scale.
+    Raises:
+      UserError: it is under 4.
+    """
+    group = math.gcd(size, GROUP)
+    if group < 4:
+        raise UserError(f"int4 needs groups of 4 or more, an axis has {size}: use int8")
+    return group
+
+
+def grid(parts: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Scale (bfloat16) and zero point (uint8) of groups along an axis, left as 1.
+
+    16 codes from the least to the greatest weight, 0 among them. bfloat16 has the range
+    of float32; codes are chosen for the scale as it is stored.
+    """
+    high = jnp.maximum(jnp.max(parts, axis=axis, keepdims=True), 0)
+    low = jnp.minimum(jnp.min(parts, axis=axis, keepdims=True), 0)
+    scale = (jnp.maximum(high - low, 1e-30) / 15).astype(jnp.bfloat16)
+    return scale, jnp.round(-low / scale.astype(jnp.float32)).astype(jnp.uint8)
+
+
+def encode(w: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+    """The nearest codes, uint8 from 0 to 15."""
+    steps = jnp.round(w / scale.astype(jnp.float32)) + zero.astype(jnp.float32)
+    return jnp.clip(steps, 0, 15).astype(jnp.uint8)
+
+
+def decode(
+    codes: jax.Array, scale: jax.Array, zero: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
+    """The weights of codes."""
+    return (codes.astype(dtype) - zero.astype(dtype)) * scale.astype(dtype)
+
+
+def pack(codes: jax.Array, axis: int) -> jax.Array:
+    """Two 4-bit codes in a uint8, neighbours along an axis."""
+    size = codes.shape[axis]
+    low, high = (
+        jax.lax.slice_in_dim(codes, i, size, stride=2, axis=axis) for i in (0, 1)
+    )
+    return low | (high << 4)
+
+
+def quantize_matrix(w: jax.Array, summed: tuple[int, ...], bits: int) -> Any:
+    """One matrix, stacked over layers or not, its weights rounded to the nearest code.
+
+    8 bits: one scale per output channel. 4 bits: two codes in a uint8 along the first
+    of the summed axes, a scale and a zero point for each group of them (`group_of`).
+    The error is at most half a scale, but for the rounding of the scale itself.
     """
     axis = w.ndim + summed[0]
     if bits == 8:
         highest = jnp.max(jnp.abs(w), axis=summed, keepdims=True)
         scale = jnp.maximum(highest, 1e-30) / 127
         return {"codes": jnp.round(w / scale).astype(jnp.int8), "scale": scale}
-    size = w.shape[axis]
-    group = math.gcd(size, GROUP)
-    if group < 4:
-        raise UserError(f"int4 needs groups of 4 or more, an axis has {size}: use int8")
-    parts = w.reshape(*w.shape[:axis], size // group, group, *w.shape[axis + 1 :])
-    highest = jnp.max(jnp.abs(parts), axis=axis + 1, keepdims=True)
-    scale = jnp.maximum(highest, 1e-30) / 7
-    codes = (jnp.round(parts / scale) + 8).astype(jnp.uint8).reshape(w.shape)
-    low, high = (
-        jax.lax.slice_in_dim(codes, i, size, stride=2, axis=axis) for i in (0, 1)
-    )
-    return {"codes": low | (high << 4), "scale": jnp.squeeze(scale, axis + 1)}
+    parts = _in_groups(w, axis, w.shape[axis] // group_of(w.shape[axis]))
+    scale, zero = grid(parts, axis + 1)
+    codes = encode(parts, scale, zero).reshape(w.shape)
+    scale, zero = (jnp.squeeze(x, axis + 1) for x in (scale, zero))
+    return {"codes": pack(codes, axis), "scale": scale, "zero": zero}
+
+
+def _in_groups(x: jax.Array, axis: int, groups: int) -> jax.Array:
+    """An axis as two, the first of `groups`."""
+    return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
 
 def dequantize(leaf: Any, dtype: Any = jnp.float32) -> jax.Array:
     """The matrix in `dtype`; what is not quantised is returned as it is."""
     if not is_quantised(leaf):
         return leaf
-    codes, scale = leaf["codes"], leaf["scale"].astype(dtype)
+    codes, scale = leaf["codes"], leaf["scale"]
     if codes.dtype == jnp.int8:
-        return codes.astype(dtype) * scale
+        return codes.astype(dtype) * scale.astype(dtype)
+    zero = leaf.get("zero", jnp.full_like(scale, 8))
     pairs = zip(codes.shape, scale.shape, strict=True)
     axis = next(i for i, (a, b) in enumerate(pairs) if a != b)
     both = jnp.stack([codes & 15, codes >> 4], axis=axis + 1)
-    head, rest = codes.shape[:axis], codes.shape[axis + 1 :]
-    groups = scale.shape[axis]
-    values = both.reshape(*head, groups, -1, *rest).astype(dtype) - 8
-    values *= jnp.expand_dims(scale, axis + 1)
-    return values.reshape(*head, 2 * codes.shape[axis], *rest)
+    shape = (*codes.shape[:axis], 2 * codes.shape[axis], *codes.shape[axis + 1 :])
+    parts = _in_groups(both.reshape(shape), axis, scale.shape[axis])
+    scale, zero = (jnp.expand_dims(x, axis + 1) for x in (scale, zero))
+    return decode(parts, scale, zero, dtype).reshape(shape)
 
 
 def quantize(params: Any, bits: int) -> Any:
@@ -112,9 +159,15 @@ def dequantize_all(params: Any) -> Any:
     return map_leaves(lambda _, leaf: dequantize(leaf), params)
 
 
-def abstract_quantised(abstract: Any, bits: int) -> Any:
-    """Abstract quantised parameters; codes lie on the devices as their matrix did."""
+def abstract_quantised(abstract: Any, bits: int, group: int | None) -> Any:
+    """Abstract quantised parameters; codes lie on the devices as their matrix did.
+
+    Args:
+      group: of int4, as the checkpoint's meta has it; None: a folder of before.
+    """
     shapes = jax.eval_shape(lambda p: quantize(p, bits), abstract)
+    if bits == 4 and group is None:
+        shapes = map_leaves(_former, shapes)
 
     def place(old: Any, new: Any) -> Any:
         if not is_quantised(new):
@@ -123,15 +176,29 @@ def abstract_quantised(abstract: Any, bits: int) -> Any:
         with contextlib.suppress(ValueError):  # two int4 codes a byte: half an axis
             old.sharding.shard_shape(new["codes"].shape)
             codes = old.sharding
-        layouts = {"codes": codes, "scale": whole}
         return {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layouts[name])
+            name: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=codes if name == "codes" else whole
+            )
             for name, x in new.items()
         }
 
     return jax.tree.map(
         place, abstract, shapes, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct)
     )
+
+
+def _former(_: str, leaf: Any) -> Any:
+    """Shapes of a matrix as former versions wrote it."""
+    if not is_quantised(leaf) or "zero" not in leaf:
+        return leaf
+    codes, scale = leaf["codes"], leaf["scale"]
+    pairs = zip(codes.shape, scale.shape, strict=True)
+    axis = next(i for i, (a, b) in enumerate(pairs) if a != b)
+    size = 2 * codes.shape[axis]
+    groups = size // math.gcd(size, FORMER_GROUP)
+    shape = (*scale.shape[:axis], groups, *scale.shape[axis + 1 :])
+    return {"codes": codes, "scale": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
 def write_record(out: Path, meta: RunMeta, bits: int, sizes: Any, evals: Any) -> None:

@@ -219,6 +219,9 @@ class Attention(nn.Module):
             out_BTNH = self_attention(*qkv, q_segments, impl)
         else:
             out_BTNH = attention(*qkv, q_segments, kv_segments, offset, q_contexts)
+        # Kept only where the collection is asked for: see inference/rounding.py.
+        self.sow("inputs", "q", x_BTD)
+        self.sow("inputs", "o", out_BTNH)
         return ops.linear(out_BTNH, _matrix(self, f"{at}/o")), layer_cache
 
 
@@ -235,6 +238,8 @@ class SwiGLU(nn.Module):
         )
         gate_BTF = checkpoint_name(ops.linear(x_BTD, gate_DF), "gate")
         up_BTF = checkpoint_name(ops.linear(x_BTD, up_DF), "up")
+        self.sow("inputs", "gate", x_BTD)
+        self.sow("inputs", "down", (gate_BTF, up_BTF))
         return ops.swiglu(gate_BTF, up_BTF, down_FD)
 
 
