@@ -309,6 +309,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="of the training")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--work", type=Path, help="default: a temporary folder")
+    parser.add_argument("--every", type=int, default=2, help="steps of a checkpoint")
     parser.add_argument("--bucket", action="store_true", help="train in a bucket")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
@@ -349,6 +350,7 @@ def soak(args: argparse.Namespace, work: Path, rng: random.Random) -> dict[str, 
         print(f"corpus build: {builds} kills, same files: {same['corpus']}", flush=True)
 
     words = ["--set", f"data.corpus={corpus}"]
+    words += ["--set", f"checkpoint.every_steps={args.every}"]
     straight, run = work / "straight", work / "run"
     address = str(run)
     if args.bucket:
