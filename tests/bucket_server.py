@@ -201,14 +201,16 @@ def bucket_server(root: Path | None = None) -> Iterator[Proxy]:
         words = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
         words += ["-backend", "filesystem", "-filesystem-root", str(folder)]
         words += ["-external-url", proxy.url, "-log-level", "error"]
+        # A shell in between ends the server when this process ends, however it does.
         process = subprocess.Popen(
-            [str(program), *words],
+            ["sh", "-c", '"$@" & read x; kill $!', "sh", str(program), *words],
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={k: v for k, v in os.environ.items() if "EMULATOR" not in k},
         )
         stack.callback(process.wait)
-        stack.callback(process.terminate)
+        stack.callback(process.stdin.close)
         thread = threading.Thread(target=proxy.serve_forever, daemon=True)
         thread.start()
         stack.callback(proxy.server_close)
