@@ -56,17 +56,19 @@ CARRIERS = re.compile(
 def is_loss(error: BaseException) -> bool:
     """Whether an error, or what it came from, is a collective that broke."""
     found: BaseException | None = error
+    files = False
     while found is not None:
         text = str(found)
         status = STATUS.match(text)
         code = status[1] if status else ""
-        own = isinstance(found, (UserError, OSError))  # may name a file so
+        # TensorStore's errors, of files, are ValueErrors as collectives' may be. Where
+        # one does not say whose it is, what Orbax made of it does.
+        files = files or "tensorstore" in text.lower()
+        own = files or isinstance(found, (UserError, OSError))  # may name a file so
         if not own and CARRIERS.search(text):
             return True
         if isinstance(found, jax.errors.JaxRuntimeError) and code not in OWN:
             return True
-        # TensorStore's errors, of files, are such ValueErrors too.
-        files = "tensorstore" in text.lower()
         if isinstance(found, ValueError) and code in BROKEN and not files:
             return True
         found = found.__cause__ or (

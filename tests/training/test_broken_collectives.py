@@ -24,6 +24,12 @@ def damage(cause):
     return error
 
 
+def of_orbax(cause):
+    error = Exception("Encountered error. See full TensorStore details: zarr3")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -51,6 +57,8 @@ def test_a_broken_collective_is_a_loss(error):
         Jax("INVALID_ARGUMENT: Executable expected shape f32[2]"),
         ValueError(FILES),
         damage(ValueError(FILES)),
+        of_orbax(ValueError("DATA_LOSS: Error reading 486 bytes: zstd failed")),
+        ValueError(f"UNAVAILABLE: Connection reset by peer [{FILES}]"),  # a bucket
         ValueError("could not broadcast input array from shape (3,) into shape (2,)"),
         UserError("/data/gloo/corpus: connection to its peer is no folder"),
         ConnectionResetError(104, "Connection reset by peer"),  # storage
