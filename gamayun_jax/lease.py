@@ -190,22 +190,29 @@ class Lease:
         self._error: LostError | None = None
         self._id = secrets.token_hex(8)
         self._count = 0
-        self._done = threading.Event()
+        self._done, self._losing = threading.Event(), threading.Lock()
+        self._reason = ""  # why it could not be renewed the last time
         self._take()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
-        self._thread.start()
+        # A request may last longer than the lease does, so another thread watches.
+        self._threads = [
+            threading.Thread(target=f, name="lease", daemon=True)
+            for f in (self._renew, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def check(self) -> None:
         """Raise LostError if this process must not write any more."""
         if not self._error and now() > self._until:
-            self._lose("it was not renewed in time")
+            self._lose(f"its lease could not be renewed in time ({self._reason})")
         if self._error:
             raise self._error
 
     def close(self) -> None:
         """Give the lease back; the next one has it at once."""
         self._done.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if not self._error:
             try:
                 self._object.delete(self._version)
@@ -266,8 +273,7 @@ class Lease:
 
     def _renew(self) -> None:
         pause = self._seconds / 3
-        reason = ""
-        while not self._done.wait(pause):
+        while not self._done.wait(pause) and not self._error:
             pause = self._seconds / 3
             try:
                 if not self._put(self._version):
@@ -275,22 +281,23 @@ class Lease:
                     owner = owner_of(text)
                     who = f"{owner.get('host')} (process {owner.get('pid')})"
                     self._lose(f"{who if owner else 'somebody'} took it over")
-                    return
             except Exception as e:  # of the network, of several packages
-                reason = " ".join(str(e).split())[:200]
+                self._reason = " ".join(str(e).split())[:200]
                 pause = self._seconds / 20
-            if now() > self._until - pause:
-                self._done.wait(max(0.0, self._until - now()))
-                self._lose(f"its lease could not be renewed in time ({reason})")
-                return
+
+    def _watch(self) -> None:
+        while not self._error and not self._done.wait(max(0.0, self._until - now())):
+            if now() >= self._until:
+                self._lose(f"its lease could not be renewed in time ({self._reason})")
 
     def _lose(self, reason: str) -> None:
-        if self._error or self._done.is_set():
-            return
-        self._error = LostError(
-            f"{self._what}: {reason}; this process writes nothing there any more. "
-            "What is there goes on with whoever has it; to go on here, start again"
-        )
+        with self._losing:
+            if self._error or self._done.is_set():
+                return
+            self._error = LostError(
+                f"{self._what}: {reason}; this process writes nothing there any more. "
+                "What is there goes on with whoever has it; to go on here, start again"
+            )
         self._lost(self._error)
 
 
