@@ -1,8 +1,11 @@
 """Eight CPU devices, and no implicit rank promotion, for every test."""
 
 import os
+import signal
 import sys
 
+# A shell that starts the tests with & has them ignore it, and what they start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Read when gcsfs is imported: it would ask Google of what type a bucket is.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"

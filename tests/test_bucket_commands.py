@@ -61,6 +61,7 @@ def made_by(run):
     return [{k: v for k, v in x.items() if k != "time"} for x in lines], evals, sums
 
 
+@pytest.mark.slow
 def test_a_run_whose_corpus_and_folder_are_in_a_bucket(
     local_run, remote, bucket, bucket_server
 ):

@@ -148,6 +148,7 @@ def test_lost_checkpoints_and_a_fresh_start(small, straight, begun):
     assert records(begun) == records(straight)
 
 
+@pytest.mark.slow
 def test_a_run_moves_into_a_bucket_and_out(small, straight, bucket, tmp_path):
     """Copied by other means than ours, which know of no marks."""
     there, here = as_path(bucket), tmp_path / "run"

@@ -95,6 +95,7 @@ def alone(base, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_alone_and_side_by_side_agree(alone, base, tmp_path):
     """Same examples, rates and averages; numbers but for the order of sums."""
     study = small_study(base)
