@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from gamayun_jax.config import ModelConfig, UserError
 from gamayun_jax.model import sharding
 from gamayun_jax.model.loss import nll_and_logsumexp
+from gamayun_jax.model.weights import VOCAB_MATRIX_AXES
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def token_scores(
       chunk: positions whose logits exist at a time; divides T, or is 0 for all.
     """
     B, T, _ = x_BTD.shape
-    w_VD = w_VD.astype(x_BTD.dtype)
+    w_VD = sharding.gather(w_VD, VOCAB_MATRIX_AXES, x_BTD.dtype)
 
     def score(part):
         x, targets = part

@@ -20,9 +20,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from gamayun_jax.config import ComputeConfig, ModelConfig
-from gamayun_jax.model import ops
+from gamayun_jax.model import ops, sharding
 from gamayun_jax.model.attention import OUTPUT, attention, self_attention
-from gamayun_jax.model.weights import WEIGHTS
+from gamayun_jax.model.weights import VOCAB_MATRIX_AXES, WEIGHTS
 
 
 class Remat(NamedTuple):
@@ -352,5 +352,5 @@ def unembedding(params: dict[str, Any]) -> jax.Array:
 
 def logits(params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
     """float32 logits [B, T, V] of hidden states; for evaluation and decoding."""
-    w_VD = unembedding(params).astype(x_BTD.dtype)
+    w_VD = sharding.gather(unembedding(params), VOCAB_MATRIX_AXES, x_BTD.dtype)
     return jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32)

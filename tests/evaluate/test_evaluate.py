@@ -37,7 +37,7 @@ def scores(config, corpus, params, mesh, devices=None, **changes):
     model = Transformer(cfg.model, cfg.compute)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         evaluator = HeldoutEvaluator(cfg, corpus, mesh, model)
-        placed = jax.device_put(params, sharding.replicated(mesh))
+        placed = jax.device_put(params, sharding.parameter_shardings(params, mesh))
         return evaluator.unit_sums(placed), evaluator.run(placed)[0]["udhr"]
 
 
@@ -114,18 +114,20 @@ def test_units_equal_those_run_alone(config, corpus, parameters, result, charact
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
-def test_any_mesh_and_batch_gives_the_same(config, corpus, parameters, result):
-    one, _ = scores(
-        config, corpus, parameters, MeshConfig(1, 1, 1), jax.devices()[:1], batch_size=3
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 2), (1, 8, 1), (4, 1, 2)])
+def test_any_mesh_and_batch_gives_the_same(config, corpus, parameters, result, mesh):
+    devices = jax.devices()[: math.prod(mesh)]
+    sums, _ = scores(
+        config, corpus, parameters, MeshConfig(*mesh), devices, batch_size=3
     )
-    np.testing.assert_allclose(one, result[0], rtol=1e-5)
+    np.testing.assert_allclose(sums, result[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [16, 128])
 def test_the_head_in_chunks_gives_the_same(config, corpus, parameters, result, chunk):
     compute = dataclasses.replace(config.compute, loss_chunk=chunk)
     cfg = dataclasses.replace(config, compute=compute)
-    chunked, _ = scores(cfg, corpus, parameters, MESH)
+    chunked, _ = scores(cfg, corpus, parameters, MeshConfig(1, 4, 2))
     np.testing.assert_allclose(chunked, result[0], rtol=1e-5)
 
 
