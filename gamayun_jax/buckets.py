@@ -8,7 +8,6 @@ folder is there as long as an object's name begins with it.
 from __future__ import annotations
 
 import functools
-import os
 import posixpath
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,13 +141,6 @@ def move(old: BucketPath, new: BucketPath) -> None:
         fs.rm(rest)
 
 
-def bucket_of(path: os.PathLike[str]) -> tuple[str, str]:
-    """(bucket, key) of a path in one."""
-    _, _, rest = os.fspath(path).partition("://")
-    bucket, _, key = rest.partition("/")
-    return bucket, key
-
-
 @os_errors
 def upload(local: Path, out: BucketPath) -> None:
     """Put the files of a local folder into a bucket; those that complete it last."""
@@ -176,7 +168,7 @@ def upload_file(local: Path, out: BucketPath) -> None:
 def reason_of(error: BaseException, path: BucketPath) -> str:
     """What is wrong with a bucket, and what to do, as the end of a message."""
     text, scheme = " ".join(str(error).split()), path._uri_scheme
-    bucket = bucket_of(path)[0]
+    bucket = path.parts[2]  # /, the scheme, the bucket, ...
     low = text.lower()
     if isinstance(error, FileNotFoundError) or "nosuchbucket" in low or "404" in low:
         return (

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from gamayun_jax.buckets import BucketPath, bucket_of, reason_of
+from gamayun_jax.buckets import BucketPath, reason_of
 from gamayun_jax.fields import UserError
-from gamayun_jax.storage import InUseError
+from gamayun_jax.storage import InUseError, bucket_of
 
 LEASE = 60.0  # seconds
 LOST = 4  # exit status of a process that lost its lease: it may be started again

@@ -39,6 +39,14 @@ def is_bucket(path: AnyPath | PurePath) -> bool:
     return scheme_of(path) in BUCKETS
 
 
+def bucket_of(path: AnyPath | PurePath) -> tuple[str, str]:
+    """(bucket, key) of an address, as the user's or as pathlib has it."""
+    found = ADDRESS.fullmatch(os.fspath(path))
+    assert found, path
+    bucket, _, key = found[2].partition("/")
+    return bucket, key
+
+
 def as_path(path: AnyPath | PurePath, where: str = "") -> Path:
     """The path that a user gave: a pathlib.Path, or a BucketPath with its methods.
 
@@ -61,7 +69,7 @@ def as_path(path: AnyPath | PurePath, where: str = "") -> Path:
         from gamayun_jax.buckets import BucketPath
     except ImportError as e:  # etils comes with Orbax, its parts for paths may not
         raise _no_package(where, path, scheme) from e
-    bucket, _, rest = ADDRESS.fullmatch(os.fspath(path))[2].partition("/")  # type: ignore[index]
+    bucket, rest = bucket_of(path)
     if len(bucket) < 3:
         raise UserError(
             f"{where}{path}: {bucket!r} is no bucket's name, which has three letters "

@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data.files import first_line, open_files_limit, unreadable
-from gamayun_jax.storage import is_bucket, scheme_of
+from gamayun_jax.storage import bucket_of, is_bucket, scheme_of
 
 MOST = 1024  # files that are kept open, where the system allows more
 COPY_AGAIN = "copy or build the corpus again"
@@ -69,7 +69,7 @@ class BucketShard:
 
     def __init__(self, path: str, size: int):
         self._path, self._size, self._stride = path, size, size + CHECKSUM
-        bucket, _, self._key = path.partition("://")[2].partition("/")
+        bucket, self._key = bucket_of(path)
         self._store = bucket_store(scheme_of(path), bucket)
 
     def read(self, number: int) -> bytes:
