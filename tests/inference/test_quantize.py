@@ -231,6 +231,7 @@ def test_the_command_line(trained, tmp_path, capfd):
     assert "exists already" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_generate_on_the_command_line(trained, tmp_path, capfd, monkeypatch):
     capfd.readouterr()
     model = str(trained)

@@ -330,6 +330,7 @@ def test_a_run_that_diverges_is_recorded_as_that(base, tmp_path, monkeypatch):
     assert sum("DIVERGED" in line for line in said) == 4
 
 
+@pytest.mark.slow
 def test_a_group_without_the_guard_still_records_its_other_runs(base, tmp_path):
     """A run that is not finite is diverged, whatever its config lets pass."""
     free = dataclasses.replace(
@@ -382,6 +383,7 @@ def test_steps_in_a_row_are_counted_as_the_detector_does():
             assert any(told) == (limit == most)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [0, 2])
 @pytest.mark.parametrize(
     ("at", "status"), [((1, 3, 5, 7), "done"), ((1, 4, 5), "diverged")]

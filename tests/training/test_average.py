@@ -157,6 +157,7 @@ def test_against_float64(scheme, run, params):
     assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype("float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_the_same_bits_on_any_devices(sizes, run, config, wide_config, tmp_path):
     if sizes == (2, 2, 2):  # a model of which every axis divides, as its batch does

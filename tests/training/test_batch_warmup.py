@@ -70,7 +70,9 @@ def test_batches_that_do_not_divide_over_the_devices(wide_config, replace):
     assert [many.microbatches_of(n) for n in (1, 2, 4, 8)] == [6, 3, 2, 1]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)]
+)
 def test_a_step_is_so_many_updates(wide_config, kind):
     """On one device and on eight, with the rows of each taken out by hand."""
     cfg = warmed(wide_config, 6, 10**6, ema_tokens=10**5, kind=kind)

@@ -144,6 +144,7 @@ def muon(cfg, **fields):
     return dataclasses.replace(cfg, optimizer=optimizer)
 
 
+@pytest.mark.slow
 def test_eight_devices_make_the_step_of_one(wide_config):
     """And the running means are divided as the matrices, which have no second one."""
     cfg = muon(wide_config)
