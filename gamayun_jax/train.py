@@ -193,7 +193,7 @@ def finish(run: Run, first_step: int) -> int:
     if run.step > first_step:
         run.folder.write("lineage.json", run.lineage)
         seconds = run.meters.timer.goodput(run.lineage["started"])
-        run.folder.write("goodput.json", seconds)
+        run.folder.write("goodput.json", seconds, often=True)
         run.log(goodput_text(seconds))
     if run.step < run.cfg.total_steps:
         run.log(

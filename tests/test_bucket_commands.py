@@ -12,8 +12,8 @@ from gamayun_jax import cli, train
 from gamayun_jax.data.copy_corpus import copy_corpus
 from gamayun_jax.storage import as_path, upload
 from gamayun_jax.training.checkpoint import Checkpoints
-from gamayun_jax.training.records import metric_lines
 from gamayun_jax.training.run_folder import find_checkpoint
+from gamayun_jax.training.spool import metric_lines
 
 
 def quiet(text):

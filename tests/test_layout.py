@@ -18,7 +18,7 @@ JSON_ONLY = {
     "data.files",
     "data.ledger",
     "evaluate.paired",
-    "training.records",
+    "training.spool",
     "training.run_folder",
     "training.ticker",
     "study.analysis",

@@ -20,8 +20,8 @@ from gamayun_jax.data.plan import past_plan
 from gamayun_jax.interop.hf_config import ARCHITECTURES
 from gamayun_jax.model.weights import parameter_count
 from gamayun_jax.training.meters import MetricAccumulator
-from gamayun_jax.training.records import metric_lines
 from gamayun_jax.training.run_meta import RunMeta
+from gamayun_jax.training.spool import metric_lines
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 

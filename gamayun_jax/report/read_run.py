@@ -14,8 +14,8 @@ from gamayun_jax.data.files import json_lines
 from gamayun_jax.fields import check_there
 from gamayun_jax.report.formats import plain
 from gamayun_jax.storage import as_path
-from gamayun_jax.training.records import metric_lines
 from gamayun_jax.training.run_folder import evaluations
+from gamayun_jax.training.spool import metric_lines
 
 BASELINES = {"uniform": "uniform", "unigram": "unigram", "xz": "xz -9e"}
 Span = tuple[str, float, float]  # name, first and last token of a stage

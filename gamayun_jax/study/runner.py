@@ -57,7 +57,7 @@ from gamayun_jax.training.average import average_meta, average_of
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.divergence import DivergedForGoodError
 from gamayun_jax.training.lineage import versions
-from gamayun_jax.training.records import metric_lines
+from gamayun_jax.training.spool import metric_lines
 
 Log = Callable[[str], None]
 Todo = list[tuple[MadeArm, int]]

@@ -104,7 +104,7 @@ def write_record(run: Run, step: int) -> None:
             {k: times.get(k, 0.0) for k in ("input_s", "wait_s")}
         )
     run.folder.add(record)
-    run.folder.write("goodput.json", timer.goodput(run.lineage["started"]))
+    run.folder.write("goodput.json", timer.goodput(run.lineage["started"]), often=True)
     flat = {k: record[k] for k in ("loss", "nll", "lr", "grad_norm")}
     flat |= {k: record["time"][k] for k in ("tokens_per_s", "mfu")}
     by_language = {k: v["nll"] for k, v in record["languages"].items()}

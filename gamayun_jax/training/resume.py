@@ -47,13 +47,13 @@ from gamayun_jax.training.lineage import (
     open_checkpoint,
 )
 from gamayun_jax.training.meters import Meters
-from gamayun_jax.training.records import BadRecordLog
 from gamayun_jax.training.run_folder import (
     RunFolder,
     config_changes,
     differences,
 )
 from gamayun_jax.training.run_meta import RunMeta
+from gamayun_jax.training.spool import BadRecordLog
 from gamayun_jax.training.step import (
     abstract_state,
     begin_ema,

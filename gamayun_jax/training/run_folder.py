@@ -48,7 +48,7 @@ from gamayun_jax.storage import (
     move,
     remove_tree,
 )
-from gamayun_jax.training.records import RecordLog, Spool
+from gamayun_jax.training.spool import RecordLog, Spool
 
 # What a start writes, besides the checkpoints themselves.
 RECORDS = (
@@ -207,12 +207,15 @@ class RunFolder:
         (self.path / "eval").mkdir(exist_ok=True)
         return place
 
-    def write(self, name: str, data: Any) -> None:
-        """Write a file of the folder whole: a text as it is, else as JSON."""
+    def write(self, name: str, data: Any, often: bool = False) -> None:
+        """Write a file of the folder whole: a text as it is, else as JSON.
+
+        Args:
+          often: at every record, so that a bucket gets it with those.
+        """
         if self.writer:
             self.check()
             whole = write_text if isinstance(data, str) else write_json
-            often = name == "goodput.json"
             whole((self.spool.folder if often else self.path) / name, data)
 
     def write_tokenizer(self, tokenizer: TextCoder) -> None:

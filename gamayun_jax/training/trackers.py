@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from gamayun_jax.config import Config, UserError, to_dict
 from gamayun_jax.data.files import read_json, write_json
-from gamayun_jax.training.records import Spool
 from gamayun_jax.training.run_folder import SAMPLES, RunFolder
+from gamayun_jax.training.spool import Spool
 
 Scalars = Mapping[str, float | None]  # by tag; None: not known
 EVENTS = 10_000  # in a file of a bucket, which is sent whole each time

@@ -278,7 +278,7 @@ def outcome(run: Path) -> dict:
     from gamayun_jax.model.sharding import make_mesh
     from gamayun_jax.training.checkpoint import Checkpoints
     from gamayun_jax.training.checksums import named_leaves
-    from gamayun_jax.training.records import metric_lines
+    from gamayun_jax.training.spool import metric_lines
     from gamayun_jax.training.step import abstract_state
 
     cfg = load_config(CONFIG)

@@ -14,11 +14,10 @@ from gamayun_jax.config import UserError
 from gamayun_jax.lease import LostError
 from gamayun_jax.report import read_run
 from gamayun_jax.storage import InUseError, as_path, remove_tree, upload
-from gamayun_jax.training import records as record_files
-from gamayun_jax.training import run_folder
+from gamayun_jax.training import run_folder, spool
 from gamayun_jax.training.checkpoint import Checkpoints
-from gamayun_jax.training.records import metric_lines
 from gamayun_jax.training.run_folder import RunFolder
+from gamayun_jax.training.spool import metric_lines
 
 
 def quiet(text):
@@ -89,13 +88,13 @@ def begun(small, bucket):
 
 
 def test_it_goes_on_as_if_nothing_had_been(small, straight, begun, monkeypatch):
-    monkeypatch.setattr(record_files, "CHUNK", 1)  # a file for each record
+    monkeypatch.setattr(spool, "CHUNK", 1)  # a file for each record
     said = []
     assert train.train(small, begun, log=said.append) == 0
     assert any(text.startswith("going on from step ") for text in said)
     assert leaves(begun) == leaves(straight)
     assert records(begun) == records(straight)
-    assert len(record_files.record_files(begun)) > 1
+    assert len(spool.record_files(begun)) > 1
 
 
 def test_a_second_writer_is_refused(small, begun):
@@ -138,6 +137,7 @@ def test_half_a_checkpoint_is_none(small, straight, begun):
     assert records(begun) == records(straight)
 
 
+@pytest.mark.slow
 def test_lost_checkpoints_and_a_fresh_start(small, straight, begun):
     remove_tree(begun / "checkpoints")
     with pytest.raises(UserError, match="--fresh"):
@@ -188,6 +188,7 @@ def test_what_is_wrong_with_a_bucket_is_said(small, bucket, bucket_server):
     assert "gcloud auth application-default login" in error_of(small, bucket)
 
 
+@pytest.mark.slow
 def test_who_lost_the_folder_writes_no_more(small, straight, bucket, monkeypatch):
     """Another process took it over in the midst."""
     path = as_path(bucket) / ".lock"

@@ -43,8 +43,8 @@ from gamayun_jax.training import checkpoint, cluster, meters, signals
 from gamayun_jax.training.compatibility import check_corpus
 from gamayun_jax.training.lineage import load_origin, share_points
 from gamayun_jax.training.meters import MetricAccumulator
-from gamayun_jax.training.records import BadRecordLog, Spool
 from gamayun_jax.training.run_folder import RunFolder
+from gamayun_jax.training.spool import BadRecordLog, Spool
 from gamayun_jax.training.step import abstract_state
 
 

@@ -38,7 +38,10 @@ class Spool:
         self.run, self._check = run, check
         self.remote = is_bucket(run)
         self.folder = Path(tempfile.mkdtemp(prefix="gamayun-")) if self.remote else run
-        self.lock = threading.RLock()  # held by who writes a line, and by an upload
+        self.lock = threading.RLock()  # held while a file is written or read
+        self._uploads = (
+            threading.Lock()
+        )  # one at a time, which nobody who writes awaits
         self._sent: dict[Path, tuple[int, int]] = {}
         self._stack = contextlib.ExitStack()
         if self.remote:
@@ -50,19 +53,21 @@ class Spool:
         Raises:
           OSError: it cannot be reached.
         """
-        with self.lock:
+        with self._uploads:
             for path in sorted(self.folder.rglob("*")) if self.remote else ():
-                if path.is_file() and path.stat().st_size:
+                if path.is_file():
                     self._send(path)
 
     def _send(self, path: Path) -> None:
-        stat = path.stat()
-        state = stat.st_size, stat.st_mtime_ns
-        if self._sent.get(path) != state:
-            self._check()
-            place = self.run / path.relative_to(self.folder).as_posix()
-            place.write_bytes(path.read_bytes())
-            self._sent[path] = state
+        with self.lock:
+            stat = path.stat()
+            state = stat.st_size, stat.st_mtime_ns
+            if not stat.st_size or self._sent.get(path) == state:
+                return
+            data = path.read_bytes()
+        self._check()
+        (self.run / path.relative_to(self.folder).as_posix()).write_bytes(data)
+        self._sent[path] = state
 
     def _try(self) -> None:
         with contextlib.suppress(Exception):  # of a network: again in a while
