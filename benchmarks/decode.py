@@ -1,9 +1,10 @@
-"""Decoding against `transformers` with the same weights: new tokens per second.
+"""Decoding and scoring against `transformers` with the same weights.
 
     python benchmarks/decode.py [--rounds 5]
 
 Both decode greedily with a key-value cache in float32 on all cores, in one process,
-in turns; the text must be the same. The time includes the prefill.
+in turns; the text must be the same. The time includes the prefill. Texts that are
+scored have 32 tokens.
 
 Figures (2 cores of an AMD EPYC, otherwise idle; torch 2.13.0, transformers
 5.23.0, jax 0.10.2; median of rounds, range in brackets; all tokens the same):
@@ -26,43 +27,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 
 import jax
 import numpy as np
 import torch
 import transformers
-from rows import ratio, row
+from peers import MODEL, NoText, compare_scoring, greedy, random_params
+from rows import compare, row
 
 from gamayun_jax import config as c
+from gamayun_jax.evaluate.loglikelihood import Scorer
 from gamayun_jax.inference.generator import Generator
 from gamayun_jax.model import sharding
 
-MODEL = c.ModelConfig(
-    vocab_size=8192, num_layers=8, d_model=256, num_heads=4, num_kv_heads=2,
-    head_dim=64, d_ff=768, max_seq_len=1024, qk_norm=True, rope_theta=10_000.0,
-)  # fmt: skip
 PROMPT, NEW = 64, 128
-
-
-class NoText:
-    """Token ids only: nothing is decoded to text, no token stops a row."""
-
-    stop_ids = ()
-
-
-def random_params(cfg: c.ModelConfig) -> dict:
-
-    from gamayun_jax.model.weights import abstract_params
-
-    rng = np.random.default_rng(0)
-
-    def draw(path, x):
-        norm = "scale" in jax.tree_util.keystr(path)
-        std = 0.1 if norm else 0.05
-        return (norm + std * rng.normal(size=x.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
+SHORT = 32  # tokens of a text that is scored
 
 
 def as_transformers(cfg: c.ModelConfig, params: dict) -> torch.nn.Module:
@@ -100,13 +79,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
+    parser.add_argument("--texts", type=int, nargs="+", default=[1, 8, 64])
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cores, help="of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     params = random_params(MODEL)
     theirs = as_transformers(MODEL, params)
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
-    ours = Generator(MODEL, params, mesh, NoText(), c.ComputeConfig(dtype="float32"))
+    compute = c.ComputeConfig(dtype="float32")
+    ours = Generator(MODEL, params, mesh, NoText(), compute)
+    scorer = Scorer(MODEL, params, mesh, compute)
+    rng = np.random.default_rng(0)
+    for count in args.texts:
+        ids = rng.integers(4, MODEL.vocab_size, (count, 1 + SHORT))
+        ids[:, 0] = 0
+        compare_scoring("float32", ids, scorer, theirs, args.rounds)
     for batch in args.batches:
         rng = np.random.default_rng(batch)
         ids = rng.integers(4, MODEL.vocab_size, (batch, PROMPT))
@@ -115,30 +103,11 @@ def main() -> None:
             return ours.generate_ids(ids.tolist(), NEW)
 
         def run_theirs(ids=ids) -> list[list[int]]:
-            tokens = torch.tensor(ids)
-            with torch.inference_mode():
-                out = theirs.generate(
-                    tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    max_new_tokens=NEW,
-                    min_new_tokens=NEW,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=0,
-                    eos_token_id=None,
-                )
-            return out[:, PROMPT:].tolist()
+            return greedy(theirs, ids, NEW)
 
         same = np.mean(np.array(run_ours()) == np.array(run_theirs()))
-        rates: dict[str, list[float]] = {"ours": [], "transformers": []}
-        for _ in range(args.rounds):
-            for name, run in (("ours", run_ours), ("transformers", run_theirs)):
-                begin = time.perf_counter()
-                run()
-                rates[name].append(batch * NEW / (time.perf_counter() - begin))
-        for name, values in rates.items():
-            row(f"batch {batch}: {name}", "tokens/s", values)
-        ratio(f"batch {batch}: ours over transformers", *rates.values())
+        runs = {"ours": run_ours, "transformers": run_theirs}
+        compare(f"batch {batch}", "tokens/s", batch * NEW, runs, args.rounds)
         row(f"batch {batch}: same tokens", "of 1", [float(same)])
 
 

@@ -36,7 +36,7 @@ def environment(way: str) -> dict[str, str]:
 def steps(rounds: int) -> dict[str, list[dict[str, float]]]:
     """Of a step, by round; both ways in turns."""
     command = [sys.executable, str(HERE / "train_step.py")]
-    command += ["--worker", "gamayun_jax scan"]
+    command += ["--worker", "gamayun_jax"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     running = {w: subprocess.Popen(command, env=environment(w), **pipes) for w in WAYS}
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}

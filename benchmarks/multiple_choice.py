@@ -20,35 +20,21 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import numpy as np
 import tokenizers
 import torch
-import zstandard
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from peers import MODEL, random_params, texts
 from rows import ratio, row
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gamayun_jax import config as c
 from gamayun_jax.evaluate.lm_eval import GamayunLM
 from gamayun_jax.interop import hf_config, hf_weights
-from gamayun_jax.model.weights import abstract_params
 
-MODEL = c.ModelConfig(
-    vocab_size=8192, num_layers=8, d_model=256, num_heads=4, num_kv_heads=2,
-    head_dim=64, d_ff=768, max_seq_len=1024, qk_norm=True, rope_theta=10_000.0,
-)  # fmt: skip
 LANGUAGES = ("en", "ru", "tr", "zh")
 CONTEXT, CHOICE, CHOICES = 200, 16, 4
 BATCHES = (1, 4, 16, 64)
-
-
-def texts(language: str) -> list[str]:
-    """Paragraphs of the embedded held-out help pages."""
-    path = c.DEMO_CORPUS / f"heldout/{language}.jsonl.zst"
-    with zstandard.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
 
 
 def write_model(folder: Path) -> tokenizers.Tokenizer:
@@ -67,14 +53,7 @@ def write_model(folder: Path) -> tokenizers.Tokenizer:
     own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
     (folder / "config.json").write_text(json.dumps(hf_config.config_to_hf(MODEL)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, x):
-        norm = "scale" in jax.tree_util.keystr(path)
-        return (norm + 0.05 * rng.normal(size=x.shape)).astype(np.float32)
-
-    params = jax.tree_util.tree_map_with_path(draw, abstract_params(MODEL))
-    hf_weights.write_weights(params, MODEL, folder)
+    hf_weights.write_weights(random_params(MODEL), MODEL, folder)
     return tok
 
 

@@ -8,9 +8,9 @@
 Llama-style, 8 layers, width 256, 4 heads, FFN 1024, vocabulary 8192, sequences of 256,
 batch 16, float32, AdamW, synthetic tokens. Each peer is a process of its own that
 makes a few steps when told to; rounds go in turns. Ours is the real step of step.py:
-token weights, per-language sums, segment ids and all; "ema" also keeps a moving average
-of the parameters. Reported: medians of wall time and of CPU time, the time to the first
-step and the peak resident memory.
+token weights, per-language sums, segment ids and all, layers in a scan; "ema" also
+keeps a moving average of the parameters. Reported: medians of wall time and of CPU
+time, the time to the first step and the peak resident memory.
 
   jax      what one writes first: einsums, log_softmax + take_along_axis, optax.adamw,
            layers unrolled
@@ -46,7 +46,7 @@ LAYERS, D, N, F, V, T, B = 8, 256, 4, 1024, 8192, 256, 16
 STEPS = 3  # of a turn
 PEERS = (
     "gamayun_jax",
-    "gamayun_jax scan",
+    "gamayun_jax unrolled",
     "gamayun_jax ema",
     "jax",
     "eager",
@@ -316,7 +316,7 @@ def worker(peer: str, threads: int) -> None:
     if peer == "jax":
         one = bare_jax()
     elif peer.startswith("gamayun_jax"):
-        one = ours("scan" in peer, "ema" in peer)
+        one = ours("unrolled" not in peer, "ema" in peer)
     elif peer == "levanter":
         one = levanter()
     else:

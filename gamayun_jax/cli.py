@@ -245,8 +245,9 @@ def parse(words: Sequence[str]) -> functools.partial[Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     xla.skip_absent_tpu()
-    # Libraries' warnings are not for the user of the command line.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Libraries' words are not for the user of the command line: what Orbax logs with
+    # a traceback it raises too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         status = parse(sys.argv[1:] if argv is None else argv)()
         sys.stdout.flush()
@@ -270,8 +271,15 @@ def command() -> NoReturn:
     """The `gamayun` command: `main`, ended with its status.
 
     A save that failed can leave threads of Orbax waiting ten minutes for each other,
-    and Python would wait for them: a failed command does not.
+    and Python would wait for them: a failed command does not. What TensorStore has to
+    say to Orbax's event loop when that is closed is no error of anybody's.
     """
+
+    def tell(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(what)
+
+    sys.unraisablehook = tell
     try:
         status = main()
     except Exception:

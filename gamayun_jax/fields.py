@@ -19,7 +19,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -38,11 +38,28 @@ class UserError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+def causes_of(error: BaseException, contexts: bool) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on; each once.
+
+    Args:
+      contexts: also what was being handled when it was raised, as a traceback shows.
+    """
+    found: BaseException | None = error
+    seen: set[int] = set()  # `raise e from e` makes an error its own cause
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        handled = contexts and not found.__suppress_context__
+        found = found.__cause__ or (found.__context__ if handled else None)
+
+
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
+SCHEMES = tuple(f"{scheme}://" for scheme in BUCKETS)
 LOCAL = (
-    "a path on this machine: addresses such as gs:// and s3:// are not read here, copy "
-    "it or mount the bucket"
+    f"a path on this machine: addresses such as {' and '.join(SCHEMES)} are not read "
+    "here, copy it or mount the bucket"
 )
-STORED = "a path on this machine, gs://BUCKET/... or s3://BUCKET/..."
+STORED = f"a path on this machine, {' or '.join(f'{s}BUCKET/...' for s in SCHEMES)}"
 
 
 def is_local(path: str | Path) -> bool:
@@ -55,7 +72,8 @@ def is_local(path: str | Path) -> bool:
 
 def is_stored(path: str | Path) -> bool:
     """Whether a path is on this machine, or in a bucket of a kind that is read."""
-    return is_local(path) or re.match("(gs|s3):/+[^/]{3}", str(path)) is not None
+    bucket = f"({'|'.join(BUCKETS)}):/+[^/]{{3}}"
+    return is_local(path) or re.match(bucket, str(path)) is not None
 
 
 def check_local(path: str | Path, where: str) -> None:
@@ -66,12 +84,14 @@ def check_local(path: str | Path, where: str) -> None:
 
 def check_there(path: AnyPath, where: str, advice: str) -> None:
     """Raise UserError, which begins with `where`, for a path at which nothing is, with
-    the nearest name beside it."""
+    the nearest name beside it; or for one whose bucket is not there."""
     place: Any = path
     if not isinstance(path, PurePath) or isinstance(path, Path):  # not in a bucket
         place = Path(path)
         check_local(place, where)
     if not place.exists():
+        if not isinstance(place, Path):
+            place.check_bucket(where)
         beside = place.parent.iterdir() if place.parent.is_dir() else ()
         near = nearest(place.name, [p.name for p in beside])
         hint = f" (did you mean {place.parent / near}?)" if near else ""

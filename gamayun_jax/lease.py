@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gamayun_jax.buckets import BucketPath, reason_of
 from gamayun_jax.fields import UserError
@@ -33,21 +33,9 @@ class LostError(UserError):
     """The lease is not this process's any more: it must not write."""
 
 
-class Conditional(Protocol):
-    """An object that is written and deleted on conditions."""
-
-    def read(self) -> tuple[str, Any]:
-        """(text, version); ("", None) where there is no object."""
-
-    def write(self, text: str, version: Any) -> Any:
-        """Write over that version (None: over nothing); the new version, or None if
-        another one is there."""
-
-    def delete(self, version: Any) -> None: ...
-
-
 class GoogleObject:
-    """By generations."""
+    """An object that is written and deleted on the condition that it is a version: by
+    generations, of which a bucket at gs:// gives each write a new one."""
 
     def __init__(self, path: BucketPath, patience: float):
         """`patience`: seconds in which a request that failed is made again."""
@@ -64,6 +52,7 @@ class GoogleObject:
         return self._bucket.blob(self._key)
 
     def read(self) -> tuple[str, Any]:
+        """(text, version); ("", None) where there is no object."""
         from google.api_core.exceptions import NotFound
 
         try:
@@ -75,6 +64,8 @@ class GoogleObject:
             return "", None
 
     def write(self, text: str, version: Any) -> Any:
+        """Write over that version (None: over nothing); the new version, or None if
+        another one is there."""
         from google.api_core.exceptions import PreconditionFailed
 
         try:
@@ -88,47 +79,6 @@ class GoogleObject:
 
     def delete(self, version: Any) -> None:
         self._blob().delete(if_generation_match=version, **self._patience)
-
-
-class AmazonObject:
-    """By entity tags; what is written is never the same twice, so neither are they."""
-
-    def __init__(self, path: BucketPath, patience: float):
-        """`patience` is for the package to choose."""
-        bucket, key = bucket_of(path)
-        self._fs, self._at = path.fs, dict(Bucket=bucket, Key=key)
-
-    def read(self) -> tuple[str, Any]:
-        try:
-            head = self._fs.call_s3("head_object", **self._at)
-            text = self._fs.cat_file(f"{self._at['Bucket']}/{self._at['Key']}")
-            return text.decode(), head["ETag"]
-        except FileNotFoundError:
-            return "", None
-
-    def write(self, text: str, version: Any) -> Any:
-        condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
-        try:
-            made = self._fs.call_s3(
-                "put_object", Body=text.encode(), **self._at, **condition
-            )
-            return made["ETag"]
-        except FileExistsError:
-            return None
-        except OSError as e:
-            if "PreconditionFailed" in f"{e} {e.__cause__}":
-                return None
-            raise
-
-    def delete(self, version: Any) -> None:
-        if self.read()[1] == version:
-            self._fs.call_s3("delete_object", **self._at)
-
-
-OBJECTS: dict[str, Callable[[BucketPath, float], Conditional]] = {
-    "gs": GoogleObject,
-    "s3": AmazonObject,
-}
 
 
 def now() -> float:
@@ -186,7 +136,7 @@ class Lease:
         """
         self._what, self._lost, self._log = what, lost, log
         self._seconds = seconds or LEASE
-        self._object = OBJECTS[path.parts[1]](path, self._seconds / 4)
+        self._object = GoogleObject(path, self._seconds / 4)
         self._error: LostError | None = None
         self._id = secrets.token_hex(8)
         self._count = 0

@@ -7,22 +7,26 @@ stands here: whole trees, and what a bucket has in place of a rename.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import fcntl
 import functools
 import os
+import platform
 import re
 import shutil
+import stat
 import tempfile
 from pathlib import Path, PurePath
 from typing import Any, cast
 
-from gamayun_jax.fields import AnyPath, UserError
+from gamayun_jax.fields import BUCKETS, SCHEMES, AnyPath, UserError
 
 
 class InUseError(UserError):
     """Another process writes a folder."""
 
 
-BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
 # pathlib takes one of an address's slashes away.
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 
@@ -60,10 +64,9 @@ def as_path(path: AnyPath | PurePath, where: str = "") -> Path:
     if not scheme:
         return Path(path)
     if scheme not in BUCKETS:
-        known = ", ".join(f"{k}://" for k in BUCKETS)
         raise UserError(
             f"{where}{path} is an address of a kind that is not read: give a path on "
-            f"this machine or one of {known}; or mount what is there"
+            f"this machine or one of {', '.join(SCHEMES)}; or mount what is there"
         )
     try:
         from gamayun_jax.buckets import BucketPath
@@ -88,6 +91,21 @@ def _no_package(where: str, path: Any, scheme: str) -> UserError:
         f"{where}{path}: buckets of {scheme}:// are read by the package "
         f"{BUCKETS[scheme]}, which is not installed: pip install 'gamayun_jax[buckets]'"
     )
+
+
+def with_checkpoints(folder: Path) -> Path:
+    """The folder itself.
+
+    Raises:
+      UserError: checkpoints cannot be written or read there.
+    """
+    if (scheme := scheme_of(folder)) not in ("", "gs"):
+        raise UserError(
+            f"{folder}: checkpoints are written and read by Orbax, which knows disks "
+            f"and gs://, not {scheme}://: give one of these, and copy what should be "
+            "there (`aws s3 sync`)"
+        )
+    return folder
 
 
 def as_given(path: Path) -> Path:
@@ -167,15 +185,45 @@ def local_file(path: Path) -> Path:
     what is in a bucket, which goes with this process."""
     if not is_bucket(path):
         return path
-    local = Path(tempfile.mkdtemp(dir=_copies().name), path.name)
+    local = Path(tempfile.mkdtemp(dir=process_folder()), path.name)
     download_file(path, local)
     return local
 
 
 @functools.cache
-def _copies() -> tempfile.TemporaryDirectory[str]:
-    """Deleted when the process ends."""
-    return tempfile.TemporaryDirectory()
+def process_folder() -> Path:
+    """A temporary folder of this process, deleted when it ends. Where it is killed, the
+    next process that asks for its own deletes it: the system drops the lock on it."""
+    # With the host's name: machines may share the folder above, and not its locks.
+    root = Path(tempfile.gettempdir(), f"gamayun-{os.getuid()}-{platform.node()}")
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    found = root.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        root = Path(tempfile.mkdtemp(prefix="gamayun-"))  # that one is somebody else's
+    all_of_them = os.open(root, os.O_RDONLY)
+    unlocked = contextlib.suppress(OSError)  # on NFS: nothing is deleted there
+    with unlocked:  # none is half made while they are looked at
+        fcntl.flock(all_of_them, fcntl.LOCK_EX)
+    for former in root.iterdir():
+        with unlocked:
+            held = os.open(former, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(former, ignore_errors=True)
+            finally:
+                os.close(held)
+    made, owner = Path(tempfile.mkdtemp(dir=root)), os.getpid()
+    with unlocked:  # not closed: the lock lives as long as the process, and its forks
+        fcntl.flock(os.open(made, os.O_RDONLY), fcntl.LOCK_EX)
+    os.close(all_of_them)
+
+    def delete() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(made, ignore_errors=True)
+
+    atexit.register(delete)
+    return made
 
 
 def upload_file(local: Path, out: Path) -> None:

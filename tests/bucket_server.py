@@ -1,5 +1,6 @@
-"""A server of buckets on this machine: fake-gcs-server behind a proxy that counts
-requests and bytes, and answers with faults where a test asks for them.
+"""Servers of buckets on this machine: fake-gcs-server (gs://) and moto (s3://), behind
+a proxy that counts requests and bytes, and answers with faults where a test asks for
+them.
 
     python tests/bucket_server.py FOLDER [LATENCY]
 
@@ -16,6 +17,7 @@ import http.server
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "runs"
+DROPS, PAUSE = 8, 0.05  # parts of a slow answer, and seconds between them
 COUNTS = "/counts"  # asked of the proxy itself: requests by kind, and bytes
 
 
@@ -61,7 +64,8 @@ class Proxy(http.server.ThreadingHTTPServer):
       counts: requests by kind; `log`: (kind, object or prefix) of each.
       sent, received: bytes of bodies that clients sent and got.
       fault: (kind, object or prefix) -> a status to answer with, seconds to wait before
-        the answer, "cut" for half of one, or None.
+        the answer, "cut" for half of one, "slow" for one that comes in drops, "hang"
+        for none ever, or None.
       latency: seconds that every request waits.
     """
 
@@ -122,7 +126,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(200, [], json.dumps(told).encode())
             return
         kind = kind_of(self.command, self.path)
-        proxy.counts[kind] += 1
+        counts = proxy.counts
+        counts[kind] += 1
         url = urlsplit(self.path)
         asked = parse_qs(url.query)
         name = (asked.get("prefix") or asked.get("name") or [unquote(url.path)])[0]
@@ -138,6 +143,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if isinstance(fault, float):
             time.sleep(fault)
+        if fault == "hang":
+            select.select([self.connection], [], [])  # until the client leaves
+            self.close_connection = True
+            return
         headers = {
             k: v
             for k, v in self.headers.items()
@@ -148,10 +157,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.behind.request(self.command, self.path, body or None, headers)
         found = self.behind.getresponse()
         data = found.read()
-        proxy.received += len(data)
-        self.reply(found.status, found.getheaders(), data, cut=fault == "cut")
+        if counts is proxy.counts:  # asked since the last reset
+            proxy.received += len(data)
+        self.reply(found.status, found.getheaders(), data, fault)
 
-    def reply(self, status: int, headers, data: bytes, cut: bool = False) -> None:
+    def reply(self, status: int, headers, data: bytes, fault=None) -> None:
         self.send_response_only(status)
         for key, value in headers:
             if key.lower() in ("transfer-encoding", "content-length", "connection"):
@@ -159,11 +169,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if key.lower() == "location":  # of an upload in parts: through here too
                 value = value.replace(self.server.server_host, self.headers["Host"])
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
+        length = dict(headers).get("Content-Length") if self.command == "HEAD" else None
+        self.send_header("Content-Length", length or str(len(data)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if cut else data)
-        if cut:
+        drops = DROPS if fault == "slow" else 1
+        length = 0 if self.command == "HEAD" else len(data) // (1 + (fault == "cut"))
+        for k in range(drops):
+            self.wfile.write(data[length * k // drops : length * (k + 1) // drops])
+            time.sleep(PAUSE if drops > 1 else 0)
+        if fault == "cut":
             self.close_connection = True
 
     def __getattr__(self, name: str):
@@ -227,6 +241,48 @@ def bucket_server(root: Path | None = None) -> Iterator[Proxy]:
             except OSError:
                 time.sleep(0.05)
         yield proxy
+
+
+@contextlib.contextmanager
+def amazon_server() -> Iterator[tuple[Proxy, dict[str, str]]]:
+    """A running server of s3:// with the bucket `runs`, behind the proxy that it gives,
+    and what to put into the environment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    # The shell ends the server when this process ends, however it does.
+    process = subprocess.Popen(
+        ["sh", "-c", '"$@" & read x; kill $!', "sh", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    proxy = Proxy(f"http://127.0.0.1:{port}")
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    make = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+    try:
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(make).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield (
+            proxy,
+            {
+                "AWS_ENDPOINT_URL": proxy.url,
+                "AWS_ACCESS_KEY_ID": "test",
+                "AWS_SECRET_ACCESS_KEY": "test",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            },
+        )
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+        process.stdin.close()
+        process.wait()
 
 
 if __name__ == "__main__":

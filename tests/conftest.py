@@ -101,6 +101,25 @@ def bucket(bucket_server, request, monkeypatch):
     bucket_server.reset()
 
 
+@pytest.fixture(scope="session")
+def amazon_server():
+    """The proxy in front of a server of s3:// on this machine, and its environment."""
+    pytest.importorskip("moto")
+    with servers.amazon_server() as started:
+        yield started
+
+
+@pytest.fixture
+def amazon_bucket(amazon_server, request, monkeypatch):
+    """As `bucket`, at s3://."""
+    proxy, environment = amazon_server
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    yield f"s3://{servers.BUCKET}/{request.node.name.replace('[', '-').strip(']')}"
+    proxy.fault = lambda *_: None
+    proxy.reset()
+
+
 def small_config(folder: Path) -> c.Config:
     """Two stages on three languages of the embedded corpus: seconds on a CPU."""
     demo = c.DEMO_CORPUS

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_parts_become_tables_and_failures_are_said(everything, tmp_path, monkeyp
 
 def test_every_part_is_a_benchmark_with_these_options(everything):
     """argparse would refuse what a benchmark does not know, when it is too late."""
-    assert sum(p.minutes for p in everything.PARTS.values()) < 60
+    assert sum(p.minutes for p in everything.PARTS.values()) < 75
     for part in everything.PARTS.values():
         for words in (part.words, part.quick):
             script, *options = words.split()
@@ -71,6 +72,7 @@ def test_every_part_is_a_benchmark_with_these_options(everything):
 def test_a_small_run_of_each_benchmark(name, tmp_path):
     out = tmp_path / "speed.md"
     command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--out", str(out)]
-    subprocess.run([*command, "--parts", name], check=True)
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
+    subprocess.run([*command, "--parts", name], check=True, env=env)
     rows = [line for line in out.read_text().splitlines() if line.startswith("| ")]
     assert len(rows) > 3, json.dumps(rows)

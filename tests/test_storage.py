@@ -1,11 +1,15 @@
 """Paths on this machine and in buckets are read and written alike."""
 
 import contextlib
+import os
+import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
@@ -22,6 +26,7 @@ def test_addresses(bucket):
         assert path.absolute() == path.resolve() == path
         assert str(path.parent.parent / "c.json") == "gs://runs/c.json"
         assert as_path(path) == path
+        assert type(epath.Path("gs://runs/a/b")) is type(path)  # JAX's and Orbax's, too
     assert as_path("gs://runs").name == "runs"
     with pytest.raises(
         UserError, match=r"--out hdfs://x/y is an address.*gs://, s3://"
@@ -43,9 +48,9 @@ as_path("gs://runs/a", "--workdir ")
     assert "pip install 'gamayun_jax[buckets]'" in run.stderr
 
 
-@pytest.mark.parametrize("there", ["here", "bucket"])
+@pytest.mark.parametrize("there", ["here", "bucket", "amazon_bucket"])
 def test_files_and_folders(there, tmp_path, request):
-    root = as_path(request.getfixturevalue("bucket")) if there == "bucket" else tmp_path
+    root = tmp_path if there == "here" else as_path(request.getfixturevalue(there))
     folder, path = root / "a", root / "a" / "x.json"
     assert not path.exists()
     assert not path.is_file()
@@ -99,3 +104,62 @@ def test_what_completes_a_folder_comes_last(bucket, bucket_server):
     written = [Path(name).name for kind, name in bucket_server.log if kind == "write"]
     assert set(written[:2]) == {"1.bin", "z.txt"}
     assert set(written[2:]) == {"config.json", "manifest.json"}
+
+
+WAITS = """
+import sys, time
+from pathlib import Path
+from gamayun_jax.storage import process_folder
+(process_folder() / "half").write_text("x")
+print(process_folder(), flush=True)
+if sys.argv[1:]:
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_deleted_by_the_next(tmp_path):
+    """And nothing of one that lives, or of one that starts at the same moment."""
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    words = [sys.executable, "-c", WAITS]
+
+    def start():
+        command = [*words, "waits"]
+        life = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        return life, life.stdout
+
+    lives = [start() for _ in range(4)]
+    folders = [Path(out.readline().strip()) for _, out in lives]
+    assert len(set(folders)) == 4
+    assert all((folder / "half").exists() for folder in folders)
+    lives[0][0].send_signal(signal.SIGKILL)
+    lives[0][0].wait()
+    assert folders[0].exists()
+    run = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    assert not folders[0].exists()
+    assert all((folder / "half").exists() for folder in folders[1:])
+    assert not Path(run.stdout.strip()).exists()  # it ended well
+    for life, out in lives:
+        life.kill()
+        life.wait()
+        out.close()
+    subprocess.run(words, env=env, capture_output=True, check=True)
+    assert [list(root.iterdir()) for root in tmp_path.iterdir()] == [[]]
+
+
+@pytest.mark.parametrize("what", ["folder", "nothing", "file"])
+def test_a_folder_that_is_somebody_elses_is_not_used(tmp_path, what):
+    """Nor what a link leads to, nor one that leads nowhere, nor a file."""
+    ours = tmp_path / f"gamayun-{os.getuid()}-{platform.node()}"
+    if what == "file":
+        ours.write_text("")
+    else:
+        ours.symlink_to(tmp_path / "other")
+    if what == "folder":
+        (tmp_path / "other").mkdir()
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    words = [sys.executable, "-c", WAITS]
+    run = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    used = Path(run.stdout.strip()).parent
+    assert used.name.startswith("gamayun-")
+    assert used != ours
+    assert not (tmp_path / "other").exists() or not any((tmp_path / "other").iterdir())

@@ -15,7 +15,7 @@ from typing import Annotated
 
 from gamayun_jax.config import UserError
 from gamayun_jax.fields import LOCAL, is_local
-from gamayun_jax.storage import check_writable, is_bucket
+from gamayun_jax.storage import check_writable, is_bucket, with_checkpoints
 
 REPOSITORY = Path(__file__).parents[2]
 FORMATS = (".png", ".svg", ".pdf")  # of pictures that matplotlib writes
@@ -40,6 +40,8 @@ Local = Annotated[Path, LOCAL_PATH]
 WRITABLE = ("a folder that can be made and written", can_write)
 Folder = Annotated[Path, WRITABLE]
 LocalFolder = Annotated[Local, WRITABLE]
+# A folder that gets checkpoints.
+RunFolder = Annotated[Path, ("where checkpoints can be", with_checkpoints), WRITABLE]
 File = Annotated[
     Local,
     (

@@ -25,7 +25,7 @@ from gamayun_jax.storage import as_path
 def build_corpus(
     config: Local,
     *,
-    out: LocalFolder,
+    out: Folder,
     workers: Count | None = None,
     set_: Repeated = (),
 ) -> None:

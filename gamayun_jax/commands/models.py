@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from gamayun_jax.commands import Folder, Repeated, note
+from gamayun_jax.commands import Folder, Repeated, RunFolder, note
 from gamayun_jax.config import Count, UserError, Whole
 from gamayun_jax.data import files
 
@@ -224,7 +224,7 @@ def lm_eval(*arguments: str) -> None:
 
 def quantize(
     model: Path,
-    out: Path,
+    out: RunFolder,
     *,
     bits: Literal[8, 4] = 8,
     corpus: Path | None = None,
@@ -271,7 +271,7 @@ def quantize(
         rows, whose = rounding.text_rows(tokenizer, corpus or cfg.data.corpus)
         print(f"rounding by {rows.size:,} tokens of {whose}", flush=True)
         small = rounding.quantize_by_text(cfg, params, rows, mesh)
-        meta = dataclasses.replace(meta, group=quantize.GROUP)
+        meta = dataclasses.replace(meta, layout=quantize.LAYOUT)
     else:
         small = jax.jit(quantize.quantize, static_argnums=1)(params, bits)
     save_model(small, dataclasses.replace(meta, bits=bits), tokenizer, out)
@@ -295,7 +295,7 @@ def quantize(
 
 def average(
     run: Path,
-    out: Path,
+    out: RunFolder,
     *,
     last: Count | None = None,
     window: Count | None = None,
@@ -348,7 +348,7 @@ def average(
         print(f"  step {step:,}: {weight:.4f}")
 
 
-def import_hf(folder: Path, out: Path) -> None:
+def import_hf(folder: Path, out: RunFolder) -> None:
     """Read a Hugging Face folder; write a run folder with one checkpoint.
 
     LLaMA, Qwen2 or Qwen3: config.json, safetensors and tokenizer.

@@ -9,7 +9,15 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from gamayun_jax.commands import File, Folder, Local, Repeated, in_repository, note
+from gamayun_jax.commands import (
+    File,
+    Folder,
+    Local,
+    Repeated,
+    RunFolder,
+    in_repository,
+    note,
+)
 from gamayun_jax.commands.study import show_study
 from gamayun_jax.config import Count, Finite, UserError, load_config
 from gamayun_jax.data.files import write_text
@@ -20,7 +28,7 @@ Steps = Annotated[
 
 
 def demo(
-    *, workdir: Folder = Path("runs/demo"), long: Finite = 1.0, set_: Repeated = ()
+    *, workdir: RunFolder = Path("runs/demo"), long: Finite = 1.0, set_: Repeated = ()
 ) -> int:
     """Run the whole path on the embedded corpus: build, train, report. Minutes.
 
@@ -71,7 +79,7 @@ def next_steps(workdir: Path, page: Path) -> str:
 def train(
     config: Local,
     *,
-    workdir: Folder,
+    workdir: RunFolder,
     init_from: Path | None = None,
     profile: Steps | None = None,
     fresh: bool = False,

@@ -280,6 +280,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         file.stat()
     except (FileNotFoundError, NotADirectoryError):
         if is_bucket(folder):
+            folder.check_bucket("corpus ")  # type: ignore[attr-defined]
             raise UserError(
                 f"there is no corpus in {folder}: build it in a local folder, then "
                 f"`gamayun corpus copy FOLDER {folder}`"

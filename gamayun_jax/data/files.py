@@ -18,6 +18,7 @@ from gamayun_jax.storage import (
     as_path,
     is_bucket,
     lexists,
+    process_folder,
     remove_tree,
     upload,
     upload_file,
@@ -29,7 +30,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """A temporary path on this machine that becomes `path`, durably, if the block
     succeeds; in a bucket by one upload."""
     if is_bucket(path):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=process_folder()) as folder:
             temporary = Path(folder, path.name)
             yield temporary
             upload_file(temporary, path)
@@ -65,7 +66,7 @@ def new_folder(out: AnyPath) -> Iterator[Path]:
     check_new(out)
     out = as_path(out)
     if is_bucket(out):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=process_folder()) as folder:
             yield Path(folder)
             upload(Path(folder), out)
         return
@@ -158,18 +159,12 @@ def open_files_limit() -> int:
 
 @contextlib.contextmanager
 def lock(path: Path, busy: UserError) -> Iterator[None]:
-    """A file or folder for one process at a time; the lock goes with the process.
+    """A file or folder of this machine for one process at a time; the lock goes with
+    the process.
 
     Raises:
-      UserError: `busy`, if another process has it; of a folder in a bucket the lease's
-        own (lease.py), which goes with the process too, if later.
+      UserError: `busy`, if another process has it.
     """
-    if is_bucket(path):
-        from gamayun_jax.lease import take
-
-        with contextlib.closing(take(path / ".lock", str(path), print)):
-            yield
-        return
     fd = os.open(path, os.O_RDONLY)
     try:
         try:
@@ -208,6 +203,8 @@ def unreadable(path: Path, e: OSError) -> UserError:
     """The error for a file that the system does not let us read; it may be whole."""
     if isinstance(e, FileNotFoundError):
         return UserError(f"{path} is missing: restore it from a copy")
+    if is_bucket(path):
+        return UserError(f"{path} cannot be read: {e.strerror or e}")
     return UserError(
         f"{path} cannot be read ({e.strerror or e}): see to its permissions and its "
         "file system"

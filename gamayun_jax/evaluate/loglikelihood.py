@@ -29,11 +29,11 @@ from gamayun_jax.evaluate.scoring import (
     token_scores,
     window_spans,
 )
+from gamayun_jax.inference.generator import SHORTEST, row_length
 from gamayun_jax.model import sharding
 from gamayun_jax.model.transformer import Transformer, unembedding
 
-SHORTEST = 128  # length of a row that several items share
-LEAST = 32  # length of the only row
+LEAST = 32  # length of the only row; where several items share one, it is SHORTEST
 LOGITS = 1 << 24  # most logits that exist at a time on a device, about
 
 
@@ -83,12 +83,6 @@ class Part:
         # The last token of a continuation predicts nothing, so it needs no place.
         places = len(self.context) + self.predictions - len(self.continuations)
         return max(places, self.predictions)
-
-
-def row_length(tokens: int, least: int = SHORTEST) -> int:
-    """The shortest row of 128, 192, 256, 384, 512, ... places for so many tokens."""
-    power = 1 << (max(tokens, least) - 1).bit_length()
-    return power * 3 // 4 if tokens <= power * 3 // 4 >= SHORTEST else power
 
 
 def batch_size(rows: int, most: int) -> int:

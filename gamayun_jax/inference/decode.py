@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gamayun_jax.config import ComputeConfig, ModelConfig
-from gamayun_jax.inference.quantize import dequantize, map_leaves
+from gamayun_jax.inference.quantize import dequantize, map_leaves, unfold
 from gamayun_jax.inference.sampling import sample_token
 from gamayun_jax.model import ops, sharding
 from gamayun_jax.model.transformer import (
@@ -93,7 +93,7 @@ class Decoder:
     def _cast(self, name: str, leaf: Any) -> Any:
         """To the compute dtype once, not in every step; norms stay float32."""
         whole = not isinstance(leaf, dict) and name != "scale"
-        return leaf.astype(self.dtype) if whole else leaf
+        return leaf.astype(self.dtype) if whole else unfold(leaf)
 
     def _forward(self, weights, tokens_BT, positions_BT, segments_BT, state):
         """float32 logits [B, V] of the last token; the state with T slots filled."""

@@ -1,11 +1,11 @@
 """Text generation: prefill and decode with a static key-value cache.
 
 Prompts of different lengths are padded on the left, so that all rows of a batch write
-the same cache slot. Batch, prompt length and cache are rounded up to powers of two
-and the sampling parameters are arguments of the programs, so what is compiled depends
-on sizes only. The cache grows by half or a third when it is full: a step attends over
-at most one and a half times the slots that are filled, and memory follows the text,
-not the window.
+the same cache slot. Batch, prompt length and cache are rounded up to powers of two or
+between, and the sampling parameters are arguments of the programs, so what is compiled
+depends on sizes only. The cache grows by half or a third when it is full: a step
+attends over at most one and a half times the slots that are filled, and memory follows
+the text, not the window.
 
 Shape suffixes: B rows, T prompt tokens, S cache slots, C tokens of a chunk.
 """
@@ -27,6 +27,7 @@ from gamayun_jax.inference.decode import CHUNK, Decoder, next_size
 from gamayun_jax.inference.sampling import Sampling
 from gamayun_jax.model import sharding
 
+SHORTEST = 128  # tokens from which rows have lengths between powers of two
 SMALLEST = 16  # shortest bucket of prompts, in tokens
 STOPS = 8  # least room for stop ids; more of them are programs of their own
 
@@ -34,6 +35,13 @@ STOPS = 8  # least room for stop ids; more of them are programs of their own
 def bucket(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least `n` and `least`."""
     return 1 << (max(n, least, 1) - 1).bit_length()
+
+
+def row_length(tokens: int, least: int = SHORTEST) -> int:
+    """The shortest row of 16, 32, 64, 128, 192, 256, 384, 512, ... places for so many
+    tokens, from `least` on."""
+    power = bucket(tokens, least)
+    return power * 3 // 4 if tokens <= power * 3 // 4 >= SHORTEST else power
 
 
 class Generator:
@@ -143,7 +151,7 @@ class Generator:
             raise UserError(f"{max_tokens} new tokens: ask for at least 1")
         if not prompts:
             return []
-        T = bucket(max(map(len, prompts)), SMALLEST)
+        T = row_length(max(map(len, prompts)), SMALLEST)
         B = self._ways * bucket(-(-len(prompts) // self._ways))
         tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
         for row, ids in enumerate(prompts):

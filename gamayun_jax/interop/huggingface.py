@@ -45,7 +45,7 @@ from gamayun_jax.interop.hf_weights import DTYPES, read_weights, write_weights
 from gamayun_jax.interop.model_card import exposure_of, model_card
 from gamayun_jax.model import sharding
 from gamayun_jax.model.weights import abstract_params, parameter_count
-from gamayun_jax.storage import as_path
+from gamayun_jax.storage import as_path, with_checkpoints
 from gamayun_jax.training.checkpoint import Checkpoints
 from gamayun_jax.training.model_folder import (
     freed_memory_given_back,
@@ -150,6 +150,7 @@ def import_hf(
     """
     folder = as_path(folder)
     tokenizer, _ = describe(folder)
+    with_checkpoints(as_path(out))
     with files.new_folder(out) as temporary, freed_memory_given_back():
         cfg, params, meta = read_hf(folder, mesh)
         write_params(params, meta, temporary)

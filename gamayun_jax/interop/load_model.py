@@ -57,7 +57,7 @@ def load_params(path: AnyPath, quantised: bool = False) -> LoadedModel:
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     bits = meta.bits
     if bits:
-        abstract = quantize.abstract_quantised(abstract, bits, meta.group)
+        abstract = quantize.abstract_quantised(abstract, meta)
     params = store.restore_params(step, abstract)
     store.close()
     if bits and not quantised:

@@ -36,7 +36,9 @@ class Budget:
         if not self.launch.dry_run and (there or self.file.exists()):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             known = {"seconds": self.seconds, "since": self.since}
-            self.file.write_text(json.dumps(known))
+            new = self.file.with_suffix(".new")  # a kill leaves one of them whole
+            new.write_text(json.dumps(known))
+            new.replace(self.file)
 
     @property
     def hours(self) -> float:

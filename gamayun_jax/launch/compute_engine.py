@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from gamayun_jax.launch.description import Launch
-from gamayun_jax.launch.tools import QUOTA, Answer, Tool, say
+from gamayun_jax.launch.tools import QUOTA, Answer, LaunchError, Tool, say
 from gamayun_jax.launch.vms import PORT, SshMachines, slice_names
 from gamayun_jax.launch.worker_scripts import remote_command
 
@@ -130,12 +130,17 @@ class InstanceGroups(SshMachines):
             policy = ["--workload-policy", f"{where}/resourcePolicies/{launch.name}"]
             policy += ["--target-size-policy-mode", "bulk"]
         self.make("instance-templates", "create", launch.name, *self.template_words())
-        for group in slice_names(launch.name, launch.slices):
-            self.make(
-                "instance-groups", "managed", "create", group,
-                "--size", str(part.hosts), "--template", launch.name, *policy,
-                "--default-action-on-vm-failure", "do-nothing", *self.place,
-            )  # fmt: skip
+        try:
+            for group in slice_names(launch.name, launch.slices):
+                self.make(
+                    "instance-groups", "managed", "create", group,
+                    "--size", str(part.hosts), "--template", launch.name, *policy,
+                    "--default-action-on-vm-failure", "do-nothing", *self.place,
+                )  # fmt: skip
+        except LaunchError as e:
+            say(f"{e}; deleting what was made")
+            self.remove()
+            raise
 
     def template_words(self) -> list[str]:
         """Flags of the instance template."""

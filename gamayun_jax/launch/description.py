@@ -1,9 +1,9 @@
 """What to launch, where, and for how much: one description for all back ends.
 
-Every field is a flag (`max_hours`: --max-hours) and a key of a YAML file; usage.py has
-what they mean.
+Every field is a flag (`max_hours`: --max-hours), with its help, and a key of a file.
 """
 
+# ruff: noqa: RUF009 - `option` makes fields
 from __future__ import annotations
 
 import dataclasses
@@ -13,56 +13,123 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from gamayun_jax.fields import UserError, call_in_file, nearest
+from gamayun_jax.fields import (
+    Count,
+    Positive,
+    Share,
+    UserError,
+    Whole,
+    call_in_file,
+    decode,
+)
 from gamayun_jax.launch.slices import Slice, slice_of
 from gamayun_jax.training.chips import CHIPS
 
-ACTIONS = ("up", "run", "logs", "status", "stop", "delete")
-BACKENDS = ("queued", "compute", "gke", "vm", "hosts")
 LOG_DIR = "runs/launch"
-NAME = re.compile(r"[a-z]([a-z0-9-]{0,60}[a-z0-9])?")
+# VMs, pods and node pools get longer names made of it, of at most 63 characters.
+Name = Annotated[
+    str,
+    (
+        "lower-case letters, digits and hyphens, at most 40, a letter first",
+        re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?").fullmatch,
+    ),
+]
+Backend = Literal["queued", "compute", "gke", "vm", "hosts"]
+
+
+def option(default: Any, help: str, group: str = "") -> Any:
+    """A field, with its flag's help; `group` begins a new part of the list of flags."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group})
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch: what each field means stands in usage.py."""
+    """A launch; `commands` are arguments of `gamayun train`, one after the other."""
 
-    name: str = ""
-    backend: str = "queued"
-    zone: str = ""
-    project: str = ""
-    hosts: str = ""
-    context: str = ""
-    namespace: str = "default"
-    type: str = ""
-    topology: str = ""
-    version: str = ""
-    slices: int = 1
-    spot: bool = False
-    flex: bool = False
-    reservation: str = ""
-    network: str = ""
-    subnet: str = ""
-    service_account: str = ""
-    image: str = ""
-    setup: str = ""
-    python: str = "python3.11"
-    extra: str = ""
-    allow_dirty: bool = False
-    max_restarts: int = 50
-    poll: int = 20
-    backoff: int = 30
-    log_dir: str = ""
-    max_hours: float = math.inf
-    max_cost: float = math.inf
-    price: float = 0.0
-    delete_when_done: bool = False
-    worker: int = 0
-    dry_run: bool = False
-    checkout: str = "."
-    commands: tuple[tuple[str, ...], ...] = ()  # arguments of `gamayun train`
+    name: Name = option("", "of what is created; required", "where")
+    backend: Backend = option(
+        "queued",
+        "queued (the default): queued resources of the TPU API, v4-v6e; compute: "
+        "Compute Engine's instance groups, v5p, v6e and tpu7x; gke: a JobSet in a "
+        "cluster of Kubernetes, by kubectl; vm: a TPU VM that exists, by its name; "
+        "hosts: machines that exist, by ssh",
+    )
+    zone: str = option("", "e.g. us-west4-a; required, but for gke and hosts")
+    project: str = option("", "project (default: gcloud's own setting)")
+    hosts: str = option("", "--backend hosts, and their names as ssh has them: a,b")
+    context: str = option("", "gke: kubectl's context (default: its own)")
+    namespace: str = option("default", "gke: namespace")
+
+    type: str = option(
+        "",
+        "accelerator type, e.g. v5litepod-256; required, or --topology",
+        "what (up and run)",
+    )
+    topology: str = option("", "as `gamayun plan` has it: v6e:16x16, tpu7x:4x4x4")
+    version: str = option("", "queued: runtime (default: the chip's)")
+    slices: Count = option(1, "this many slices, trained together")
+    spot: bool = option(False, "spot VMs: cheaper, may be taken away at any time")
+    flex: bool = option(
+        False, "compute, gke: flex-start, for --max-hours (at most 168)"
+    )
+    reservation: str = option("", "VMs of a reservation (queued: of the project's)")
+    network: str = option("", "VPC network (default: the project's)")
+    subnet: str = option("", "a subnet of it")
+    service_account: str = option(
+        "",
+        "the account that the VMs act as, e.g. to read a bucket (gke: Kubernetes' own)",
+    )
+    image: str = option(
+        "", "gke: container, see Containerfile; compute: family of images"
+    )
+
+    setup: str = option(
+        "",
+        "file of a bash script that workers run before each start, e.g. to mount the "
+        "disk of the corpus; must bear repetition",
+        "how (run)",
+    )
+    python: str = option(
+        "",
+        "Python on the workers, 3.11 or newer (default: python3.12 where it is there, "
+        "else python3.11, by apt-get if it is missing)",
+    )
+    extra: str = option(
+        "", "extra of the package they install (default: tpu; hosts: cuda)"
+    )
+    allow_dirty: bool = option(
+        False, "train with uncommitted changes; new files not under git are left out"
+    )
+    max_restarts: Whole = option(50, "give up after this many restarts")
+    poll: Whole = option(20, "seconds between looks at the workers")
+    backoff: Whole = option(
+        30, "seconds before a restart; doubled with each that fails, up to 16 times"
+    )
+    log_dir: str = option("", f"folder for the workers' logs (default: {LOG_DIR}/NAME)")
+
+    max_hours: Positive = option(
+        math.inf,
+        "hours of machines, over all restarts; then the trainer saves, and they are "
+        "deleted (gke: hours since the first run, waiting too)",
+        "for how long (run)",
+    )
+    max_cost: Positive = option(math.inf, "the same, by the price of all chips")
+    price: Share = option(
+        0.0, "of a chip-hour (default: on demand in the US, USD, if known)"
+    )
+    delete_when_done: bool = option(
+        False,
+        "delete the machines at the end, of failed runs too; not of a stopped one",
+    )
+
+    worker: Whole = option(0, "logs: which worker, of the first slice", "other")
+    checkout: str = option(".", "clone of the project whose commit is trained")
+    dry_run: bool = option(
+        False, "print the calls of gcloud, kubectl and ssh, make none"
+    )
+    commands: tuple[tuple[str, ...], ...] = ()
 
     @property
     def slice(self) -> Slice:
@@ -106,56 +173,26 @@ class Launch:
 # --- reading it -----------------------------------------------------------------------
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Launch) if f.name != "commands"}
-KINDS: dict[str, Any] = {name: type(f.default) for name, f in FIELDS.items()}
+def make_launch(
+    action: str, given: Mapping[str, Any], file: str, commands: Sequence[str] | None
+) -> Launch:
+    """The launch of a file's fields with those that are given on top, checked.
 
-
-def parse(words: Sequence[str]) -> tuple[str, Launch]:
-    """The action and the launch of a command line.
+    Args:
+      action: what is to be done with it, which needs some fields.
+      commands: what follows "--" on a command line; None without one.
 
     Raises:
       UserError: one line on what is wrong.
     """
-    action, rest = words[0], list(words[1:])
-    given: dict[str, Any] = {}
-    if action not in ACTIONS:
-        raise UserError(
-            f"unknown command {action!r}: use {', '.join(ACTIONS[:-1])} or "
-            f"{ACTIONS[-1]}, or see --help"
-        )
-    values: dict[str, Any] = {}
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            values["commands"] = split_commands(rest)
-            break
-        flag, equals, value = word.partition("=")
-        name = flag[2:].replace("-", "_")
-        if not flag.startswith("--") or name not in {*FIELDS, "file"}:
-            near = nearest(flag, [f"--{n.replace('_', '-')}" for n in FIELDS])
-            hint = f", did you mean {near}?" if near else ""
-            raise UserError(
-                f"unknown argument {flag!r}{hint}: see --help; arguments of gamayun "
-                "train follow --"
-            )
-        if KINDS.get(name) is bool:
-            if equals:
-                raise UserError(f"{flag} takes no value: see --help")
-            given[name] = True
-            continue
-        if not equals:
-            if not rest:
-                raise UserError(f"{flag} needs a value: see --help")
-            value = rest.pop(0)
-        given[name] = value
-    if "file" in given:
-        values = read_file(Path(given.pop("file"))) | values
-    values |= {name: convert(name, value) for name, value in given.items()}
-    launch = Launch(**values)
-    if launch.hosts:
-        launch = dataclasses.replace(launch, backend="hosts")
+    values = (read_file(Path(file)) if file else {}) | dict(given)
+    if commands is not None:
+        values["commands"] = split_commands(commands)
+    if values.get("hosts"):
+        values["backend"] = "hosts"
+    launch = decode(values, Launch, "")
     check(action, launch)
-    return action, launch
+    return launch
 
 
 def split_commands(words: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -169,37 +206,11 @@ def split_commands(words: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, commands)) if words else ()
 
 
-def convert(name: str, value: Any) -> Any:
-    """A flag's or file's value as its field has it; UserError where it does not fit."""
-    kind, flag = KINDS[name], f"--{name.replace('_', '-')}"
-    if kind is int and not (
-        re.fullmatch(r"0|[1-9]\d{0,6}", str(value)) and not isinstance(value, bool)
-    ):
-        raise UserError(
-            f"{flag} {value} is not a whole number: give one, e.g. {flag} 2"
-        )
-    if kind is float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not number > 0:
-            raise UserError(
-                f"{flag} {value} is not a number above 0: give one, e.g. {flag} 100"
-            )
-        return number
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise UserError(f"{name}: {value!r} is neither true nor false")
-        return value
-    return kind(value)
-
-
 def read_file(path: Path) -> dict[str, Any]:
     """Fields of a launch from a YAML file, or from a Python file's get_launch().
 
     Raises:
-      UserError: no such file, not of this form, or an unknown field.
+      UserError: no such file, or not of this form.
     """
     if path.suffix == ".py":
         _, made = call_in_file(path, "get_launch")
@@ -214,51 +225,34 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--file {path} cannot be read as YAML: {e}") from e
     if not isinstance(data, Mapping):
         raise UserError(f"--file {path} is no mapping: write `name: ...` a line")
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        if name == "commands":
-            whole = isinstance(value, list) and all(isinstance(x, str) for x in value)
-            if not whole:
-                raise UserError(
-                    f"--file {path}: commands must be a list of texts, each the "
-                    "arguments of gamayun train"
-                )
-            values["commands"] = tuple(tuple(shlex.split(x)) for x in value)
-        elif name in FIELDS:
-            values[name] = convert(name, value)
-        else:
-            near = nearest(name, FIELDS)
-            hint = f" Did you mean {near!r}?" if near else ""
-            raise UserError(f"--file {path}: there is no field {key!r}.{hint}")
-    return values
+    values = {str(key).replace("-", "_"): value for key, value in data.items()}
+    try:
+        given: list[str] = values.get("commands", [])
+        if not isinstance(given, list):
+            raise TypeError("no list")
+        commands = [shlex.split(words) for words in given]
+    except (AttributeError, TypeError, ValueError) as e:
+        raise UserError(
+            f"--file {path}: commands must be a list of texts, each the arguments of "
+            f"gamayun train, as a shell has them: {e}"
+        ) from e
+    return values | {"commands": commands}
 
 
 def check(action: str, launch: Launch) -> None:
     """Raise UserError for a launch that cannot be, before anything is asked for."""
-    if not NAME.fullmatch(launch.name):
-        raise UserError(
-            f"--name {launch.name!r} is no name for a TPU: give lower-case letters, "
-            "digits and hyphens, a letter first"
-        )
-    if launch.backend not in BACKENDS:
-        raise UserError(
-            f"--backend {launch.backend!r} is unknown: choose one of "
-            f"{', '.join(BACKENDS)}"
-        )
-    on_google = launch.backend not in ("gke", "hosts")
-    if on_google and not launch.zone:
+    if not launch.name:
+        raise UserError("--name is missing: name what is created")
+    if launch.backend not in ("gke", "hosts") and not launch.zone:
         raise UserError(
             "--zone is missing: give the zone of the TPU, e.g. --zone us-west4-a"
         )
-    if not launch.slices:
-        raise UserError("--slices 0 leaves no TPU: give 1 or more")
     if launch.backend == "hosts" and not launch.hosts.strip(", "):
         raise UserError("--backend hosts: name the machines, e.g. --hosts node1,node2")
     if action in ("up", "run") and launch.backend in ("queued", "compute", "gke"):
         check_machines(launch)
-    if action == "run":
-        check_commands(launch)
+    if action == "run" or (action == "up" and launch.backend == "gke"):
+        check_commands(action, launch)
         budget = launch.budget_hours
         if budget < 1:
             raise UserError(
@@ -303,13 +297,13 @@ def check_machines(launch: Launch) -> None:
         )
 
 
-def check_commands(launch: Launch) -> None:
+def check_commands(action: str, launch: Launch) -> None:
     """Raise UserError where there is nothing to train, or nowhere to keep it."""
     if not launch.commands or not all(launch.commands):
-        raise UserError("run has no config: end with -- CONFIG --workdir DIR")
+        raise UserError(f"{action} has no config: end with -- CONFIG --workdir DIR")
     for words in launch.commands:
         workdir = value_of("--workdir", words)
-        if not workdir.startswith(("/", "gs://", "s3://")):
+        if not workdir.startswith(("/", "gs://")):
             raise UserError(
                 f"--workdir {workdir!r} must be an absolute path on storage that all "
                 "workers share, or gs://...: see docs/tpu.md"

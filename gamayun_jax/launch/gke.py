@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 import time
+from pathlib import Path
 from typing import Any
 
 from gamayun_jax.launch.description import Launch
@@ -18,51 +19,84 @@ from gamayun_jax.launch.tools import LaunchError, Tool, say
 API = "jobset.x-k8s.io/v1alpha2"
 GRACE = 600  # seconds to save in; of spot nodes the cloud gives less
 SHOWN = 40  # lines of a failed pod's log
+DEADLINE = "gamayun-jax/deadline"  # annotation: seconds since 1970
+# A JobSet's own timers begin anew with each restart, so the pods watch the clock. One
+# SIGTERM reaches the trainer: a second one would end it before it has saved. `wait`
+# ends when the trap has run, the trainer later.
+SCRIPT = """\
+deadline={deadline}
+trainer= stopping=
+end() {{
+  trap '' TERM
+  stopping=1
+  if [ -n "$trainer" ]; then kill -TERM "$trainer" 2> /dev/null || true; fi
+}}
+trap end TERM
+check_deadline() {{
+  if [ -n "$deadline" ] && [ "$(date +%s)" -ge "$deadline" ]; then exit 6; fi
+}}
+run() {{
+  check_deadline
+  if [ -n "$stopping" ]; then exit 3; fi
+  "$@" &
+  trainer=$!
+  if [ -n "$stopping" ]; then kill -TERM "$trainer" 2> /dev/null || true; fi
+  timer=
+  if [ -n "$deadline" ]; then
+    (
+      sleep "$((deadline - $(date +%s)))"
+      kill -TERM "$$"
+      sleep {grace}
+      kill -KILL "$trainer"
+    ) &
+    timer=$!
+  fi
+  status=0
+  wait "$trainer" || status=$?
+  if [ -n "$stopping" ]; then
+    status=0
+    wait "$trainer" || status=$?
+  fi
+  if [ -n "$timer" ]; then kill "$timer" 2> /dev/null || true; fi
+  case $status in
+    0) ;;
+    2) exit 2 ;;
+    *) check_deadline; exit "$status" ;;
+  esac
+}}
+"""
 
 
-def manifest(launch: Launch) -> dict[str, Any]:
+def manifest(launch: Launch, deadline: float = math.inf) -> dict[str, Any]:
     """The JobSet of a launch, as plain data: one Job for each slice, a pod a VM.
 
-    A pod whose trainer refuses its input (exit 2) fails the JobSet at once; whatever
-    else ends one restarts all of them, which go on from what was saved.
+    A pod whose trainer refuses its input (exit 2) or meets the deadline (6) fails the
+    JobSet at once; whatever else ends one restarts all of them, which go on from what
+    was saved.
+
+    Args:
+      deadline: seconds since 1970; at this time the trainers save and end for good.
     """
-    part, pod = launch.slice, pod_spec(launch)
+    part = launch.slice
+    codes = {"containerName": "gamayun", "operator": "In", "values": [2, 6]}
     job: dict[str, Any] = {
         "parallelism": part.hosts,
         "completions": part.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": {
-            "rules": [
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {
-                        "containerName": "gamayun",
-                        "operator": "In",
-                        "values": [2],
-                    },
-                }
-            ]
-        },
-        "template": {"spec": pod},
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": codes}]},
+        "template": {"spec": pod_spec(launch, deadline)},
     }
-    if launch.budget_hours < math.inf:
-        job["activeDeadlineSeconds"] = math.floor(launch.budget_hours * 3600)
+    slices = {"name": "slice", "replicas": launch.slices, "template": {"spec": job}}
+    for_good = {
+        "name": "refusedInputOrDeadline",
+        "action": "FailJobSet",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+    }
     spec: dict[str, Any] = {
         "suspend": False,  # `stop` suspends it, and to apply it again goes on
-        "failurePolicy": {
-            "maxRestarts": launch.max_restarts,
-            "rules": [
-                {
-                    "name": "refusedInputOrBudget",
-                    "action": "FailJobSet",
-                    "onJobFailureReasons": ["PodFailurePolicy", "DeadlineExceeded"],
-                }
-            ],
-        },
-        "replicatedJobs": [
-            {"name": "slice", "replicas": launch.slices, "template": {"spec": job}}
-        ],
+        "failurePolicy": {"maxRestarts": launch.max_restarts, "rules": [for_good]},
+        "replicatedJobs": [slices],
     }
     if launch.delete_when_done:
         spec["ttlSecondsAfterFinished"] = 300
@@ -70,6 +104,8 @@ def manifest(launch: Launch) -> dict[str, Any]:
     annotations = {
         "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
     }
+    if deadline < math.inf:
+        annotations[DEADLINE] = f"{deadline:.0f}"
     return {
         "apiVersion": API,
         "kind": "JobSet",
@@ -82,13 +118,9 @@ def manifest(launch: Launch) -> dict[str, Any]:
     }
 
 
-def pod_spec(launch: Launch) -> dict[str, Any]:
+def pod_spec(launch: Launch, deadline: float) -> dict[str, Any]:
     """A pod: one VM of a slice."""
     part = launch.slice
-    commands = [
-        shlex.join(["gamayun", "train", *words, "--distributed"])
-        for words in launch.commands
-    ]
     chips = {"google.com/tpu": part.chips_per_host}
     selector = {
         "cloud.google.com/gke-tpu-accelerator": part.accelerator.gke,
@@ -113,7 +145,7 @@ def pod_spec(launch: Launch) -> dict[str, Any]:
             {
                 "name": "gamayun",
                 "image": launch.image,
-                "command": ["bash", "-ec", script(launch, commands)],
+                "command": ["bash", "-ec", script(launch, deadline)],
                 "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
                 "resources": {"requests": dict(chips), "limits": dict(chips)},
             }
@@ -124,20 +156,14 @@ def pod_spec(launch: Launch) -> dict[str, Any]:
     return pod
 
 
-def script(launch: Launch, commands: list[str]) -> str:
+def script(launch: Launch, deadline: float) -> str:
     """What a pod runs: the setup, then the commands; SIGTERM reaches the trainer."""
-    lines = []
-    if launch.setup:
-        with open(launch.setup) as file:
-            lines.append(file.read().rstrip())
-    for command in commands:
-        lines += [f"{command} &", "trainer=$!", "trap 'kill -TERM $trainer' TERM"]
-        # `wait` ends when the trap has run, the trainer later.
-        lines += ["status=0", "wait $trainer || status=$?"]
-        lines += ["if kill -0 $trainer 2> /dev/null; then"]
-        lines += ["  status=0", "  wait $trainer || status=$?", "fi"]
-        lines += ["if [ $status != 0 ]; then exit $status; fi"]
-    return "\n".join(lines) + "\n"
+    setup = Path(launch.setup).read_text().rstrip() + "\n" if launch.setup else ""
+    shown = f"{deadline:.0f}" if deadline < math.inf else ""
+    text = setup + SCRIPT.format(deadline=shown, grace=GRACE)
+    for words in launch.commands:
+        text += shlex.join(["run", "gamayun", "train", *words, "--distributed"]) + "\n"
+    return text
 
 
 class JobSets:
@@ -150,70 +176,99 @@ class JobSets:
         if launch.context:
             self.place += ["--context", launch.context]
 
+    costs = ""  # nodes are the cluster's
+
     def up(self) -> None:
         """Print the JobSet, for `kubectl apply --filename -`."""
-        print(self.text(), end="")
+        print(self.text(self.deadline({})), end="")
 
-    def text(self) -> str:
+    def text(self, deadline: float) -> str:
         """The JobSet as YAML."""
         import yaml
 
-        return yaml.safe_dump(manifest(self.launch), sort_keys=False, width=88)
+        jobset = manifest(self.launch, deadline)
+        return yaml.safe_dump(jobset, sort_keys=False, width=88)
+
+    def deadline(self, jobset: dict[str, Any]) -> float:
+        """Of a JobSet that exists, else of one made now: seconds since 1970."""
+        if jobset:
+            annotations = jobset["metadata"].get("annotations", {})
+            return float(annotations.get(DEADLINE, math.inf))
+        return time.time() + self.launch.budget_hours * 3600
 
     def run(self) -> None:
         """Apply the JobSet and follow it to its end.
 
         Raises:
-          LaunchError: refused, failed, or stopped.
+          LaunchError: refused, failed, out of hours, or stopped.
         """
-        answer = self.kubectl(
-            "apply", "--filename", "-", *self.place, given=self.text()
-        )
+        launch = self.launch
+        deadline = self.deadline(self.get())
+        text = self.text(deadline)
+        answer = self.kubectl("apply", "--filename", "-", *self.place, given=text)
         if answer.status:
             raise LaunchError(
-                1, f"kubectl refuses {self.launch.name}: {answer.complaint}"
+                1,
+                f"kubectl refuses {launch.name}: {answer.complaint}; to change what a "
+                "JobSet runs, `delete` it before",
             )
-        say(f"{self.launch.name} is applied; `logs` shows worker 0's log")
+        if launch.dry_run:
+            say("a dry run: nothing was called")
+            return
+        say(f"{launch.name} is applied; `logs` shows worker 0's log")
+        if deadline < math.inf:
+            say(f"it ends by {time.strftime('%F %T %Z', time.localtime(deadline))}")
         shown = ""
         while True:
             state = self.state()
-            if self.launch.dry_run or state == "Completed":
+            if state == "Completed":
                 say("the run is complete")
                 return
             if state == "Failed":
-                self.failed()
+                self.failed(over=time.time() >= deadline)
             if state == "Suspended":
                 raise LaunchError(3, "stopped as asked; the same command goes on")
+            if state == "Missing":
+                raise LaunchError(
+                    1,
+                    f"the JobSet {launch.name} is gone: it ended and deleted itself "
+                    "(--delete-when-done), or somebody did it; the run folder tells",
+                )
             if state != shown:
-                say(f"{self.launch.name}: {state}")
+                say(f"{launch.name}: {state}")
             shown = state
-            time.sleep(self.launch.poll)
+            time.sleep(launch.poll)
+
+    def get(self) -> dict[str, Any]:
+        """The JobSet as the cluster has it; empty if it has none.
+
+        Raises:
+          LaunchError: the cluster does not answer.
+        """
+        name = self.launch.name
+        answer = self.kubectl("get", "jobset", name, *self.place, "--output", "json")
+        if answer.status and not answer.missing:
+            raise LaunchError(1, f"could not ask for {name}: {answer.complaint}")
+        return json.loads(answer.out or "{}")
 
     def state(self) -> str:
-        """Completed, Failed, Suspended, or how many restarts there were."""
-        answer = self.kubectl(
-            "get", "jobset", self.launch.name, *self.place, "--output", "json"
-        )
-        if self.launch.dry_run:
-            return "not asked"
-        if answer.missing:
-            raise LaunchError(
-                2,
-                f"there is no JobSet {self.launch.name}: apply it by run, or check "
-                "--context and --namespace",
-            )
-        if answer.status:
-            return f"no answer: {answer.complaint}"
-        jobset = json.loads(answer.out)
+        """Completed, Failed, Suspended, Missing, or how many restarts there were."""
+        try:
+            jobset = self.get()
+        except LaunchError as e:  # for a while, perhaps
+            return str(e)
         status = jobset.get("status", {})
-        if status.get("terminalState"):
-            return status["terminalState"]
+        if not jobset or status.get("terminalState"):
+            return status.get("terminalState", "Missing")
         if jobset["spec"].get("suspend"):
             return "Suspended"
         return f"running, {status.get('restarts', 0)} restarts"
 
-    def failed(self) -> None:
+    def failed(self, over: bool) -> None:
         """Show the ends of the failed pods' logs, whichever they are, and raise.
+
+        Args:
+          over: whether the deadline is.
 
         Raises:
           LaunchError: always; 2 where the trainer refused its input.
@@ -227,7 +282,7 @@ class JobSets:
         for pod in pods:
             for container in pod.get("status", {}).get("containerStatuses", ()):
                 ended = container.get("state", {}).get("terminated")
-                if ended and ended["exitCode"] not in (0, 3):
+                if ended and ended["exitCode"] not in (0, 3, 6):
                     codes[pod["metadata"]["name"]] = ended["exitCode"]
         last = ""
         for name in codes:
@@ -241,32 +296,40 @@ class JobSets:
             raise LaunchError(
                 2, f"gamayun train refused its input: {last or 'see above'}"
             )
+        if over:
+            raise LaunchError(
+                6, "the hours are over: the run is saved; `delete` and run again go on"
+            )
         raise LaunchError(
             5,
-            f"{self.launch.name} failed, after its restarts or its hours: see above, "
-            f"or `kubectl describe jobset {self.launch.name}`",
+            f"{self.launch.name} failed, after its restarts: see above, or `kubectl "
+            f"describe jobset {self.launch.name}`; `delete` it before it is run again",
         )
 
     def logs(self) -> int:
         """Follow the log of one pod of the first slice."""
-        job = f"job/{self.launch.name}-slice-0"
+        job = f"job-name={self.launch.name}-slice-0"
         which = f"batch.kubernetes.io/job-completion-index={self.launch.worker}"
-        words = ("logs", "--follow", "--selector", f"job-name={job[4:]},{which}")
+        words = ("logs", "--follow", "--tail", "200", "--selector", f"{job},{which}")
         return self.kubectl.follow(*words, *self.place)
 
     def status(self) -> None:
         """Print the state of the JobSet and of its pods."""
+        if not self.get() and not self.launch.dry_run:
+            raise LaunchError(
+                2,
+                f"there is no JobSet {self.launch.name}: apply it by run, or check "
+                "--context and --namespace",
+            )
         print(f"{self.launch.name}: {self.state()}")
         which = f"jobset.sigs.k8s.io/jobset-name={self.launch.name}"
         self.kubectl.follow("get", "pods", "--selector", which, *self.place)
 
     def stop(self) -> None:
         """Let the trainers save and end: `run` goes on."""
-        self.patch({"spec": {"suspend": True}})
-
-    def patch(self, change: dict[str, Any]) -> None:
         words = ("patch", "jobset", self.launch.name, "--type", "merge", "--patch")
-        answer = self.kubectl(*words, json.dumps(change), *self.place)
+        change = json.dumps({"spec": {"suspend": True}})
+        answer = self.kubectl(*words, change, *self.place)
         if answer.status:
             raise LaunchError(
                 1, f"could not stop {self.launch.name}: {answer.complaint}"

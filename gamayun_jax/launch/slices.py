@@ -97,13 +97,19 @@ def slice_of(type_: str, topology: str) -> Slice:
             raise UserError(
                 f"--topology {topology!r} has {chips} chips: VMs have 4 chips each"
             )
+        if len(sizes) == 2 and m[2] not in FLAT.values():
+            raise UserError(
+                f"--topology {topology!r}: {kind} has {', '.join(FLAT.values())}"
+            )
         return Slice(kind, m[2], chips)
     for kind, accelerator in ACCELERATORS.items():
         m = re.fullmatch(rf"{accelerator.type}-([1-9]\d*)", type_)
         if m and not int(m[1]) % accelerator.per_type:
             chips = int(m[1]) // accelerator.per_type
-            flat = accelerator.dimensions == 2
-            return Slice(kind, FLAT.get(chips, "") if flat else "", chips)
+            if accelerator.dimensions == 3:
+                return Slice(kind, "", chips)
+            if chips in FLAT:
+                return Slice(kind, FLAT[chips], chips)
     raise UserError(
         f"--type {type_!r} is not known here: give --topology, e.g. {examples}"
     )

@@ -7,16 +7,16 @@ is asked from the machines each time, so any command may be interrupted and repe
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gamayun_jax.fields import UserError
+from gamayun_jax.fields import SCHEMES
 from gamayun_jax.launch import worker_scripts as scripts
 from gamayun_jax.launch.budget import Budget
+from gamayun_jax.launch.checkout import pack
 from gamayun_jax.launch.compute_engine import InstanceGroups
 from gamayun_jax.launch.description import Launch
 from gamayun_jax.launch.tools import LaunchError, complaint, say
@@ -31,6 +31,7 @@ BACKENDS: dict[str, Callable[[Launch], Machines]] = {
 }
 LOOKS = 5  # at workers that do not answer, before they are started again
 ENDING_LOOKS = 45  # while some are through and others write: a quarter of an hour
+TRIES = 3  # in a row, to install and start on machines that are there, and to delete
 SAVING = 900.0  # seconds that a trainer may take to save, once the budget is spent
 
 
@@ -41,6 +42,7 @@ class Supervisor:
         self.launch, self.machines = launch, BACKENDS[launch.backend](launch)
         self.budget = Budget(launch)
         self.where = f"{launch.name} in {launch.zone}" if launch.zone else launch.name
+        self.asked = False  # for machines, by this process
         self.seen = 0  # bytes of worker 0's log
         self.told = ""  # the last of what failed workers logged
         self.sums = [scripts.checksum(words) for words in launch.commands]
@@ -51,6 +53,14 @@ class Supervisor:
         if not self.launch.dry_run:
             self.budget.count(state == "ACTIVE")
         return state
+
+    @property
+    def costs(self) -> str:
+        """What is to be said of money when a command failed; empty if nothing is."""
+        theirs = self.launch.backend == "hosts" or self.launch.dry_run
+        if theirs or not (self.asked or self.budget.since):
+            return ""
+        return f"; what is there of {self.where} costs until `gamayun launch delete`"
 
     # --- machines -----------------------------------------------------------------
 
@@ -70,6 +80,7 @@ class Supervisor:
             if state == "MISSING":
                 # Right after it was asked for it may not be visible yet.
                 if not created:
+                    self.asked = True
                     self.machines.create()
                 created = True
                 if launch.dry_run:
@@ -119,69 +130,50 @@ class Supervisor:
         return state
 
     def delete(self) -> None:
-        """Delete the machines; done, if there are none."""
-        self.machines.remove()
+        """Delete the machines; done, if there are none.
+
+        Raises:
+          LaunchError: the cloud refuses, again and again.
+        """
+        for last in (False,) * (TRIES - 1) + (True,):
+            try:
+                self.machines.remove()
+                break
+            except LaunchError as e:
+                if last or e.status == 2:
+                    raise
+                say(f"{e}; trying again")
+                time.sleep(self.launch.poll)
+        if self.launch.dry_run:
+            return
+        self.asked = False
         self.budget.count(False)
         say(f"{self.where} is deleted")
 
     # --- the run ------------------------------------------------------------------
 
-    def pack(self, folder: Path) -> tuple[str, Path]:
-        """The commit to train, and an archive of its code.
-
-        Raises:
-          UserError: no clone, uncommitted changes, or a config that is not in it.
-        """
-        root, launch = self.launch.checkout, self.launch
-
-        def git(*words: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                ["git", "-C", root, *words], capture_output=True, text=True, check=False
-            )
-
-        root = git("rev-parse", "--show-toplevel").stdout.strip() or root
-        changed = git("status", "--porcelain")
-        commit = git("rev-parse", "HEAD").stdout.strip()
-        if changed.returncode or not commit:
-            raise UserError(f"{root} is no git checkout: clone the project with git")
-        if changed.stdout and not launch.allow_dirty:
-            raise UserError(
-                f"{root} has uncommitted changes: commit them, or give --allow-dirty"
-            )
-        if changed.stdout:
-            # A commit of the changed files that no branch names; none of new files.
-            commit = git("stash", "create").stdout.strip() or commit
-        for words in launch.commands:
-            if git("cat-file", "-e", f"{commit}:{words[0]}").returncode:
-                raise UserError(
-                    f"config {words[0]} is not in commit {commit[:12]} of {root}: give "
-                    "its path from there, and commit it"
-                )
-        archive = folder / "code.tgz"
-        git("archive", "--format", "tar.gz", "-o", str(archive.absolute()), commit)
-        return commit, archive
-
     def install_and_start(
         self, commit: str, archive: Path, words: Sequence[str]
-    ) -> bool:
-        """Copy, install and start on every worker; whether all of it worked."""
+    ) -> str:
+        """Copy, install and start on every worker; says what failed, if anything."""
         launch = self.launch
         setup = Path(launch.setup).read_text() if launch.setup else ""
         extra = launch.extra or ("cuda" if launch.backend == "hosts" else "tpu")
         words_of_all = " ".join(word for c in launch.commands for word in c)
-        if "gs://" in words_of_all or "s3://" in words_of_all:
+        if any(scheme in words_of_all for scheme in SCHEMES):
             extra += ",buckets"
         install = (scripts.INSTALL, commit, launch.python, setup, extra)
         say(f"installing commit {commit[:12]} on every worker")
-        if not self.machines.copy(str(archive), f"gamayun-{launch.name}.tgz"):
-            return False
+        answer = self.machines.copy(str(archive), f"gamayun-{launch.name}.tgz")
+        if answer.status:
+            return f"the code cannot be copied: {answer.complaint}"
         answer = self.machines.on_all(*install)
         if answer.status:
-            say(f"the installation failed: {answer.complaint}")
-            return False
+            return f"the installation failed: {answer.complaint}"
         say(f"starting gamayun train {words[0]}")
         self.seen = 0
-        return not self.machines.start(scripts.START, *words).status
+        answer = self.machines.start(scripts.START, *words)
+        return f"the start failed: {answer.complaint}" if answer.status else ""
 
     def look(self) -> tuple[str, list[Worker]]:
         """What the workers do; the logs of those that failed are kept."""
@@ -264,7 +256,7 @@ class Supervisor:
         """
         launch = self.launch
         with tempfile.TemporaryDirectory() as folder:
-            commit, archive = self.pack(Path(folder))
+            commit, archive = pack(launch, Path(folder))
             self.budget.announce()
             self.up()
             if launch.dry_run:
@@ -272,6 +264,8 @@ class Supervisor:
                     self.install_and_start(commit, archive, words)
                 self.look()
                 self.show_log()
+                self.delete_if_asked()
+                say("a dry run: nothing was called")
                 return
             first, going = self.going()
             for number in range(first, len(launch.commands)):
@@ -305,19 +299,26 @@ class Supervisor:
         Raises:
           LaunchError: refused, stopped, out of budget or of restarts.
         """
-        restarts = failures = 0
+        restarts = failures = unset = 0
         while True:
             began = time.monotonic()
             workers: list[Worker] = []
-            if going or self.install_and_start(commit, archive, words):
-                found, workers = self.follow()
-            else:
+            fault = "" if going else self.install_and_start(commit, archive, words)
+            if fault:
+                say(fault)
                 found = "unreachable"
+            else:
+                found, workers = self.follow()
             going = False
             self.settle(found, workers)
             if found == "done":
                 return
             state, restarts = self.state(), restarts + 1
+            unset = unset + 1 if fault and state == "ACTIVE" else 0
+            if unset >= TRIES:
+                raise self.given_up(
+                    1, f"{self.where} is there, but {fault}; see docs/tpu.md"
+                )
             if restarts > self.launch.max_restarts:
                 raise self.given_up(
                     5,
@@ -352,15 +353,17 @@ class Supervisor:
         if found == "stopped":
             raise LaunchError(
                 3,
-                "stopped as asked; the same command goes on; the VMs still cost until "
-                "`delete`",
+                "stopped as asked; the same command goes on",
             )
         if found == "spent":
             self.save_and_delete()
 
     def given_up(self, status: int, message: str) -> LaunchError:
         """The error for a run that is not tried again; deletes, if that was asked."""
-        self.delete_if_asked()
+        try:
+            self.delete_if_asked()
+        except LaunchError as e:
+            message += f"; {e}"
         return LaunchError(status, message)
 
     def delete_if_asked(self) -> None:
@@ -372,7 +375,7 @@ class Supervisor:
         """Let the trainers save, wait for them, delete; LaunchError says so."""
         say(f"the budget is spent ({self.budget.text}): saving, then deleting")
         self.machines.on_all(scripts.TERMINATE, "asked")
-        until = time.monotonic() + SAVING
+        until, found = time.monotonic() + SAVING, ""
         while time.monotonic() < until:
             found, _ = self.look()
             if found not in ("running", "ending", "unreachable"):
@@ -381,8 +384,9 @@ class Supervisor:
         self.show_log()
         if self.launch.backend != "hosts":
             self.delete()
+        saved = "the run is saved" if found == "stopped" else "it was not seen to save"
         raise LaunchError(
-            6, f"{self.budget.text}: the run is saved; more hours go on from there"
+            6, f"{self.budget.text}: {saved}; more hours go on from there"
         )
 
     # --- other commands -----------------------------------------------------------

@@ -50,10 +50,14 @@ class Answer:
 
 
 def complaint(text: str) -> str:
-    """The first line of a text that names an error; else its first."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or ["no message"])[0]
+    """The line of a text that names an error, else its first; what a colon introduces
+    there belongs to it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
+    last = first + 1
+    while lines[last - 1 : last] and lines[last - 1].endswith(":"):
+        last += 1
+    return " ".join(lines[first:last]) or "no message"
 
 
 def say(text: str) -> None:

@@ -46,7 +46,7 @@ class Machines(abc.ABC):
         """Learn from the cloud how many slices there are."""
 
     @abc.abstractmethod
-    def copy(self, path: str, target: str) -> bool:
+    def copy(self, path: str, target: str) -> Answer:
         """Copy a file into the home folder of every worker."""
 
     @abc.abstractmethod
@@ -162,12 +162,10 @@ class QueuedResources(Machines):
         words = ["compute", "tpus", "tpu-vm", "ssh", node, "--worker", worker]
         return [*words, *self.place, "--command", command]
 
-    def copy(self, path: str, target: str) -> bool:
+    def copy(self, path: str, target: str) -> Answer:
         scp = ("compute", "tpus", "tpu-vm", "scp", path)
-        return not any(
-            self.gcloud(*scp, f"{node}:{target}", "--worker", "all", *self.place).status
-            for node in self.nodes
-        )
+        to_all = ("--worker", "all", *self.place)
+        return joined([self.gcloud(*scp, f"{n}:{target}", *to_all) for n in self.nodes])
 
     def on_all(self, script: str, *arguments: str) -> Answer:
         command = remote_command(script, self.launch.name, arguments)
@@ -222,6 +220,8 @@ class TpuVm(QueuedResources):
 class SshMachines(Machines):
     """Workers that are called one by one, and told how to find each other."""
 
+    called = False  # any of them
+
     @abc.abstractmethod
     def workers(self) -> list[str]:
         """Names of all machines, slice by slice."""
@@ -251,13 +251,17 @@ class SshMachines(Machines):
 
     def each(self, do: Callable[[int, str], Answer]) -> Answer:
         """Do something with the number and name of every machine, several at once."""
-        at_once = 1 if self.launch.dry_run else AT_ONCE
+        machines = self.workers()
+        # The first call may make a key for ssh and hand it to the cloud: alone.
+        at_once = 1 if self.launch.dry_run or not self.called else AT_ONCE
+        answers = [do(0, machines[0])] if machines and not self.called else []
+        self.called = True
+        rest = range(len(answers), len(machines))
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-            machines = self.workers()
-            return joined([*pool.map(do, range(len(machines)), machines)])
+            return joined([*answers, *pool.map(do, rest, machines[len(answers) :])])
 
-    def copy(self, path: str, target: str) -> bool:
-        return not self.each(lambda _, machine: self.send(machine, path, target)).status
+    def copy(self, path: str, target: str) -> Answer:
+        return self.each(lambda _, machine: self.send(machine, path, target))
 
     def on_all(self, script: str, *arguments: str) -> Answer:
         command = remote_command(script, self.launch.name, arguments)

@@ -9,21 +9,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-# Arguments: commit, Python, setup script, extra of the package.
+# Arguments: commit, Python, setup script, extra of the package. Ubuntu 24.04, which VMs
+# of TPU7x have, has no Python 3.11, and 22.04 no 3.12. At its first boot a VM installs
+# updates, and holds apt's lock for minutes.
 INSTALL = """set -eu
 d=$HOME/gamayun-$1 python=$3
 mkdir -p "$d"
 if [ "$(cat "$d/commit" 2> /dev/null)" != "$2" ]; then
+  if [ -z "$python" ]; then
+    python=python3.11
+    if command -v python3.12 > /dev/null; then python=python3.12; fi
+  fi
   rm -rf "$d/code" "$d/commit"
   mkdir "$d/code"
   tar -xzf "$HOME/gamayun-$1.tgz" -C "$d/code"
-  if ! command -v "$python" > /dev/null; then
+  if ! "$python" -c "import ensurepip" 2> /dev/null; then
     sudo apt-get update -q
-    sudo apt-get install -y -q "$python" "$python-venv"
+    sudo apt-get -o DPkg::Lock::Timeout=600 install -y -q "$python" "$python-venv"
   fi
   "$python" -m venv "$d/venv"
   pins= # a run that is preempted goes on with the same versions
-  if [ "$python" = python3.11 ] && [ -f "$d/code/constraints.txt" ]; then
+  if [ -f "$d/code/constraints.txt" ]; then
     pins="--constraint $d/code/constraints.txt"
   fi
   "$d/venv/bin/pip" install --quiet $pins --editable "$d/code[$5]"

@@ -2,9 +2,9 @@
 
 `attention` is the definition, for any queries and keys (decoding with a cache too).
 `self_attention` computes the same for whole sequences by what is fastest where it
-runs: the splash kernel on TPU, cuDNN's on GPU, and elsewhere `attention` itself, by
-parts of the queries where the sequence is long. The kernels run inside a shard_map
-over the mesh in use: no compiler divides what is inside them.
+runs: the splash kernel on TPU, cuDNN's on GPU, and elsewhere `by_parts`: `attention`
+itself, by parts of the queries where the sequence is long. The kernels run inside a
+shard_map over the mesh in use: no compiler divides what is inside them.
 
 Shape suffixes: B batch, T query length, S key length, N query heads, K key-value
 heads, G = N / K query heads per key-value head, H head dim.
@@ -32,8 +32,10 @@ from gamayun_jax.model import ops
 # Names of what a remat policy may keep: attention's output, and the kernel's log-sum-
 # exps, without which its backward pass would need a second forward pass.
 OUTPUT = "attention_output"
-# Queries per part of the plain path, whose scores exist one part at a time.
-PART = 512
+# Queries per part of the plain path, whose scores exist one part at a time; and the
+# least where they are a quarter of all, in scoring: no backward pass makes them again,
+# and layers are one loop, so that many parts do not take long to compile.
+PART, LEAST_PART = 512, 64
 # Rows and columns of the splash kernel's tiles, where the sequence has as many.
 SPLASH_BLOCK = 1024
 LANES = 128  # of a TPU's vector registers: tiles are multiples of it
@@ -112,7 +114,7 @@ def self_attention(
             f"compute.attention={attention_impl!r}: {problem}; use 'auto' or 'xla'"
         )
     if chosen == "xla" or problem:
-        out_BTNH = _by_parts(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        out_BTNH = by_parts(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         return checkpoint_name(out_BTNH, OUTPUT)
     if chosen == "splash":  # names its output, and what else it keeps, itself
         return _over_mesh(_splash)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
@@ -141,26 +143,36 @@ def _over_mesh(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 # --- by parts of the queries ------------------------------------------------------
 
 
-def _by_parts(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
-    """`attention` on parts of the queries, each with the keys up to its end.
+def by_parts(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    context_ids_BT: jax.Array | None = None,
+) -> jax.Array:
+    """`attention` of whole sequences on parts of the queries, each with the keys up to
+    its end.
 
-    Scores take [B, N, PART, T] instead of [B, N, T, T], nearly half of the products
+    Scores take [B, N, size, T] instead of [B, N, T, T], nearly half of the products
     are never made, and the backward pass computes a part's scores again.
     """
     T = q_BTNH.shape[1]
-    if T <= 2 * PART:
-        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT)
+    size = PART if context_ids_BT is None else min(max(T // 4, LEAST_PART), PART)
+    starts = range(0, T, size)
+    if len(starts) <= 2:
+        segments = (segment_ids_BT, segment_ids_BT)
+        return attention(q_BTNH, k_BTKH, v_BTKH, *segments, 0, context_ids_BT)
 
-    @functools.partial(jax.checkpoint, static_argnums=4)
-    def part(q, k, v, segments, offset):
-        q_segments = segments[:, offset:]
-        return attention(q, k, v, q_segments, segments, offset)
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def part(start, q, k, v, segments, contexts):
+        return attention(q, k, v, segments[:, start:], segments, start, contexts)
 
     parts = []
-    for start in range(0, T, PART):
-        end = min(start + PART, T)
+    for start in starts:
+        end = min(start + size, T)
+        contexts = None if context_ids_BT is None else context_ids_BT[:, start:end]
         keys = (k_BTKH[:, :end], v_BTKH[:, :end], segment_ids_BT[:, :end])
-        parts.append(part(q_BTNH[:, start:end], *keys, start))
+        parts.append(part(start, q_BTNH[:, start:end], *keys, contexts))
     return jnp.concatenate(parts, axis=1)
 
 

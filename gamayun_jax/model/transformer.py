@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gamayun_jax.config import ComputeConfig, ModelConfig
 from gamayun_jax.model import ops, sharding
-from gamayun_jax.model.attention import OUTPUT, attention, self_attention
+from gamayun_jax.model.attention import OUTPUT, attention, by_parts, self_attention
 from gamayun_jax.model.weights import VOCAB_MATRIX_AXES, WEIGHTS
 
 
@@ -217,8 +217,10 @@ class Attention(nn.Module):
             # Initialisation looks at one token, which no kernel takes.
             impl = "xla" if self.is_initializing() else self.compute.attention
             out_BTNH = self_attention(*qkv, q_segments, impl)
+        elif x_BTD.shape[1] == k_BTKH.shape[1]:  # a prompt that fills the cache, too
+            out_BTNH = by_parts(*qkv, q_segments, q_contexts)
         else:
-            out_BTNH = attention(*qkv, q_segments, kv_segments, offset, q_contexts)
+            out_BTNH = attention(*qkv, q_segments, kv_segments, offset)
         # Kept only where the collection is asked for: see inference/rounding.py.
         self.sow("inputs", "q", x_BTD)
         self.sow("inputs", "o", out_BTNH)

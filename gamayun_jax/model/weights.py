@@ -32,10 +32,11 @@ def residual_std(cfg: ModelConfig) -> float:
     return cfg.init_std / (2 * cfg.num_layers) ** 0.5
 
 
-# 4 bits would cost the vocabulary's matrices most.
+# In an int4 model, matrices that cost it most have more than 4 bits.
 MATRIX = Kind(lambda cfg: initializers.normal(cfg.init_std), True, 4)
 RESIDUAL = Kind(lambda cfg: initializers.normal(residual_std(cfg)), True, 4)
-VOCAB = Kind(lambda cfg: initializers.normal(cfg.init_std), False, 8)
+VALUE, DOWN = (kind._replace(fewest_bits=5) for kind in (MATRIX, RESIDUAL))
+VOCAB = Kind(lambda cfg: initializers.normal(cfg.init_std), False, 6)
 NORM = Kind(lambda cfg: initializers.ones, False)
 BIAS = Kind(lambda cfg: initializers.zeros, False)
 
@@ -110,7 +111,7 @@ _OF_A_LAYER: tuple[Any, ...] = (
     ("attention_norm/scale", "input_layernorm.weight", NORM, "D", "", "norm"),
     ("attention/q", "self_attn.q_proj.weight", MATRIX, "DNH", "D", "embed heads -"),
     ("attention/k", "self_attn.k_proj.weight", MATRIX, "DKH", "D", "embed kv_heads -"),
-    ("attention/v", "self_attn.v_proj.weight", MATRIX, "DKH", "D", "embed kv_heads -"),
+    ("attention/v", "self_attn.v_proj.weight", VALUE, "DKH", "D", "embed kv_heads -"),
     ("attention/o", "self_attn.o_proj.weight", RESIDUAL, "NHD", "NH", "head_rows - -"),
     ("attention/q_bias", "self_attn.q_proj.bias", BIAS, "NH", "", "heads -", "bias"),
     ("attention/k_bias", "self_attn.k_proj.bias", BIAS, "KH", "", "kv_heads -", "bias"),
@@ -120,7 +121,7 @@ _OF_A_LAYER: tuple[Any, ...] = (
     ("mlp_norm/scale", "post_attention_layernorm.weight", NORM, "D", "", "norm"),
     ("mlp/gate", "mlp.gate_proj.weight", MATRIX, "DF", "D", "embed mlp"),
     ("mlp/up", "mlp.up_proj.weight", MATRIX, "DF", "D", "embed mlp"),
-    ("mlp/down", "mlp.down_proj.weight", RESIDUAL, "FD", "F", "mlp_rows -"),
+    ("mlp/down", "mlp.down_proj.weight", DOWN, "FD", "F", "mlp_rows -"),
 )
 _ALL = (
     Weight("embedding", "model.embed_tokens.weight", VOCAB, "VD", "D", "vocab_rows -"),

@@ -265,7 +265,8 @@ def described_mesh(
     if sizes[0] % slices:
         raise UserError(
             f"mesh.data={sizes[0]} is not a multiple of the {slices} hosts, which only "
-            "data crosses: set mesh.data=-1"
+            "data crosses: set mesh.data=-1 and mesh.fsdp to a divisor of the "
+            f"{len(devices) // slices} GPUs of a host"
         )
     return AbstractMesh(tuple(sizes), sharding.AXES)
 

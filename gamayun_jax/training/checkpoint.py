@@ -16,7 +16,7 @@ import contextlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from gamayun_jax.training.checksums import (
     named_leaves,
     verify,
 )
+from gamayun_jax.training.file_errors import of_files
 from gamayun_jax.training.run_folder import mark_copied, steps_in
 from gamayun_jax.training.run_meta import RunMeta
 
@@ -156,7 +157,9 @@ class Checkpoints:
         """What was saved beside the arrays.
 
         Raises:
-          UserError: it is damaged, or of a version that this one cannot read.
+          DamagedCheckpointError: what is read is not what was written.
+          UserError: it is not given now (see file_errors.is_refused), or of a version
+            that this one cannot read.
         """
         return self._agreed(step, lambda: self._meta(step))
 
@@ -181,7 +184,7 @@ class Checkpoints:
         An average that the checkpoint has not is None; `step.begin_ema` begins it.
 
         Raises:
-          UserError: a state of another structure.
+          UserError: a state of another structure, or it is not given now.
           DamagedCheckpointError: what is read is not what was written.
         """
         items = items_of(abstract)
@@ -288,7 +291,7 @@ class Checkpoints:
             raise self._damaged(step, f"processes {who} cannot read it")
         if kind == 2:
             raise UserError(
-                f"checkpoint {self.folder / str(step)} does not fit on processes "
+                f"checkpoint {self.folder / str(step)} cannot be used by processes "
                 f"{who}: they say why"
             )
         return result
@@ -364,7 +367,13 @@ class Checkpoints:
                 f"checkpoint {where} does not exist; there are: "
                 f"{', '.join(map(str, self.steps())) or 'none'}"
             )
-        with of_files(lambda reason: self._damaged(step, reason)):
+        with of_files(
+            lambda reason: self._damaged(step, reason),
+            lambda reason: UserError(
+                f"checkpoint {where} cannot be read now ({reason}). Nothing was moved: "
+                "see to the bucket or the rights, then give the same command again"
+            ),
+        ):
             # Not by the manager, which ends with a barrier: see `_agreed`.
             folder = self._manager.directory / str(step)
             return {
@@ -383,7 +392,9 @@ class Checkpoints:
         )
 
     def _unwritten(self, reason: str) -> UserError:
-        there = steps_in(self.folder)  # none if the folder itself is gone
+        there: list[int] = []  # where the folder is gone, or its bucket gives no answer
+        with contextlib.suppress(OSError):
+            there = steps_in(self.folder)
         return UserError(
             f"a checkpoint cannot be written to {self.folder} ({reason}): make room or "
             "give --workdir a folder that can be written; the same command then goes "
@@ -401,7 +412,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with of_files(self._unwritten):
+            self._manager.close()
 
 
 def kept_forever(cfg: Config) -> list[int]:
@@ -430,20 +442,3 @@ def items_of(state: TrainState) -> dict[str, Any]:
     opt_state = {"opt_state": state.opt_state, "step": state.step}
     items = {"params": state.params, "opt_state": opt_state, "ema": state.ema}
     return {k: v for k, v in items.items() if v is not None}
-
-
-@contextlib.contextmanager
-def of_files(error: Callable[[str], UserError]) -> Iterator[None]:
-    """What Orbax or TensorStore raise inside, of many kinds, as the error that `error`
-    makes of the reason; not what has nothing to do with the files."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError):
-        raise
-    except Exception as e:
-        if cluster.is_loss(e):
-            raise
-        text = " ".join(str(e).split())
-        if len(text) > 300:  # the beginning and, for the cause, the end
-            text = f"{text[:150]} ... {text[-150:]}"
-        raise error(f"{type(e).__name__}: {text}") from e

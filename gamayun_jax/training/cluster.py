@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data.files import write_text
+from gamayun_jax.fields import causes_of
 
 LOST = 4  # exit status of a process that another one has left alone
 FAILED, ALIVE = "gamayun/failed/", "gamayun/alive/"
@@ -55,9 +56,8 @@ CARRIERS = re.compile(
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error, or what it came from, is a collective that broke."""
-    found: BaseException | None = error
     files = False
-    while found is not None:
+    for found in causes_of(error, contexts=True):
         text = str(found)
         status = STATUS.match(text)
         code = status[1] if status else ""
@@ -71,9 +71,6 @@ def is_loss(error: BaseException) -> bool:
             return True
         if isinstance(found, ValueError) and code in BROKEN and not files:
             return True
-        found = found.__cause__ or (
-            None if found.__suppress_context__ else found.__context__
-        )
     return False
 
 
@@ -201,17 +198,21 @@ def gather(value: Any) -> np.ndarray:
     """A number or array of each process, [processes, ...]. Called by all."""
     if jax.process_count() == 1:
         return np.asarray(value)[None]
-    return np.asarray(multihost_utils.process_allgather(np.asarray(value)))
+    own = np.asarray(value)
+    # Whole numbers and truth values as one type: a program for all of them.
+    sent = own if own.dtype.kind == "f" else own.astype(np.int32)
+    return np.asarray(multihost_utils.process_allgather(sent)).astype(own.dtype)
 
 
 def check_shared(folder: Path) -> None:
     """Raise UserError unless all see what the first one writes there. Called by all."""
     if jax.process_count() == 1:
         return
-    mark, word = folder / ".mark", from_first(secrets.token_hex(8))
+    mark, word = folder / ".mark", secrets.token_hex(8)
     first = jax.process_index() == 0
     if first:
         write_text(mark, word)
+    word = from_first(word)  # once it is written: on most folders nobody has to wait
     for _ in range(30):
         seen = False
         with contextlib.suppress(OSError):

@@ -21,6 +21,7 @@ from gamayun_jax.config import ModelConfig
 from gamayun_jax.data import files
 from gamayun_jax.data.tokenizer import TextCoder
 from gamayun_jax.model.weights import weights_of
+from gamayun_jax.storage import with_checkpoints
 from gamayun_jax.training.checkpoint import Checkpoints, TrainState
 from gamayun_jax.training.run_meta import RunMeta
 from gamayun_jax.training.ticker import ticker
@@ -32,6 +33,7 @@ def save_model(params: Any, meta: RunMeta, tokenizer: TextCoder, out: Path) -> N
     Raises:
       UserError: `out` exists, or cannot be written.
     """
+    with_checkpoints(out)
     with files.new_folder(out) as temporary:
         write_params(params, meta, temporary)
         tokenizer.write(temporary)

@@ -301,6 +301,11 @@ def begin_run(
         source, meta, origin = load_origin(
             setting.init_from, cfg, corpus, setting.open_model
         )
+        if not meta.params_alone and meta.step < meta.config.total_steps:
+            log(
+                f"--init-from {source.folder}: its run is not complete, at step "
+                f"{meta.step} of {meta.config.total_steps}"
+            )
         for text in origin["corpus_changes"]:
             log(f"corpus: {text}")
         for name in origin["restarted"]:
@@ -385,7 +390,8 @@ def check_model(
     Args:
       but: fields of the model that may differ; `init_std` always may.
     """
-    where = f"--init-from {store.folder}/{meta.step}"
+    step = f"/{meta.step}" if meta.step else ""  # a published model has none
+    where = f"--init-from {store.folder}{step}"
     other = differences(to_dict(meta.config.model), to_dict(cfg.model), "model")
     told = "; ".join(
         f"{k} is {a!r} there and {b!r}"

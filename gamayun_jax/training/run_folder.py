@@ -47,6 +47,7 @@ from gamayun_jax.storage import (
     lexists,
     move,
     remove_tree,
+    with_checkpoints,
 )
 from gamayun_jax.training.spool import RecordLog, Spool
 
@@ -126,7 +127,7 @@ class RunFolder:
           UserError: the folder cannot be made, holds other files but no run, or
             another run is using it.
         """
-        self.path = as_path(path, "run folder ")
+        self.path = with_checkpoints(as_path(path, "run folder "))
         self.writer = writer
         self._lease: Any = None
         self._stack = contextlib.ExitStack()
@@ -318,14 +319,16 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder of them; none where there is no folder."""
-    found = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    found = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(p.name) for p in found if is_step(p.name) and is_whole(p))
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end, or copied from where it was. In a
     bucket, which has no rename, a mark comes last."""
-    if not is_bucket(checkpoint) or (checkpoint / COMMITTED).exists():
+    if not is_bucket(checkpoint):
+        return checkpoint.is_dir()
+    if (checkpoint / COMMITTED).exists():
         return True
     try:
         data = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_bytes())
@@ -378,6 +381,7 @@ def find_checkpoint(path: AnyPath) -> tuple[Path, int]:
     path = as_path(path, "model ")
     advice = "give a run folder, or one of its checkpoints/<step>"
     check_there(path, "model ", advice)
+    with_checkpoints(path)
     if is_step(path.name) and (path / "meta").is_dir():
         return path.parent, int(path.name)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path

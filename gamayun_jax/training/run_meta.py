@@ -36,7 +36,8 @@ class RunMeta:
     times: Mapping[str, Any] | None = None  # GoodputTimer
     watch: Mapping[str, Any] | None = None  # DivergenceDetector
     bits: int | None = None  # of quantised weights
-    group: int | None = None  # of int4 weights; once it was 64, without zero points
+    layout: int | None = None  # of int4 weights; once there was none
+    group: int | None = None  # of int4 weights without a layout; once it was 64
     # Of an average: scheme, and the checkpoints' steps and weights, oldest first.
     averaged: Mapping[str, Any] | None = None
     checksums: Mapping[str, Mapping[str, str]] | None = None  # by item and array

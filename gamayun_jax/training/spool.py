@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gamayun_jax.data.files import atomic, json_lines
-from gamayun_jax.storage import is_bucket, remove_tree
+from gamayun_jax.storage import is_bucket, process_folder, remove_tree
 from gamayun_jax.training.ticker import ticker
 
 PERIOD = 30.0  # seconds between uploads
@@ -37,7 +37,9 @@ class Spool:
         """`check` raises what forbids an upload."""
         self.run, self._check = run, check
         self.remote = is_bucket(run)
-        self.folder = Path(tempfile.mkdtemp(prefix="gamayun-")) if self.remote else run
+        self.folder = run
+        if self.remote:
+            self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=process_folder()))
         self.lock = threading.RLock()  # held while a file is written or read
         self._uploads = (
             threading.Lock()

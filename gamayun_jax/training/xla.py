@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gamayun_jax.storage import is_bucket
 
@@ -96,7 +98,8 @@ def instructions(cpuinfo: Path = CPUINFO) -> str:
 
 
 def keep_compilations(folder: Path) -> None:
-    """Keep compiled programs on disk: a run that goes on does not compile again.
+    """Keep compiled programs, small ones too: a run that goes on on as many processes
+    compiles none again.
 
     JAX_COMPILATION_CACHE_DIR names another folder. On CPUs each kind has a folder of
     its own in it: what is compiled for one's instructions may not run on the next.
@@ -107,11 +110,35 @@ def keep_compilations(folder: Path) -> None:
         return
     if (backend := jax.default_backend()) == "cpu":
         kind = instructions()
-        if not kind or is_bucket(folder):
+        if not kind:
             return
         folder = folder / kind
+        if jax.process_count() > 1:
+            same_keys()
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # XLA's own caches are for GPUs and no buckets; their path would be part of every
     # program's key, so that a folder that was moved would be compiled for anew.
     if backend != "gpu" or is_bucket(folder):
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def same_keys() -> None:
+    """Give a program the same key on every process of a CPU run.
+
+    JAX writes the first process's programs only. On CPUs alone, its keys contain which
+    devices are the process's own, so that the others never find what the first one
+    wrote. A program is loaded for the devices of the process that loads it.
+    """
+    from jax._src import cache_key  # there is no public way to it
+
+    def hash_devices(hash_obj: Any, accelerators: Any) -> None:
+        for d in accelerators.flat:
+            word = f"{d.id} {d.process_index} {d.device_kind}\n"
+            hash_obj.update(word.encode())
+
+    former = getattr(cache_key, "_hash_accelerator_config", None)
+    # Of another JAX with other arguments, or none: the others compile anew.
+    if former and len(inspect.signature(former).parameters) == 2:
+        cache_key._hash_accelerator_config = hash_devices

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -106,6 +108,25 @@ def test_a_second_writer_is_refused(small, begun):
     assert train.train(small, begun, log=quiet) == 0
 
 
+@pytest.mark.parametrize("part", ["meta/", "params/"])
+def test_a_checkpoint_that_the_bucket_refuses_is_not_set_aside(
+    small, straight, begun, bucket_server, part
+):
+    """A right that is lacking for a while says nothing of the files."""
+    there = run_folder.checkpoint_steps(begun)
+
+    def fault(kind, name):
+        return 403 if kind == "read" and f"/9/{part}" in name else None
+
+    bucket_server.fault = fault
+    with pytest.raises(UserError, match=r"/9 cannot be read now .*Nothing was moved"):
+        train.train(small, begun, log=quiet)
+    bucket_server.fault = lambda *_: None
+    assert run_folder.checkpoint_steps(begun) == there
+    assert train.train(small, begun, log=quiet) == 0
+    assert leaves(begun) == leaves(straight)
+
+
 def test_a_damaged_checkpoint_is_set_aside(small, straight, begun):
     newest = max(run_folder.checkpoint_steps(begun))
     path = max(
@@ -186,6 +207,31 @@ def test_what_is_wrong_with_a_bucket_is_said(small, bucket, bucket_server):
     assert "ask for the right to read and to write" in error_of(small, bucket)
     bucket_server.fault = lambda *_: 401
     assert "gcloud auth application-default login" in error_of(small, bucket)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("status", "kinds"), [(401, ()), (403, ("write", "delete"))])
+def test_rights_that_are_lost_in_the_midst(
+    experiment, straight, bucket, bucket_server, status, kinds
+):
+    """One line, whichever of Orbax's threads meets it; with them again it goes on."""
+    words = [sys.executable, "-m", "gamayun_jax", "train", str(experiment)]
+    words += ["--workdir", bucket]
+
+    def fault(kind, name):
+        begun = any("checkpoints/6" in name for _, name in bucket_server.log)
+        return status if begun and (not kinds or kind in kinds) else None
+
+    bucket_server.fault = fault
+    run = subprocess.run(words, capture_output=True, text=True)
+    assert run.returncode == 2, run.stderr
+    said = [x for x in run.stderr.splitlines() if "google_auth_provider" not in x]
+    assert len(said) == 1, run.stderr
+    assert said[0].startswith("gamayun: ")
+    assert str(status) in said[0] or "gs://runs may not be used so" in said[0]
+    bucket_server.fault = lambda *_: None
+    assert subprocess.run(words, capture_output=True).returncode == 0
+    assert leaves(bucket) == leaves(straight)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import meta_of, read_only
 
-from gamayun_jax import train
+from gamayun_jax import buckets, train
 from gamayun_jax.config import UserError
 from gamayun_jax.report import read_run
 from gamayun_jax.training import checkpoint, checksums, run_folder
@@ -23,6 +23,7 @@ from gamayun_jax.training.checkpoint import (
     DamagedCheckpointError,
     TrainState,
 )
+from gamayun_jax.training.file_errors import is_refused, of_files
 from gamayun_jax.training.run_folder import RunFolder
 
 
@@ -208,7 +209,18 @@ def test_checksum_is_the_sum_of_bits_times_odd_places(dtype):
     places = 2 * np.arange(60).reshape(3, 4, 5).astype(object) + 1
     expected = int((bits * places).sum() % 2**32)
     assert int(checksums.checksum(x)) == expected
-    assert int(checksums.checksum(x, by_row=True)) == expected
+    assert checksums.host_checksum(np.asarray(x)) == expected
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (checksums.BLOCK + 3,), (5, 40_009)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_checksums_on_a_device_and_on_the_host_are_the_same(shape, dtype):
+    """One device's and, of an array that several have, theirs; also beyond a block."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=shape) * 9, dtype)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+    parts = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    found = checksums.checksums({"a": {"one": x, "all": jax.device_put(x, parts)}})
+    assert found["a"]["one"] == found["a"]["all"]
 
 
 def test_another_structure_is_not_taken_for_damage(tmp_path):
@@ -424,7 +436,7 @@ def test_checkpoints_that_vanish_under_a_run(straight, tmp_path):
     store = Checkpoints(folder)
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="cannot be written .*from the beginning"):
-        with checkpoint.of_files(store._unwritten):
+        with of_files(store._unwritten):
             raise FileNotFoundError(2, "No such file or directory", str(folder))
     folder.write_text("")
     with pytest.raises(UserError, match="has no checkpoint"):
@@ -557,3 +569,40 @@ def test_a_meta_that_changes_while_it_is_written(tmp_path, monkeypatch):
     assert len(meta.lineage["events"]) == 2
     assert store.meta(1).lineage["events"] == [{"event": "begun"}]
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (ValueError("UNAVAILABLE: Error reading gs://b/x [source=tensorstore]"), True),
+        (ValueError("PERMISSION_DENIED: Error opening x [tensorstore]"), True),
+        (
+            ValueError("DATA_LOSS: Error reading x: CRC-32C checksum [tensorstore]"),
+            False,
+        ),
+        (ValueError("NOT_FOUND: Error opening x [tensorstore]"), False),
+        (ValueError("a value is UNAVAILABLE: in a file"), False),
+        (PermissionError(13, "Permission denied", "/run/x"), True),
+        (OSError(5, "503", "gs://b/x"), True),
+        (FileNotFoundError(2, "no such object", "gs://b/x"), False),
+        (OSError(5, "Input/output error", "/run/x"), False),
+    ],
+)
+def test_what_is_refused_is_not_damaged(error, refused):
+    assert is_refused(error) == refused
+    outer = ValueError("Failed to restore")
+    outer.__cause__ = error
+    assert is_refused(outer) == refused
+    with pytest.raises(UserError, match="refused" if refused else "damaged"):
+        with of_files(
+            lambda reason: UserError("damaged"), lambda reason: UserError("refused")
+        ):
+            raise outer
+
+
+def test_an_error_that_is_its_own_cause_ends():
+    error = ValueError("UNAVAILABLE? no: a file")
+    error.__cause__ = error
+    assert not is_refused(error)
+    assert not checkpoint.cluster.is_loss(error)
+    assert buckets.status_of(error) is None

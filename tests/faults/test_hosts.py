@@ -1,6 +1,7 @@
 """Processes that die, fail or fall silent; signals; folders that can no longer be
 written: none waits for ever."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 from conftest import read_only
+
+from gamayun_jax.storage import as_path, remove_tree
+from gamayun_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -227,6 +231,53 @@ def test_a_straggler_shows_in_the_metrics(experiment, tmp_path):
         told = [h[name] for h in found[1:]]
         most = sum(h["max"] for h in told)
         assert sum(h["max"] for h in told if h["process"] == process) > 0.7 * most, told
+
+
+COUNTS_COMPILATIONS = """
+import os, sys
+del os.environ["JAX_COMPILATION_CACHE_DIR"]  # the tests': the run keeps its own
+import jax
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+from gamayun_jax import cli, train
+compile_step = train.compile_step
+def counting(*args):
+    step = compile_step(*args)
+    counts = [events.count("/jax/compilation_cache/" + name)
+              for name in ("compile_requests_use_cache", "cache_hits")]
+    print("programs asked for and found:", *counts, flush=True)
+    return step
+train.compile_step = counting
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_a_restart_compiles_nothing(experiment, tmp_path, place, request):
+    """On no process before its first step; and what the first one compiled gives the
+    others what they computed with their own."""
+    run = tmp_path / "run"
+    if place == "bucket":
+        run = as_path(request.getfixturevalue("bucket"))
+    programs = [("-c", COUNTS_COMPILATIONS)] * 2
+
+    def train():
+        ends = finish(start_all(experiment, run, 2, programs=programs))
+        for out, status in ends:
+            assert status == 0, out[-2000:]
+        folder = run / "checkpoints"
+        with contextlib.closing(Checkpoints(folder, read_only=True)) as store:
+            sums = store.meta(13).checksums
+        return sums, [re.findall(r" found: (\d+) (\d+)", out) for out, _ in ends]
+
+    sums, cold = train()
+    assert cold[0][0][1] == "0"
+    for step in (9, 12, 13):
+        remove_tree(run / "checkpoints" / str(step))
+    again, warm = train()
+    assert again == sums
+    for ((asked, found),) in warm:
+        assert asked == found != "0", warm
 
 
 def test_a_second_signal_exits_at_once(experiment, tmp_path):

@@ -12,10 +12,10 @@ from conftest import WIDE, mesh_of
 
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
 from gamayun_jax.inference.decode import Decoder
-from gamayun_jax.inference.generator import Generator, bucket
+from gamayun_jax.inference.generator import Generator, bucket, row_length
 from gamayun_jax.inference.quantize import dequantize_all, quantize
 from gamayun_jax.inference.sampling import Sampling, kept, penalised, sample_token
-from gamayun_jax.model import sharding
+from gamayun_jax.model import attention, sharding
 from gamayun_jax.model.transformer import Transformer, logits
 from gamayun_jax.model.weights import abstract_params
 
@@ -92,6 +92,14 @@ def test_greedy_equals_the_full_forward():
     got = generator().generate_ids(PROMPTS, 50, stop_ids=())
     for ids, prompt in zip(got, PROMPTS, strict=True):
         assert ids == greedy(MODEL, weights(MODEL), prompt, 50)
+
+
+def test_long_prompts_by_parts_of_their_queries(monkeypatch):
+    monkeypatch.setattr(attention, "PART", 8)
+    params = weights(SHALLOW)
+    made = Generator(SHALLOW, params, mesh_of((1, 1, 1)), Bytes(), FLOAT32)
+    for ids, prompt in zip(made.generate_ids(PROMPTS, 4), PROMPTS, strict=True):
+        assert ids == greedy(SHALLOW, params, prompt, 4)
 
 
 def test_any_number_of_stop_ids():
@@ -275,6 +283,11 @@ def test_buckets(n):
     b = bucket(n)
     assert b >= n > b // 2
     assert bucket(n, 16) == max(b, 16)
+
+
+@pytest.mark.parametrize("n", [129, 192, 200, 1100, 1500, 2000])
+def test_long_prompts_are_padded_by_half_at_most(n):
+    assert n <= row_length(n, 16) < 1.5 * n
 
 
 def reference_set(logits, top_k, top_p, min_p):

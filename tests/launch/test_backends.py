@@ -12,97 +12,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_launch_tpu import FAST, TRAIN, WHAT, Cloud, cloud, one_line
+from clouds import COMPUTE, FAST, SSH, TRAIN, WHAT, Cloud, one_line
 
 from gamayun_jax.fields import UserError
-from gamayun_jax.launch import budget, description, slices, worker_scripts
+from gamayun_jax.launch import budget, command, description, slices, worker_scripts
 from gamayun_jax.launch.workers import judge, read_workers
 
-__all__ = ["cloud"]  # a fixture
 POD = ["--name", "pod", "--zone", "zone-a"]
 FLEET = [*POD, "--backend", "compute", "--topology", "v6e:2x4"]  # two VMs
 
-COMPUTE = """#!{python} -S
-import json, os, shutil, subprocess, sys
-from pathlib import Path
 
-cloud = Path({cloud!r})
-words = sys.argv[1:]
-with open(cloud / "calls", "a") as f:
-    f.write(json.dumps(words) + "\\n")
-scenario = json.loads((cloud / "scenario").read_text())
-groups, state = cloud / "groups", cloud / "state"
-groups.mkdir(exist_ok=True)
-
-def flag(name):
-    return words[words.index(name) + 1]
-
-def fail(text):
-    sys.exit("ERROR: (gcloud) " + text)
-
-verbs = words[1:4]
-if verbs == ["instance-groups", "managed", "create"]:
-    if "refuse" in scenario:
-        fail(scenario["refuse"])
-    (groups / words[4]).write_text(flag("--size"))
-    state.write_text("RUNNING")
-elif verbs == ["instance-groups", "managed", "list"]:
-    for group in sorted(groups.iterdir()):
-        print(group.name, group.read_text(), sep="\\t")
-elif verbs == ["instance-groups", "managed", "list-instances"]:
-    status = scenario.get("status", "RUNNING")
-    if state.read_text() == "SUSPENDED":
-        status = "STOPPED"
-    error = {"errors": {"errors": [{"code": scenario.get("code", ""), "message": "m"}]}}
-    print(json.dumps([
-        {"instance": f"https://x/instances/{words[4]}-v{i}", "instanceStatus": status,
-         "currentAction": "NONE", "lastAttempt": error}
-        for i in range(int((groups / words[4]).read_text()))]))
-elif verbs == ["instance-groups", "managed", "delete"]:
-    (groups / words[4]).unlink()
-    shutil.rmtree(cloud / "homes", ignore_errors=True)
-elif words[1] in ("instance-templates", "resource-policies"):
-    made = cloud / ("made-" + words[1])
-    if words[2] == "delete":
-        if not made.exists():
-            fail("The resource was not found")
-        made.unlink()
-    elif made.exists():
-        fail("The resource already exists")
-    else:
-        made.touch()
-elif words[:2] == ["config", "get"]:
-    print("my-project")
-elif words[1] == "scp":
-    machine, _, target = words[3].partition(":")
-    home = cloud / "homes" / machine
-    home.mkdir(parents=True, exist_ok=True)
-    shutil.copy(words[2], home / target)
-elif words[1] == "ssh":
-    home = cloud / "homes" / words[2]
-    home.mkdir(parents=True, exist_ok=True)
-    env = dict(os.environ, HOME=str(home), CLOUD=str(cloud), WORKER=home.name)
-    done = subprocess.run(["bash", "-c", flag("--command")], env=env, cwd=home)
-    sys.exit(done.returncode)
-else:
-    fail("unknown command " + " ".join(words))
-"""
-
-SSH = """#!{python} -S
-import os, shutil, subprocess, sys
-from pathlib import Path
-
-cloud = Path({cloud!r})
-copies = sys.argv[0].endswith("scp")
-machine = sys.argv[-1].partition(":")[0] if copies else sys.argv[-2]
-home = cloud / "homes" / machine.replace("@", "-")
-home.mkdir(parents=True, exist_ok=True)
-if copies:
-    shutil.copy(sys.argv[-2], home / sys.argv[-1].partition(":")[2])
-    sys.exit()
-env = dict(os.environ, HOME=str(home), CLOUD=str(cloud), WORKER=home.name)
-sys.exit(subprocess.run(["bash", "-c", sys.argv[-1]], env=env, cwd=home).returncode)
-"""
+@pytest.fixture
+def cloud(tmp_path):
+    return Cloud(tmp_path)
 
 
 @pytest.fixture
@@ -161,6 +83,16 @@ def test_several_slices_are_several_groups(fleet, tmp_path):
     assert status.stdout.count("gamayun-worker") == 4
     starts = [c for c in fleet.calls("ssh") if any("MEGASCALE" in word for word in c)]
     assert [re.search(r"SLICE_ID=(\d)", c[4])[1] for c in starts].count("1") == 2
+
+
+def test_half_of_the_slices_are_not_kept(fleet):
+    """The second group is refused: the first one is deleted, and it is said."""
+    fleet.play(failing=[6])  # after list, policy, project, template and a group
+    done = go(fleet, *FLEET, "--slices", "2")
+    assert "could not create" in one_line(done, 1)
+    assert "deleting what was made" in done.stderr
+    assert len(fleet.calls("managed", "create")) == 2
+    assert not [*(fleet.folder / "groups").iterdir()]
 
 
 @pytest.mark.parametrize(
@@ -330,7 +262,7 @@ def test_a_file_describes_and_flags_come_on_top(cloud):
         "name: pod\nzone: zone-a\ntype: v5litepod-16\nmax-hours: 10\nspot: true\n"
         "commands:\n- experiments/small.py --workdir '/mnt/run 1'\n"
     )
-    action, launch = description.parse(
+    action, launch = command.parse(
         ["run", "--file", str(cloud.root / "launch.yaml"), "--slices=2"]
     )
     assert action == "run"
@@ -343,7 +275,11 @@ def test_a_file_describes_and_flags_come_on_top(cloud):
         "def get_launch():\n"
         "    return Launch(name='pod', zone='z', type='v5litepod-16')\n"
     )
-    assert description.parse(["up", "--file", str(python)])[1].zone == "z"
+    assert command.parse(["up", "--file", str(python)])[1].zone == "z"
+    for wrong in ("commands: a b", "commands: [a 'b]", "commands: [1]"):
+        (cloud.root / "launch.yaml").write_text(wrong)
+        with pytest.raises(UserError, match="commands must be a list of texts"):
+            command.parse(["run", "--file", str(cloud.root / "launch.yaml")])
 
 
 @pytest.mark.parametrize(
@@ -352,18 +288,22 @@ def test_a_file_describes_and_flags_come_on_top(cloud):
         (["--topology", "v6e:2x4x4"], "slices of v6e have 2 sizes"),
         (["--topology", "v9:2x4"], "'v9:2x4' is unknown"),
         (["--topology", "v6e:3x3"], "VMs have 4 chips each"),
+        (["--topology", "v6e:7x4"], "v6e has 1x1, 2x2"),
+        (["--type", "v6e-28"], "'v6e-28' is not known"),
+        (["--name", "x" * 41], "at most 40"),
+        (["--max-hours", "-5"], "max_hours=-5.0 must be greater than 0"),
         (["--type", "v5p-16", "--backend", "compute"], "leaves the topology open"),
         (["--topology", "tpu7x:2x2x1"], "queued resources have no tpu7x"),
         (["--topology", "v5e:4x4", "--backend", "compute"], "no groups of v5e"),
         (["--type", "v5litepod-16", "--backend", "gke"], "--image is missing"),
-        (["--type", "v5litepod-16", "--backend", "aws"], "'aws' is unknown"),
+        (["--type", "v5litepod-16", "--backend", "aws"], "backend='aws' is unknown"),
         (["--type", "v5litepod-16", "--max-hours", "0.5"], "allows 0.5 hours"),
-        (["--type", "v5litepod-16", "--max-hours", "no"], "not a number above 0"),
+        (["--type", "v5litepod-16", "--max-hours", "no"], "invalid float value: 'no'"),
         (["--type", "v5litepod-16", "--max-cost", "10"], "allows 0.52 hours"),
         (["--topology", "tpu7x:2x2x1", "--backend", "compute", "--max-cost", "9"],
          "price of tpu7x is not known"),
         (["--type", "v5litepod-16", "--spot", "--flex"], "exclude each other"),
-        (["--type", "v5litepod-16", "--spot=no"], "takes no value"),
+        (["--type", "v5litepod-16", "--spot=no"], "ignored explicit argument"),
         (["--type", "v5litepod-16", "--max-hour", "3"], "did you mean --max-hours?"),
         (["--file", "none.yaml"], "cannot be read as YAML"),
         (["--hosts", ","], "name the machines"),
@@ -371,7 +311,7 @@ def test_a_file_describes_and_flags_come_on_top(cloud):
 )  # fmt: skip
 def test_wrong_descriptions_are_one_line(words, message):
     with pytest.raises(UserError, match=re.escape(message)) as e:
-        description.parse(["run", *POD, *words, *TRAIN])
+        command.parse(["run", *POD, *words, *TRAIN])
     assert "\n" not in str(e.value)
 
 

@@ -1,50 +1,20 @@
 """The JobSet of a launch: against the published schema, and by a played kubectl."""
 
+import dataclasses
 import json
 import math
 import subprocess
+import time
 
 import pytest
 import yaml
-from test_launch_tpu import TRAIN, Cloud, one_line
+from clouds import KUBECTL, TRAIN, Cloud, one_line
 
-from gamayun_jax.launch import description, gke
+from gamayun_jax.launch import command, description, gke
 
 FLAGS = [
     "--name", "pod", "--backend", "gke", "--topology", "v6e:4x4", "--image", "r/g:1",
 ]  # fmt: skip
-
-KUBECTL = """#!{python} -S
-import json, sys
-from pathlib import Path
-
-cloud = Path({cloud!r})
-words = sys.argv[1:]
-with open(cloud / "calls", "a") as f:
-    f.write(json.dumps(words) + "\\n")
-scenario = json.loads((cloud / "scenario").read_text())
-looks = cloud / "looks"
-if words[0] == "apply":
-    if "refuse" in scenario:
-        sys.exit("error: " + scenario["refuse"])
-    (cloud / "applied").write_text(sys.stdin.read())
-elif words[:2] == ["get", "jobset"]:
-    if not (cloud / "applied").exists():
-        sys.exit('Error from server (NotFound): jobsets "pod" not found')
-    number = int(looks.read_text()) if looks.exists() else 0
-    looks.write_text(str(number + 1))
-    status = scenario["status"][min(number, len(scenario["status"]) - 1)]
-    suspend = status == "suspended"
-    status = {} if suspend else status
-    print(json.dumps({"spec": {"suspend": suspend}, "status": status}))
-elif words[:2] == ["get", "pods"]:
-    print(json.dumps({"items": [
-        {"metadata": {"name": f"pod-slice-0-{i}-x"}, "status": {"containerStatuses": [
-            {"state": {"terminated": {"exitCode": code}}}]}}
-        for i, code in enumerate(scenario["codes"])]}))
-elif words[0] == "logs":
-    print("gamayun: no field 'sed' in", words[1])
-"""
 
 # Excerpts, with all fields that are written here. JobSet: kubernetes-sigs/jobset,
 # hack/python-sdk/swagger.json (jobset.v1alpha2.JobSetSpec, .FailurePolicy,
@@ -119,7 +89,7 @@ JOBSET = record(
 
 
 def made(*flags, train=TRAIN):
-    action, launch = description.parse(["run", *FLAGS, *flags, *train])
+    action, launch = command.parse(["run", *FLAGS, *flags, *train])
     assert action == "run"
     return gke.manifest(launch)
 
@@ -148,7 +118,6 @@ def test_what_the_jobset_asks_for(tmp_path):
     assert spec["failurePolicy"]["maxRestarts"] == 7
     assert replicated["replicas"] == 2
     assert job["parallelism"] == job["completions"] == 4  # VMs of 4 chips
-    assert job["activeDeadlineSeconds"] == 9 * 3600
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
         "cloud.google.com/gke-tpu-topology": "4x4",
@@ -158,7 +127,7 @@ def test_what_the_jobset_asks_for(tmp_path):
     assert pod["containers"][0]["image"] == "r/g:1"
     # Input that is refused is not tried again.
     [rule] = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [2]
+    assert rule["onExitCodes"]["values"] == [2, 6]
     assert (
         "PodFailurePolicy" in spec["failurePolicy"]["rules"][0]["onJobFailureReasons"]
     )
@@ -185,9 +154,32 @@ def test_a_pod_runs_its_commands_and_hands_sigterm_on(tmp_path, first, status, s
     setup = tmp_path / "setup.sh"
     setup.write_text(f"export PATH={tmp_path}:$PATH\n")
     launch = description.Launch(setup=str(setup))
-    script = gke.script(launch, ["gamayun train one", "gamayun train two"])
-    assert subprocess.run(["bash", "-ec", script], timeout=20).returncode == status
+    launch = dataclasses.replace(launch, commands=(("one",), ("two",)))
+    assert in_bash(gke.script(launch, math.inf)) == status
     assert (tmp_path / "said").read_text().split() == said.split()
+
+
+def in_bash(script):
+    return subprocess.run(["bash", "-ec", script], timeout=20).returncode
+
+
+def test_the_deadline_is_of_all_restarts_together(tmp_path):
+    """The trainer gets one SIGTERM, saves and ends; after it nothing starts."""
+    program = tmp_path / "gamayun"
+    program.write_text(
+        f"#!/bin/bash\ntrap 'echo term >> {tmp_path}/said; sleep 0.5; exit 3' TERM\n"
+        f"echo start >> {tmp_path}/said\nwhile :; do sleep 0.05; done\n"
+    )
+    program.chmod(0o755)
+    setup = tmp_path / "setup.sh"
+    setup.write_text(f"export PATH={tmp_path}:$PATH\n")
+    launch = description.Launch(setup=str(setup), commands=(("one",), ("two",)))
+    deadline = time.time() + 2
+    for _ in range(2):  # the second attempt is too late
+        assert in_bash(gke.script(launch, deadline)) == 6
+    assert (tmp_path / "said").read_text().split() == ["start", "term"]
+    program.write_text("#!/bin/bash\nexit 1\n")
+    assert in_bash(gke.script(launch, time.time() + 3600)) == 1
 
 
 @pytest.fixture
@@ -218,6 +210,21 @@ def test_failed_pods_show_their_logs(cluster):
     )
 
 
+def test_hours_count_from_the_first_run(cluster):
+    flags = [*FLAGS, "--max-hours", "2", "--poll", "0"]
+    cluster.play(status=[*["suspended"] * 3, {"terminalState": "Failed"}], codes=[])
+    first = time.time()
+    assert cluster("run", *flags, *TRAIN).returncode == 3
+    text = (cluster.folder / "applied").read_text()
+    deadline = float(yaml.safe_load(text)["metadata"]["annotations"][gke.DEADLINE])
+    assert deadline == pytest.approx(first + 7200, abs=20)
+    assert cluster("run", *flags, *TRAIN).returncode == 3  # once more
+    assert (cluster.folder / "applied").read_text() == text
+    over = text.replace(f"{deadline:.0f}", f"{first - 1:.0f}")
+    (cluster.folder / "applied").write_text(over)
+    assert "the hours are over" in one_line(cluster("run", *flags, *TRAIN), 6)
+
+
 def test_stop_suspends_and_run_goes_on(cluster):
     cluster.play(status=["suspended"])
     done = cluster("run", *FLAGS, "--poll", "0", *TRAIN)
@@ -245,4 +252,7 @@ def test_a_dry_run_prints_the_yaml(cluster):
     assert "kubectl 'apply' '--filename' '-'" in done.stdout
     text = done.stdout.split("<< 'END'\n")[1].split("\nEND")[0]
     assert yaml.safe_load(text)["kind"] == "JobSet"
-    assert yaml.safe_load(cluster("up", *FLAGS).stdout)["kind"] == "JobSet"
+    assert "complete" not in done.stderr
+    printed = cluster("up", *FLAGS, *TRAIN).stdout
+    assert yaml.safe_load(printed)["kind"] == "JobSet"
+    assert "up has no config" in one_line(cluster("up", *FLAGS), 2)

@@ -1,203 +1,20 @@
-"""launch_tpu.sh and `gamayun launch` against recording stand-ins of gcloud and kubectl.
+"""launch_tpu.sh and `gamayun launch` with queued resources, whose cloud is played."""
 
-The stand-in keeps the state of one queued resource in a folder and runs what is sent to
-a worker in a local bash, with a home folder per worker: the scripts for the workers are
-run for real, only the cloud, Python's venv and the trainer are played.
-"""
-
-import json
-import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
+from clouds import FAST, SCRIPT, TRAIN, WHAT, WHERE, Cloud, one_line
 
-from gamayun_jax.launch import description
-
-SCRIPT = Path("launch_tpu.sh").resolve()
-WHERE = ["--name", "pod", "--zone", "zone-a"]
-WHAT = [*WHERE, "--type", "v5litepod-16", "--version", "v2-alpha-tpuv5-lite"]
-FAST = ["--poll", "0", "--backoff", "0"]
-TRAIN = ["--", "experiments/small.py", "--workdir", "/mnt/run"]
-
-GCLOUD = """#!{python} -S
-import json, os, shutil, subprocess, sys
-from pathlib import Path
-
-cloud = Path({cloud!r})
-words = sys.argv[1:]
-with open(cloud / "calls", "a") as f:
-    f.write(json.dumps(words) + "\\n")
-scenario = json.loads((cloud / "scenario").read_text())
-state = cloud / "state"
-
-def flag(name, default=None):
-    return words[words.index(name) + 1] if name in words else default
-
-def fail(text):
-    sys.exit("ERROR: (gcloud) " + text)
-
-if words[2] == "queued-resources":
-    verb = words[3]
-    if verb == "create":
-        if "refuse" in scenario:
-            fail(scenario["refuse"])
-        if state.exists():
-            fail("ALREADY_EXISTS")
-        state.write_text(scenario.get("created", "ACTIVE"))
-        (cloud / "nodes").write_text(flag("--node-count", "1"))
-    elif not state.exists():
-        fail("NOT_FOUND: Resource was not found")
-    elif verb == "describe":
-        if "nodeCount" in flag("--format"):
-            print((cloud / "nodes").read_text())
-        elif "error" in flag("--format"):
-            print(scenario.get("error", ""))
-        else:
-            print(state.read_text())
-    elif verb == "delete":
-        state.unlink()
-        shutil.rmtree(cloud / "homes", ignore_errors=True)
-else:
-    if not state.exists() or state.read_text() != "ACTIVE":
-        fail("ssh: connection refused")
-    copy = words[3] == "scp"
-    node, _, target = (words[5] if copy else words[4]).partition(":")
-    workers = range(scenario["workers"]) if flag("--worker") == "all" else [
-        int(flag("--worker"))]
-    status = 0
-    for worker in workers:
-        home = cloud / "homes" / (node + "-" + str(worker))
-        home.mkdir(parents=True, exist_ok=True)
-        if copy:
-            shutil.copy(words[4], home / target)
-            continue
-        env = dict(os.environ, HOME=str(home), CLOUD=str(cloud), WORKER=home.name)
-        done = subprocess.run(["bash", "-c", flag("--command")], env=env, cwd=home)
-        status = done.returncode or status
-    sys.exit(status)
-"""
-
-# Stands for Python on a worker: a venv whose gamayun acts the scenario's next part.
-PYTHON = """#!/bin/sh
-mkdir -p "$3/bin"
-printf '#!/bin/sh\\n' > "$3/bin/pip"
-cp "$CLOUD/gamayun" "$3/bin/gamayun"
-chmod +x "$3/bin/pip"
-"""
-
-GAMAYUN = """#!{python} -S
-import json, os, signal, sys, time
-from pathlib import Path
-
-cloud, worker = Path(os.environ["CLOUD"]), os.environ["WORKER"]
-record = cloud / ("starts-" + worker)
-with open(record, "a") as f:
-    f.write(json.dumps(sys.argv[1:]) + "\\n")
-start = len(record.read_text().splitlines()) - 1
-acts = json.loads((cloud / "scenario").read_text())["acts"]
-act = acts[min(start, len(acts) - 1)]
-if isinstance(act, dict):
-    act = act.get(worker, "wait")
-print(worker, "start", start, act, flush=True)
-if act == "preempt":
-    (cloud / "state").write_text("SUSPENDED")
-    sys.exit(1)
-if act == "wait":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
-    (cloud / ("waits-" + worker)).touch()
-    time.sleep(15)
-if act == 2:
-    print("gamayun: no field 'sed'. Did you mean 'seed'?", file=sys.stderr)
-sys.exit(act)
-"""
-
-
-class Cloud:
-    """A checkout with the script, and the folder of the played cloud."""
-
-    def __init__(self, root, **programs):
-        self.root, self.folder = root / "checkout", root / "cloud"
-        tools = root / "bin"
-        for path in (self.root / "experiments", self.folder, tools):
-            path.mkdir(parents=True)
-        shutil.copy(SCRIPT, self.root)
-        (self.root / "experiments" / "small.py").write_text("# a config\n")
-        (self.root / ".gitignore").write_text("/runs/\n")
-        self.env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
-        self.env["PYTHONPATH"] = str(SCRIPT.parent)
-        self.env |= {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1"}
-        for who in ("AUTHOR", "COMMITTER"):
-            self.env |= {f"GIT_{who}_NAME": "t", f"GIT_{who}_EMAIL": "t@example.org"}
-        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "start"]):
-            subprocess.run(["git", *words], cwd=self.root, env=self.env, check=True)
-        fill = dict(python=sys.executable, cloud=str(self.folder))
-        for path, text in (
-            *((tools / k, text) for k, text in ({"gcloud": GCLOUD} | programs).items()),
-            (tools / "fakepython", PYTHON),
-            (self.folder / "gamayun", GAMAYUN),
-        ):
-            for key, value in fill.items():
-                shown = repr(value) if key == "cloud" else value
-                text = text.replace(
-                    "{cloud!r}" if key == "cloud" else "{python}", shown
-                )
-            path.write_text(text)
-            path.chmod(0o755)
-        self.play()
-
-    def play(self, *acts, workers=1, **more):
-        text = json.dumps({"acts": acts or [0], "workers": workers, **more})
-        (self.folder / "scenario").write_text(text)
-
-    def words(self, *words):
-        return ["bash", str(self.root / "launch_tpu.sh"), *words]
-
-    def __call__(self, *words, timeout=30):
-        return subprocess.run(
-            self.words(*words),
-            env=self.env, cwd=self.root, capture_output=True, text=True,
-            timeout=timeout,
-        )  # fmt: skip
-
-    def run(self, *flags, train=TRAIN):
-        return self("run", *WHAT, *FAST, "--python", "fakepython", *flags, *train)
-
-    def calls(self, *words):
-        """Recorded calls of gcloud that contain these words."""
-        path = self.folder / "calls"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [c for c in map(json.loads, lines) if set(words) <= set(c)]
-
-    def starts(self, worker="pod-0"):
-        """Arguments of each start of the trainer on a worker."""
-        path = self.folder / f"starts-{worker}"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def wait_for(self, name):
-        for _ in range(200):
-            if (self.folder / name).exists():
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"{name} did not appear")
+from gamayun_jax.launch import command
 
 
 @pytest.fixture
 def cloud(tmp_path):
     return Cloud(tmp_path)
-
-
-def one_line(done, status):
-    """The last message of a failed command, after checking its form."""
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.splitlines()[-1]
 
 
 def test_fresh_start_runs_on_every_worker_and_ends(cloud):
@@ -243,6 +60,27 @@ def test_a_dead_worker_takes_the_others_into_the_restart(cloud):
     assert done.returncode == 0, done.stderr
     assert len(cloud.starts("pod-0")) == len(cloud.starts("pod-1")) == 2
     assert len(cloud.calls("create")) == 1
+
+
+def test_logs_of_all_that_failed_are_shown(cloud):
+    cloud.play({"pod-0": 1, "pod-1": 1, "pod-2": 0}, 0, workers=3)
+    done = cloud.run()
+    assert done.returncode == 0, done.stderr
+    for worker in ("pod-0", "pod-1", "pod-2"):
+        assert (f"{worker} start 0 1" in done.stderr) == (worker != "pod-2")
+
+
+def test_an_interrupted_launch_says_what_goes_on(cloud):
+    cloud.play("wait")
+    words = cloud.words("run", *WHAT, "--poll", "1", "--python", "fakepython", *TRAIN)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(words, env=cloud.env, cwd=cloud.root, **pipes) as launcher:
+        cloud.wait_for("waits-pod-0")
+        launcher.send_signal(signal.SIGINT)
+        _, errors = launcher.communicate(timeout=20)
+    assert launcher.returncode == 130
+    last = errors.splitlines()[-1]
+    assert "the same command follows it; what is there of pod in zone-a costs" in last
 
 
 def test_bad_input_is_not_retried(cloud):
@@ -357,16 +195,21 @@ def test_uncommitted_changes_are_refused_unless_allowed(cloud):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["start"], "unknown command 'start'"),
+        (["start"], "invalid choice: 'start'"),
         (["status", "--name", "pod"], "--zone is missing"),
-        (["status", "--name", "a b", "--zone", "z"], "no name for a TPU"),
+        (
+            ["status", "--name", "a b", "--zone", "z"],
+            "must be lower-case letters, digits",
+        ),
         (["up", *WHERE], "--type is missing"),
-        (["up", *WHAT, "--slices", "two"], "not a whole number"),
+        (["up", *WHAT, "--slices", "two"], "invalid int value: 'two'"),
         (["up", *WHAT, "--sluces", "2"], "unknown argument '--sluces'"),
-        (["up", *WHAT, "--slices"], "needs a value"),
+        (["up", *WHAT, "--slices"], "expected one argument"),
         (["run", *WHAT], "run has no config"),
         (["run", *WHAT, "--", "no.py", "--workdir", "/r"], "is not in commit"),
         (["run", *WHAT, *TRAIN[:2], "--workdir", "r"], "must be an absolute path"),
+        # No machine is paid for where no checkpoint can be written.
+        (["run", *WHAT, *TRAIN[:2], "--workdir", "s3://b/r"], "must be an absolute"),
         (["run", *WHAT, "--setup", "nowhere", *TRAIN], "is no file"),
     ],
 )
@@ -379,13 +222,53 @@ def test_bad_input_is_one_line(cloud, words, message):
 
 def test_help_explains_every_flag(cloud):
     text = cloud("--help").stdout
-    flags = {f"--{name.replace('_', '-')}" for name in description.FIELDS}
-    assert all(f"  {flag} " in text for flag in flags)
-    assert set(re.findall(r"^  (--[a-z-]+) ", text, re.M)) == {
-        *flags,
-        "--file",
-        "--help",
-    }
+    flags = {*command.make_parser()._option_string_actions} - {"-h", "--help"}
+    assert len(flags) > 30
+    assert all(re.search(rf"^  {flag}(?: \S+)?\s+\S", text, re.M) for flag in flags)
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_whatever_call_fails_what_still_costs_is_said(cloud, once):
+    """Each call of a run in turn, alone or with all that follow it."""
+    number = 0
+    while True:
+        number += 1
+        (cloud.folder / "state").unlink(missing_ok=True)
+        (cloud.folder / "calls").unlink(missing_ok=True)
+        shutil.rmtree(cloud.root / "runs", ignore_errors=True)
+        cloud.play(failing=[number] if once else [*range(number, 500)])
+        done = cloud.run("--delete-when-done", "--max-restarts", "4")
+        assert "Traceback" not in done.stderr
+        there, last = (cloud.folder / "state").exists(), done.stderr.splitlines()[-1]
+        if there:
+            assert done.returncode == 1
+            assert "costs until `gamayun launch delete`" in last
+            assert "it is said here: no such luck" in last
+        if len(cloud.calls()) < number:
+            assert done.returncode == 0
+            assert not there
+            break
+        if done.returncode:
+            assert "it is said here: no such luck" in done.stderr
+    assert number > 5
+
+
+def test_machines_that_cannot_be_set_up_are_not_kept_for_ever(cloud):
+    """Without a key in the agent of ssh, say: it is told, and tried three times."""
+    (cloud.folder.parent / "bin" / "fakepython").write_text("#!/bin/sh\nexit 1\n")
+    message = one_line(cloud.run("--delete-when-done"), 1)
+    assert "pod in zone-a is there, but the installation failed" in message
+    assert not (cloud.folder / "state").exists()
+    assert len(cloud.calls("scp")) == 3
+
+
+def test_the_python_of_the_image_is_taken(cloud):
+    """Ubuntu 24.04, of TPU7x, has 3.12 and no 3.11."""
+    tools = cloud.folder.parent / "bin"
+    shutil.copy(tools / "fakepython", tools / "python3.12")
+    done = cloud("run", *WHAT, *FAST, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.starts()) == 1
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")

@@ -93,6 +93,18 @@ def test_parts_of_the_queries(monkeypatch):
     assert max(math.prod(map(int, s.split("x"))) for s in sizes) <= 2 * 4 * 16 * 72
 
 
+def test_parts_of_the_queries_with_contexts(monkeypatch):
+    """Continuations see the context before theirs, also in another part."""
+    monkeypatch.setattr(module, "LEAST_PART", 8)
+    qkv, segments = inputs(2, 72, 4, 2, 8)
+    contexts = jnp.maximum(segments - 1, 1)
+    wanted = attention(*qkv, segments, segments, 0, contexts)
+    assert abs(wanted - plain(*qkv, segments)).max() > 0.1  # they matter
+    np.testing.assert_allclose(
+        module.by_parts(*qkv, segments, contexts), wanted, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize(("N", "K", "H"), [(4, 2, 128), (2, 2, 64)])
 def test_splash(N, K, H):
     """In Pallas's interpreter, which runs the kernels' own code on a CPU."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -388,3 +389,13 @@ def test_bad_shapes():
         dataclasses.replace(SMALL, head_dim=5)
     with pytest.raises(UserError, match="model.num_kv_heads=0 must be greater"):
         dataclasses.replace(SMALL, num_kv_heads=0)
+
+
+@pytest.mark.parametrize(("platform", "out"), [("cpu", "f32"), ("tpu", "bf16")])
+def test_a_product_in_bfloat16_leaves_xla_for_cpus_in_float32(platform, out):
+    """There it takes the processor's instructions; a TPU would write twice as much."""
+    x, w = jnp.zeros((2, 3, 8), jnp.bfloat16), jnp.zeros((8, 4), jnp.bfloat16)
+    traced = jax.jit(lambda x, w: ops.product(x, w, 1)).trace(x, w)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = re.findall(r"dot_general .*-> tensor<[0-9x]*(\w+)>", text)
+    assert products == [out]

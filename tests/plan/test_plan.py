@@ -328,7 +328,7 @@ def test_gpus_are_not_compiled_and_the_plan_says_so(stage1, monkeypatch):
     assert "fits       not known" in text
     assert "unknown    traffic" in text
     assert "| unknown |" in plan_text.format_table([p])
-    with pytest.raises(UserError, match="not a multiple of the 8 hosts"):
+    with pytest.raises(UserError, match="8 hosts, .* divisor of the 8 GPUs"):
         aot.plan_topology(
             dataclasses.replace(stage1, mesh=MeshConfig(4, 16, 1)), "h100:8", slices=8
         )

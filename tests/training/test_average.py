@@ -336,9 +336,9 @@ def test_models_that_have_no_run_are_refused(config, params, tmp_path):
 
 def test_a_place_that_is_taken_is_refused(run, tmp_path, capfd):
     (tmp_path / "kept").write_text("x")
-    for taken in (tmp_path, tmp_path / "kept"):
+    for taken, why in ((tmp_path, "exists already"), (tmp_path / "kept", "a folder")):
         assert cli.main(["average", str(run), str(taken), "--last=2"]) == 2
-        assert "exists already" in capfd.readouterr().err
+        assert why in capfd.readouterr().err
     assert (tmp_path / "kept").read_text() == "x"
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 

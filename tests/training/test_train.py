@@ -752,7 +752,10 @@ def test_init_from_is_never_ignored(straight, config, tmp_path):
     )  # fmt: skip
     cfg = dataclasses.replace(config, name="second", stages=(stage,))
     run = tmp_path / "second"
-    assert train.train(cfg, run, straight / "checkpoints" / "7", log=quiet) == 0
+    told = []
+    origin = straight / "checkpoints" / "7"
+    assert train.train(cfg, run, origin, log=told.append) == 0
+    assert any("its run is not complete, at step 7 of 13" in line for line in told)
     # The flag may stay on the command line, or go; another one is refused.
     assert train.train(cfg, run, straight / "checkpoints" / "7", log=quiet) == 0
     assert train.train(cfg, run, log=quiet) == 0
