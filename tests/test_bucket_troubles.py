@@ -1,6 +1,7 @@
 """Slow buckets, silent ones and refusals: what passes costs time alone, what stays is
 told in one line, by what the answer says and not by words in it."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -124,9 +125,12 @@ def test_what_stays_is_an_error_of_one_line(folder, bucket_server, fault):
         assert error.strerror, name
         assert len(error.strerror.splitlines()) == 1, name
         assert isinstance(error, PermissionError) == (fault in (401, 403)), name
-        # Not those that the test before has still under way.
-        tries = sum(folder.name in of for _, of in bucket_server.log)
-        assert tries >= buckets.ATTEMPTS if fault in (503, "hang") else tries < 4, name
+        # Of one request: an operation makes several, and of those that another has left
+        # under way, or the test before, one may come late.
+        made = collections.Counter(r for r in bucket_server.log if folder.name in r[1])
+        tries = max(made.values())
+        again = fault in (503, "hang")
+        assert tries >= buckets.ATTEMPTS if again else tries < buckets.ATTEMPTS, name
     bucket_server.fault = lambda *_: None
     with pytest.raises(FileNotFoundError, match="there is no such object"):
         (folder / "y").read_bytes()
