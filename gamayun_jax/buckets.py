@@ -314,7 +314,10 @@ def amazon_code(error: BaseException) -> str:
 # Of Amazon's codes, those that are answered with 400 or 403 and are of credentials.
 KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 # Of Google's and botocore's errors, the part of a name by which it is of credentials.
-CREDENTIALS = ("google.auth.", "Credential", "SSO", "TokenRetrieval", "ProfileNotFound")
+CREDENTIALS = (
+    "google.auth.", "Credential", "SSO", ".Login", "AuthToken", "TokenRetrieval",
+    "TokenProvider", "ProfileNotFound",
+)  # fmt: skip
 LOGIN = {
     "gs": "`gcloud auth application-default login`, or name a key file in "
     "GOOGLE_APPLICATION_CREDENTIALS",

@@ -199,7 +199,8 @@ def process_folder() -> Path:
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=0o700)
     found = root.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    alone = not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid()
+    if alone:
         root = Path(tempfile.mkdtemp(prefix="gamayun-"))  # that one is somebody else's
     all_of_them = os.open(root, os.O_RDONLY)
     unlocked = contextlib.suppress(OSError)  # on NFS: nothing is deleted there
@@ -220,7 +221,7 @@ def process_folder() -> Path:
 
     def delete() -> None:
         if os.getpid() == owner:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(root if alone else made, ignore_errors=True)
 
     atexit.register(delete)
     return made

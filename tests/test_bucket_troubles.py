@@ -14,7 +14,13 @@ import aiohttp
 import google.auth.exceptions
 import numpy as np
 import pytest
-from botocore.exceptions import ClientError, NoCredentialsError
+from botocore.exceptions import (
+    ClientError,
+    LoginRefreshRequired,
+    NoAuthTokenError,
+    NoCredentialsError,
+    UnknownTokenProviderError,
+)
 from gcsfs.retry import HttpError
 from google.api_core.exceptions import Forbidden, ServiceUnavailable
 
@@ -287,6 +293,9 @@ REASONS = {
         google.auth.exceptions.RefreshError("invalid_grant"),
         raised_from(PermissionError("no"), amazon(403, "InvalidAccessKeyId")),
         NoCredentialsError(),
+        LoginRefreshRequired(),
+        NoAuthTokenError(),
+        UnknownTokenProviderError(name="x", provider="y", provider_type="z"),
     ],
     "may not be used so": [
         OSError("Forbidden: b/x/o\nno"),

@@ -162,4 +162,5 @@ def test_a_folder_that_is_somebody_elses_is_not_used(tmp_path, what):
     used = Path(run.stdout.strip()).parent
     assert used.name.startswith("gamayun-")
     assert used != ours
+    assert not used.exists()  # it ended well
     assert not (tmp_path / "other").exists() or not any((tmp_path / "other").iterdir())

@@ -53,6 +53,9 @@ CARRIERS = re.compile(
     re.IGNORECASE,
 )
 
+# How TensorStore's errors, of files, are told from those of collectives.
+FILES = re.compile("tensorstore|http_response_code=|CURL error", re.IGNORECASE)
+
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error, or what it came from, is a collective that broke."""
@@ -61,9 +64,9 @@ def is_loss(error: BaseException) -> bool:
         text = str(found)
         status = STATUS.match(text)
         code = status[1] if status else ""
-        # TensorStore's errors, of files, are ValueErrors as collectives' may be. Where
-        # one does not say whose it is, what Orbax made of it does.
-        files = files or "tensorstore" in text.lower()
+        # TensorStore's are ValueErrors as collectives' may be. Where one does not say
+        # whose it is, what Orbax made of it does.
+        files = files or bool(FILES.search(text))
         own = files or isinstance(found, (UserError, OSError))  # may name a file so
         if not own and CARRIERS.search(text):
             return True

@@ -1,6 +1,7 @@
 """Checkpoints that are cut, changed, half deleted, or cannot be written."""
 
 import contextlib
+import errno
 import json
 import random
 import resource
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import meta_of, read_only
+from gcsfs.retry import ChecksumError, HttpError
 
 from gamayun_jax import buckets, train
 from gamayun_jax.config import UserError
 from gamayun_jax.report import read_run
-from gamayun_jax.training import checkpoint, checksums, run_folder
+from gamayun_jax.training import checkpoint, checksums, file_errors, run_folder
 from gamayun_jax.training.checkpoint import (
     Checkpoints,
     DamagedCheckpointError,
@@ -571,6 +573,32 @@ def test_a_meta_that_changes_while_it_is_written(tmp_path, monkeypatch):
     store.close()
 
 
+# What passes by itself, or where a limit is raised: no word of the file.
+PASSING = (
+    errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT,
+    errno.ESTALE, errno.EBUSY, errno.ENOLCK, errno.EHOSTUNREACH, errno.ENOTCONN,
+)  # fmt: skip
+
+
+def of_bucket(cause):
+    """The error that buckets.os_errors makes of a package's."""
+
+    @buckets.os_errors
+    def call(path):
+        raise cause
+
+    with pytest.raises(OSError) as caught:
+        call("gs://b/x")
+    return caught.value
+
+
+def while_handling(first, text):
+    """An error that is raised, with these words, while another is handled."""
+    error = ValueError(text)
+    error.__context__ = first
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "refused"),
     [
@@ -586,6 +614,32 @@ def test_a_meta_that_changes_while_it_is_written(tmp_path, monkeypatch):
         (OSError(5, "503", "gs://b/x"), True),
         (FileNotFoundError(2, "no such object", "gs://b/x"), False),
         (OSError(5, "Input/output error", "/run/x"), False),
+        *((OSError(number, "", "/run/x"), True) for number in PASSING),
+        *((OSError(number, "", "/run/x"), False) for number in file_errors.LOST),
+        (OSError("a file's own words"), False),
+        (TimeoutError(), True),
+        (ValueError("UNKNOWN: CURL error SSL peer certificate was not OK"), True),
+        *(
+            (ValueError(f"{text} [http_response_code='{code}']"), refused)
+            for text in ("Bad Request", "UNKNOWN: Error reading gs://b/x")
+            for code, refused in (
+                *((c, True) for c in (400, 402, 403, 405, 407, 429, 451, 500, 503)),
+                *((c, False) for c in (404, 410, 412, 416)),
+            )
+        ),
+        *(
+            (of_bucket(HttpError({"code": code})), refused)
+            for code, refused in ((400, True), (403, True), (503, True), (416, False))
+        ),
+        (of_bucket(ChecksumError("md5")), False),
+        (of_bucket(IsADirectoryError("b/x")), False),
+        (
+            while_handling(
+                PermissionError(13, "x", "/run/y"), "DATA_LOSS: tensorstore"
+            ),
+            False,
+        ),
+        (while_handling(PermissionError(13, "x", "/run/y"), "cannot open"), True),
     ],
 )
 def test_what_is_refused_is_not_damaged(error, refused):

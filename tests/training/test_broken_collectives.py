@@ -59,6 +59,8 @@ def test_a_broken_collective_is_a_loss(error):
         damage(ValueError(FILES)),
         of_orbax(ValueError("DATA_LOSS: Error reading 486 bytes: zstd failed")),
         ValueError(f"UNAVAILABLE: Connection reset by peer [{FILES}]"),  # a bucket
+        ValueError("UNAVAILABLE: try again [http_response_code='503']"),
+        ValueError("UNKNOWN: CURL error SSL peer certificate was not OK"),
         ValueError("could not broadcast input array from shape (3,) into shape (2,)"),
         UserError("/data/gloo/corpus: connection to its peer is no folder"),
         ConnectionResetError(104, "Connection reset by peer"),  # storage
