@@ -102,6 +102,7 @@ def check_there(path: AnyPath, where: str, advice: str) -> None:
 Count = Annotated[int, ("greater than 0", lambda x: x > 0)]
 Whole = Annotated[int, ("at least 0", lambda x: x >= 0)]
 Seed = Annotated[int, ("in [0, 2**31)", lambda x: 0 <= x < 2**31)]
+DrawSeed = Annotated[int, ("in [0, 2**32)", lambda x: 0 <= x < 2**32)]  # of sampling
 Axis = Annotated[
     int, ("at least 1, or -1 for what is left", lambda x: x > 0 or x == -1)
 ]
@@ -109,6 +110,7 @@ Positive = Annotated[float, ("greater than 0", lambda x: x > 0)]  # math.inf too
 Finite = Annotated[float, ("a finite number above 0", lambda x: 0 < x < math.inf)]
 Share = Annotated[float, ("a finite number of at least 0", lambda x: 0 <= x < math.inf)]
 Part = Annotated[float, ("in [0, 1]", lambda x: 0 <= x <= 1)]
+Mass = Annotated[float, ("in (0, 1]", lambda x: 0 < x <= 1)]
 LocalPath = Annotated[str, (LOCAL, is_local)]
 StoredPath = Annotated[str, (STORED, is_stored)]
 Decay = Annotated[float, ("in [0, 1)", lambda x: 0 <= x < 1)]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gamayun_jax.commands import Folder, Repeated, RunFolder, note
 from gamayun_jax.config import Count, UserError, Whole
 from gamayun_jax.data import files
+from gamayun_jax.fields import DrawSeed, Finite, Mass, Part, Share
 
 
 def evaluate(
@@ -124,12 +125,12 @@ def generate(
     interactive: bool = False,
     literal: bool = False,
     max_tokens: Count = 128,
-    temperature: float = 0.8,
+    temperature: Share = 0.8,
     top_k: Whole = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
+    top_p: Mass = 1.0,
+    min_p: Part = 0.0,
+    repetition_penalty: Finite = 1.0,
+    seed: DrawSeed = 0,
 ) -> None:
     """Continue a text, printed as it is made.
 

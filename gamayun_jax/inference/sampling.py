@@ -6,13 +6,13 @@ Shape suffixes: B rows, V vocabulary (sorted, where a name says so).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gamayun_jax.fields import Finite, Part, Share, Whole, settle
+from gamayun_jax.fields import DrawSeed, Finite, Mass, Part, Share, Whole, settle
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Sampling:
     temperature: Share = 0.0  # 0: the most likely token, nothing is drawn
     top_k: Whole = 0  # only the k most likely; 0: all
     # only the fewest that reach this mass (arXiv 1904.09751)
-    top_p: Annotated[float, ("in (0, 1]", lambda x: 0 < x <= 1)] = 1.0
+    top_p: Mass = 1.0
     min_p: Part = 0.0  # only those above this share of the most likely's probability
-    seed: Annotated[int, ("in [0, 2**32)", lambda x: 0 <= x < 2**32)] = 0
+    seed: DrawSeed = 0
 
     def __post_init__(self):
         settle(self, "sampling")
