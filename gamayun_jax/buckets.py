@@ -7,6 +7,7 @@ folder is there as long as an object's name begins with it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
@@ -151,8 +152,11 @@ class BucketPath(gpath.PosixGPath):
     def _kind(self) -> str:
         """file, directory, or "" where there is nothing. fsspec's own questions have no
         error: to them, what a bucket refuses or cannot tell is not there."""
+        fs = self.fs
         try:
-            return self.fs.info(str(self))["type"]
+            if fs.dircache.use_listings_cache:  # tells of what lies beside it, too
+                fs.ls(str(self.parent))
+            return fs.info(str(self))["type"]
         except FileNotFoundError:
             return ""
 
@@ -206,6 +210,23 @@ class BucketPath(gpath.PosixGPath):
     def size(self) -> int:
         """Bytes of the object; FileNotFoundError where there is none."""
         return self.fs.size(str(self))
+
+
+@contextlib.contextmanager
+def listed_once(folder: BucketPath) -> Iterator[None]:
+    """Within the block each folder that is asked for is listed once, and what is there
+    is known by that, until this process changes it. For blocks that ask much of what
+    nobody else changes meanwhile."""
+    cache = folder.fs.dircache
+    if cache.use_listings_cache:  # in a block around this one
+        yield
+        return
+    cache.use_listings_cache = True
+    try:
+        yield
+    finally:
+        cache.use_listings_cache = False
+        cache.clear()
 
 
 class Pieces(io.RawIOBase):
@@ -302,6 +323,22 @@ def status_of(error: BaseException) -> int | None:
         if isinstance(e, PermissionError) or str(e).startswith("Forbidden: "):
             return 403
     return None
+
+
+# Answers by which there is no such object, or not so much of it.
+ABSENT = (404, 410, 412, 416)
+
+
+def refuses(error: OSError) -> bool:
+    """Whether an error of `os_errors` says nothing of the object itself, which may be
+    whole."""
+    if isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    # gcsfs's, after as many tries as it makes: an object is not what its header says.
+    if isinstance(cause, IsADirectoryError) or type(cause).__name__ == "ChecksumError":
+        return False
+    return cause is None or status_of(cause) not in ABSENT
 
 
 def amazon_code(error: BaseException) -> str:

@@ -137,6 +137,24 @@ def move(old: Path, new: Path) -> None:
     move(cast(Any, old), cast(Any, new))
 
 
+def bucket_refuses(error: OSError) -> bool:
+    """Whether an error of a bucket says nothing of the object itself, which may be
+    whole."""
+    from gamayun_jax.buckets import refuses
+
+    return refuses(error)
+
+
+def listed_once(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """A block that asks much of a folder that nobody else changes meanwhile: each
+    request costs time in a bucket, where a listing answers many."""
+    if not is_bucket(folder):
+        return contextlib.nullcontext()
+    from gamayun_jax.buckets import listed_once
+
+    return listed_once(cast(Any, folder))
+
+
 def check_writable(folder: Path) -> None:
     """Raise UserError, which says why, unless objects can be written below a folder of
     a bucket: one is, and is deleted."""

@@ -13,7 +13,7 @@ from etils import epath
 
 from gamayun_jax.config import UserError
 from gamayun_jax.data import files
-from gamayun_jax.storage import as_path, is_bucket, move, remove_tree
+from gamayun_jax.storage import as_path, is_bucket, listed_once, move, remove_tree
 
 
 def test_addresses(bucket):
@@ -104,6 +104,46 @@ def test_what_completes_a_folder_comes_last(bucket, bucket_server):
     written = [Path(name).name for kind, name in bucket_server.log if kind == "write"]
     assert set(written[:2]) == {"1.bin", "z.txt"}
     assert set(written[2:]) == {"config.json", "manifest.json"}
+
+
+def test_a_folder_is_listed_once_in_a_block(bucket, bucket_server):
+    """By that it is known what is there and what is not, until it is changed; other
+    processes' changes are seen again after the block."""
+    root = as_path(bucket) / "d"
+    other = type(root.fs)(skip_instance_cache=True, **root.fs.storage_options)
+    (root / "a").write_text("a")
+    (root / "b" / "c").write_text("c")
+
+    def look():
+        return (
+            [(root / name).exists() for name in ("a", "b", "b/c", "x", "b/x", "x/y")],
+            [(root / name).is_dir() for name in ("", "a", "b")],
+            sorted(p.name for p in root.iterdir()),
+            (root / "a").size(),
+            (root / "a").read_text(),
+        )
+
+    alone = look()
+    assert alone[0] == [True, True, True, False, False, False]
+    with listed_once(root):
+        assert look() == alone
+        bucket_server.reset()
+        assert look() == alone
+        assert sum(bucket_server.counts.values()) <= 3  # "x" is no folder; and "a"
+        with listed_once(root / "b"):
+            (root / "x").write_text("x")
+            (root / "b" / "c").unlink()
+        assert (root / "x").exists()
+        assert not (root / "b" / "c").exists()
+        remove_tree(root / "b")
+        move(root / "x", root / "y")
+        assert sorted(p.name for p in root.iterdir()) == ["a", "y"]
+        other.pipe_file(str(root / "z"), b"z")
+    assert (root / "z").exists()
+    with pytest.raises(ValueError, match="inside"), listed_once(root):
+        raise ValueError("inside")
+    other.rm_file(str(root / "z"))
+    assert not (root / "z").exists()
 
 
 WAITS = """

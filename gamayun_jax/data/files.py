@@ -176,8 +176,13 @@ def lock(path: Path, busy: UserError) -> Iterator[None]:
         os.close(fd)
 
 
-def read_json(path: Path, advice: str = "copy it again") -> dict[str, Any]:
+def read_json(
+    path: Path, advice: str = "copy it again", missing: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The JSON object in a file.
+
+    Args:
+      missing: what is returned where there is no file; an error without it.
 
     Raises:
       UserError: it is not there or may not be read; or it is damaged, and then with
@@ -186,6 +191,8 @@ def read_json(path: Path, advice: str = "copy it again") -> dict[str, Any]:
     try:
         data = json.loads(path.read_text("utf-8"))
     except OSError as e:
+        if missing is not None and isinstance(e, FileNotFoundError):
+            return missing
         raise unreadable(path, e) from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({first_line(e)}): {advice}") from e

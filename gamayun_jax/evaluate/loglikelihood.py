@@ -12,6 +12,7 @@ Shape suffixes: B rows, T length, P predictions of a row, D model, V vocabulary.
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,9 @@ from gamayun_jax.evaluate.scoring import (
     window_spans,
 )
 from gamayun_jax.inference.generator import SHORTEST, row_length
+from gamayun_jax.inference.quantize import map_leaves
 from gamayun_jax.model import sharding
-from gamayun_jax.model.transformer import Transformer, unembedding
+from gamayun_jax.model.transformer import Transformer, compute_dtype, unembedding
 
 LEAST = 32  # length of the only row; where several items share one, it is SHORTEST
 LOGITS = 1 << 24  # most logits that exist at a time on a device, about
@@ -100,7 +102,7 @@ class Scorer:
 
     Args:
       cfg: the architecture.
-      params: parameters on `mesh`.
+      params: parameters on `mesh`; None until `params` is set.
       mesh: rows are divided over data and fsdp, also those of other processes.
       compute: its dtype, scan_layers and attention are used.
       window: most tokens that the model sees before a predicted one; default:
@@ -120,7 +122,9 @@ class Scorer:
         window: int | None = None,
         batch_tokens: int = 4096,
     ):
-        self.cfg, self.mesh, self.params = cfg, mesh, params
+        self.cfg, self.mesh = cfg, mesh
+        self._dtype = compute_dtype(compute.dtype)
+        self.params = params
         check_window(window, cfg)
         self.window = window or cfg.max_seq_len
         self.compilations = 0
@@ -147,6 +151,22 @@ class Scorer:
 
         # Whole on every device, or a process could not fetch what others hold.
         self._step = jax.jit(step, out_shardings=sharding.replicated(mesh))
+
+    @property
+    def params(self) -> Any:
+        """The parameters in the dtype of computation: cast once, not in every batch.
+        Norms stay float32."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        def cast(name: str, leaf: jax.Array) -> jax.Array:
+            return leaf if name == "scale" else leaf.astype(self._dtype)
+
+        if params is not None and self._dtype != jnp.float32:
+            with jax.set_mesh(self.mesh):
+                params = jax.jit(functools.partial(map_leaves, cast))(params)
+        self._params = params
 
     def score(
         self,

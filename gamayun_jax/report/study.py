@@ -247,7 +247,7 @@ def write_study(f: Findings, folder: Path) -> Path:
     """Write FOLDER/report/: the page and the files; returns the page's path."""
     path, out = folder / "curricula.json", folder / "report"
     advice = "delete it, and start the study again"
-    curricula = read_json(path, advice) if path.exists() else {}
+    curricula = read_json(path, advice, missing={})
     write_files(f, out)
     parts = [*head_parts(f), verdict_section(f), registered_section(f)]
     parts += arm_sections(f, curricula)

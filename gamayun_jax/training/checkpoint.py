@@ -28,7 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from gamayun_jax.config import CheckpointConfig, Config, UserError
 from gamayun_jax.model.weights import parameter_path
-from gamayun_jax.storage import as_given, is_bucket, move
+from gamayun_jax.storage import as_given, is_bucket, listed_once, move
 from gamayun_jax.training import cluster
 from gamayun_jax.training.checksums import (
     checksums,
@@ -111,11 +111,12 @@ class Checkpoints:
         }
         handlers["meta"] = ocp.JsonCheckpointHandler()
         self._handlers = handlers
-        if remote and jax.process_index() == 0:
-            mark_copied(self.folder)
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_handlers=handlers
-        )
+        with listed_once(self.folder):
+            if remote and jax.process_index() == 0:
+                mark_copied(self.folder)
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_handlers=handlers
+            )
         self._same_steps()
 
     def latest(self) -> int | None:
@@ -376,10 +377,11 @@ class Checkpoints:
         ):
             # Not by the manager, which ends with a barrier: see `_agreed`.
             folder = self._manager.directory / str(step)
-            return {
-                name: self._handlers[name].restore(folder / name, args=args)
-                for name, args in items.items()
-            }
+            with listed_once(folder):
+                return {
+                    name: self._handlers[name].restore(folder / name, args=args)
+                    for name, args in items.items()
+                }
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
         others = [s for s in self.steps() if s != step]

@@ -110,10 +110,9 @@ def spike_limit(losses: list[float], spike: float) -> float:
 def load_rollbacks(run: Path) -> list[dict[str, Any]]:
     """What was decided in a run folder so far, oldest first."""
     path = run / "rollbacks.json"
-    if not path.exists():
-        return []
+    none: dict[str, Any] = {"rollbacks": []}
     try:
-        return list(read_json(path, "restore it from a copy")["rollbacks"])
+        return list(read_json(path, "restore it from a copy", none)["rollbacks"])
     except (KeyError, TypeError) as e:
         raise UserError(f"{path} lacks {e}: restore it from a copy") from e
 

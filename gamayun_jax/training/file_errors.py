@@ -11,6 +11,7 @@ import jax
 
 from gamayun_jax.config import UserError
 from gamayun_jax.fields import causes_of
+from gamayun_jax.storage import bucket_refuses
 from gamayun_jax.training import cluster
 
 # TensorStore's, as the beginning of a text: what it read is not what was written.
@@ -23,12 +24,11 @@ REFUSED = re.compile(
 # The same by what carries its requests, anywhere in a text; statuses but those by which
 # a bucket says that there is no such object, or not so much of it.
 NOT_GIVEN = re.compile(r"CURL error|http_response_code='(4(?!04|10|12|16)\d\d|5\d\d)'")
-ABSENT = (404, 410, 412, 416)
 # What a disk says of files that are lost. Its other errors pass: too many open files, a
 # server of files that is silent, no memory.
 LOST = (
     errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODATA,
-    errno.EUCLEAN, errno.EINVAL,
+    errno.EINVAL,
 )  # fmt: skip
 
 
@@ -45,23 +45,10 @@ def is_refused(error: BaseException) -> bool:
         if isinstance(found, (PermissionError, ConnectionError, TimeoutError)):
             return True
         if isinstance(found, OSError) and "://" in str(found.filename):
-            return _bucket_refuses(found)
+            return bucket_refuses(found)
         if isinstance(found, OSError) and found.errno:
             return found.errno not in LOST
     return False
-
-
-def _bucket_refuses(error: OSError) -> bool:
-    """`is_refused` of an error of a bucket's package (see buckets.os_errors)."""
-    from gamayun_jax.buckets import status_of  # imported by what has met an address
-
-    if isinstance(error, FileNotFoundError):
-        return False
-    cause = error.__cause__
-    # gcsfs's, after as many tries as it makes: an object is not what its header says.
-    if isinstance(cause, IsADirectoryError) or type(cause).__name__ == "ChecksumError":
-        return False
-    return cause is None or status_of(cause) not in ABSENT
 
 
 @contextlib.contextmanager

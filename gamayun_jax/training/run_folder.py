@@ -45,6 +45,7 @@ from gamayun_jax.storage import (
     as_path,
     is_bucket,
     lexists,
+    listed_once,
     move,
     remove_tree,
     with_checkpoints,
@@ -231,10 +232,8 @@ class RunFolder:
           UserError: it is damaged, or not what a start writes.
         """
         path = self.path / "lineage.json"
-        if not path.exists():
-            return {}
         advice = "restore it from a copy, or give another --workdir"
-        found = read_json(path, advice)
+        found = read_json(path, advice, missing={})
         try:
             _ = len(found.get("rollbacks", ())), (found.get("init_from") or {}).keys()
             if all(type(c["step"]) is int for c in found.get("checkpoints", ())):
@@ -319,8 +318,9 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder of them; none where there is no folder."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(p.name) for p in found if is_step(p.name) and is_whole(p))
+    with listed_once(folder):
+        found = folder.iterdir() if folder.is_dir() else ()
+        return sorted(int(p.name) for p in found if is_step(p.name) and is_whole(p))
 
 
 def is_whole(checkpoint: Path) -> bool:

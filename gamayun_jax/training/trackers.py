@@ -123,7 +123,7 @@ class Service:
         self._failed = False
 
     def start(self, step: int, tokens: int) -> None:
-        known = read_json(self._former) if step and self._former.exists() else {}
+        known = read_json(self._former, missing={}) if step else {}
         # The copy of a folder, which may go on beside the original, has its file, too.
         if known.get("name") != self._name:
             self.close()

@@ -23,7 +23,7 @@ from gamayun_jax.evaluate.loglikelihood import (
 from gamayun_jax.model.transformer import Transformer, logits
 from gamayun_jax.model.weights import abstract_params
 
-FLOAT32 = ComputeConfig(dtype="float32")
+FLOAT32, BFLOAT16 = (ComputeConfig(dtype=k) for k in ("float32", "bfloat16"))
 
 
 @functools.cache
@@ -126,14 +126,28 @@ def test_eight_devices_equal_one(shape):
 def test_bfloat16_ranks_like_float32():
     """Within what 8 bits of mantissa give, and a context shared or not is the same."""
     asked = requests()
-    half = Scorer(
-        WIDE, weights(), mesh_of((1, 1, 1)), ComputeConfig(), batch_tokens=512
-    )
+    half = Scorer(WIDE, weights(), mesh_of((1, 1, 1)), BFLOAT16, batch_tokens=512)
     found, exact = flat(half.score(asked)), flat(scorer().score(asked))
     assert np.abs(found / exact - 1).max() < 0.03
     assert np.corrcoef(found, exact)[0, 1] > 0.9999
     single = [Request(r.context, [c]) for r in asked for c in r.continuations]
     np.testing.assert_allclose(flat(half.score(single)), found, rtol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_weights_are_cast_once_and_to_the_same_bits(shape):
+    """As they would be in every batch; norms, which compute in float32, are not."""
+    asked = requests(10)
+    half = Scorer(WIDE, weights(), mesh_of(shape), BFLOAT16, batch_tokens=512)
+    found = flat(half.score(asked))
+    kinds = jax.tree.map(lambda w, c: (w.dtype, c.dtype), weights(), half.params)
+    for path, (given, cast) in jax.tree_util.tree_leaves_with_path(
+        kinds, is_leaf=lambda x: isinstance(x, tuple)
+    ):
+        norm = "scale" in jax.tree_util.keystr(path)
+        assert (given, cast) == (jnp.float32, jnp.float32 if norm else jnp.bfloat16)
+    half._params = weights()
+    np.testing.assert_array_equal(flat(half.score(asked)), found)
 
 
 @pytest.mark.slow

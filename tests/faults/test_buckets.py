@@ -99,6 +99,16 @@ def test_it_goes_on_as_if_nothing_had_been(small, straight, begun, monkeypatch):
     assert len(spool.record_files(begun)) > 1
 
 
+def test_a_start_asks_little(small, begun, bucket_server):
+    """Each request is a wait: what a folder has is known by one listing."""
+    number = len(run_folder.checkpoint_steps(begun))
+    bucket_server.reset()
+    with pytest.raises(Crash):
+        train.train(small, begun, log=crash_at(11))
+    asked = [name for kind, name in bucket_server.log if kind in ("list", "stat")]
+    assert len(asked) < 32 + 3 * number
+
+
 def test_a_second_writer_is_refused(small, begun):
     with contextlib.closing(RunFolder(begun)):
         before = leaves(begun)
