@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gamayun_jax.config import ModelConfig, UserError
 from gamayun_jax.model import sharding
-from gamayun_jax.model.loss import nll_and_logsumexp
+from gamayun_jax.model.loss import target_and_logsumexp
 from gamayun_jax.model.weights import VOCAB_MATRIX_AXES
 
 
@@ -163,8 +163,13 @@ def token_scores(
 
     def score(part):
         x, targets = part
-        nll, _, logits = nll_and_logsumexp(x, w_VD, targets)
-        return nll, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+        target, lse, logits = target_and_logsumexp(x, w_VD, targets)
+        # As argmax, the first of equals, which reduces pairs.
+        before = jnp.arange(w_VD.shape[0])[None, None] < targets[..., None]
+        target_1 = target[..., None]
+        beaten = (logits > target_1) | ((logits == target_1) & before)
+        most_likely = ~jnp.any(beaten, axis=-1) & ~jnp.isnan(lse)
+        return lse - target, most_likely.astype(jnp.float32)
 
     if not chunk or chunk >= T:
         return score((x_BTD, targets_BT))

@@ -41,10 +41,10 @@ def token_weights(batch: Batch, tables: TokenWeights) -> jax.Array:
     return batch["loss_mask"] * by_language_BT * by_token_BT
 
 
-def nll_and_logsumexp(
+def target_and_logsumexp(
     x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Negative log-likelihood [B, T], log-sum-exp [B, T] and logits [B, T, V].
+    """The targets' logits [B, T], log-sum-exp [B, T] and all logits [B, T, V].
 
     The target's logit is picked by a masked sum rather than a gather, which stays
     local when the vocabulary is sharded, and fuses with the other reductions.
@@ -59,12 +59,13 @@ def nll_and_logsumexp(
     ids_V = jnp.arange(w_VD.shape[0], dtype=targets_BT.dtype)
     hit_BTV = targets_BT[..., None] == ids_V[None, None]
     target_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
-    return lse_BT - target_BT, lse_BT, logits_BTV
+    return target_BT, lse_BT, logits_BTV
 
 
 def _head_forward(x_BTD, w_VD, targets_BT, weights_BT, z_loss, dw_dtype):
     """Loss, nll_BT, and (dx_BTD, dw_DV): None where no `dw_dtype` asks for them."""
-    nll_BT, lse_BT, logits_BTV = nll_and_logsumexp(x_BTD, w_VD, targets_BT)
+    target_BT, lse_BT, logits_BTV = target_and_logsumexp(x_BTD, w_VD, targets_BT)
+    nll_BT = lse_BT - target_BT
     loss = jnp.sum(weights_BT * (nll_BT + z_loss * jnp.square(lse_BT)))
     if dw_dtype is None:
         return loss, nll_BT, None

@@ -144,6 +144,32 @@ def test_chunks_never_form_all_logits():
     assert "4x64x512" not in program(16)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_scores_are_those_of_numpy(chunk, dtype):
+    """Of equal logits, which small whole numbers often give, the first is the most
+    likely, as argmax has it; a logit that is not a number is never."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-2, 3, (3, 16, 4)).astype(np.float64)
+    w = rng.integers(-2, 3, (24, 4)).astype(np.float64)
+    logits = x @ w.T
+    targets = np.where(
+        rng.random((3, 16)) < 0.5, logits.argmax(-1), rng.integers(0, 24, (3, 16))
+    )
+    ties = (logits == logits.max(-1, keepdims=True)).sum(-1) > 1
+    assert ties.any()
+    assert not ties.all()
+    score = jax.jit(functools.partial(token_scores, chunk=chunk))
+    nll, hit = score(jnp.asarray(x, dtype), jnp.asarray(w, dtype), targets)
+    np.testing.assert_array_equal(hit, logits.argmax(-1) == targets)
+    picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    expected = np.log(np.exp(logits).sum(-1)) - picked
+    np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-5)
+    x[0, 0, 0] = np.nan
+    _, hit = score(jnp.asarray(x, dtype), jnp.asarray(w, dtype), targets)
+    assert hit[0, 0] == 0
+
+
 def test_one_program_and_one_transfer(config, corpus, parameters, monkeypatch):
     fetched = []
     device_get = jax.device_get
