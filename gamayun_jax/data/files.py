@@ -201,6 +201,16 @@ def read_json(
     return data
 
 
+def read_text(path: Path, advice: str = "copy it again") -> str:
+    """The text of a file in UTF-8. Raises as `read_json`."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as e:
+        raise unreadable(path, e) from e
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}): {advice}") from e
+
+
 def first_line(error: BaseException) -> str:
     """The beginning of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -48,6 +48,7 @@ SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",  # a text
 )
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
@@ -148,7 +149,8 @@ class HFTokenizer(TextCoder):
         settings: dict[str, Any] = {}
         for name in SETTINGS:
             if (folder / name).is_file():
-                settings[name] = files.read_json(folder / name)
+                read = files.read_json if name.endswith(".json") else files.read_text
+                settings[name] = read(folder / name)
         self.__setstate__((str(path), text, settings))
 
     def __getstate__(self) -> tuple[str, str, dict[str, Any]]:
@@ -334,5 +336,6 @@ class HFTokenizer(TextCoder):
             **kept.get("generation_config.json", {}),
         }
         return {"tokenizer.json": text} | {
-            name: files.json_text(values) for name, values in sorted(kept.items())
+            name: values if isinstance(values, str) else files.json_text(values)
+            for name, values in sorted(kept.items())
         }

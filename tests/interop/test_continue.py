@@ -91,6 +91,8 @@ def model(request, tmp_path_factory):
     folder = imported.byte_level(
         root / f"small-{request.param}", held_texts(["en", "ru"]), bos=bos
     )
+    template = "{% for m in messages %}<|im_end|>{{ m['content'] }}{% endfor %}\n"
+    (folder / "chat_template.jinja").write_text(template)
     torch.manual_seed(0)
     shape = kind(
         vocab_size=416,  # padded, as published models are
@@ -129,6 +131,7 @@ def check_export(run, cfg, folder, tokenizer, tmp_path):
     theirs_of = transformers.AutoTokenizer.from_pretrained(out)
     first = transformers.AutoTokenizer.from_pretrained(tokenizer)
     assert theirs_of(text)["input_ids"] == first(text)["input_ids"]
+    assert theirs_of.chat_template == first.chat_template
     ids_BT = np.array([first(text)["input_ids"]], np.int32)
     assert_close(theirs(found.eval(), ids_BT), ours(cfg.model, params, ids_BT), 1e-4)
     return params
