@@ -21,6 +21,7 @@ from gamayun_jax.commands import (
 from gamayun_jax.commands.study import show_study
 from gamayun_jax.config import Count, Finite, UserError, load_config
 from gamayun_jax.data.files import write_text
+from gamayun_jax.fields import Share
 
 Steps = Annotated[
     str, ("FIRST:LAST, such as 10:13", re.compile(r"\d+(:\d+)?").fullmatch)
@@ -158,9 +159,9 @@ def plan(
     currency: str = "",
     efficiency: Finite = 0.6,
     spot: Finite = 0.0,
-    restart: Finite = 600.0,
-    save: Finite = 30.0,
-    queue: Finite = 0.0,
+    restart: Share = 600.0,
+    save: Share = 30.0,
+    queue: Share = 0.0,
     measured: Path | None = None,
     json_: File | None = None,
     cache: Path = Path("build/plan"),

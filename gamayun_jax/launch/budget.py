@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -23,9 +22,19 @@ class Budget:
         self.launch, self.now = launch, now
         self.file = launch.logs / "machine_seconds.json"
         self.seconds, self.since = 0.0, 0.0  # since when they are there; 0: they aren't
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        self.trouble = ""  # why the file has no say; it is then left as it is
+        try:
             known = json.loads(self.file.read_text())
-            self.seconds, self.since = known["seconds"], known["since"]
+            found = float(known["seconds"]), float(known["since"])
+            if not all(0 <= x < math.inf for x in found):
+                raise ValueError(f"{found}: seconds are finite and at least 0")
+            self.seconds, self.since = found
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as e:
+            self.trouble = f"cannot be read ({e.strerror}): see to it"
+        except (ValueError, KeyError, TypeError) as e:
+            self.trouble = f"is damaged ({e}): restore it"
 
     def count(self, there: bool) -> None:
         """Count what passed since the last look, at which they were there or not."""
@@ -33,12 +42,19 @@ class Budget:
         if self.since:
             self.seconds += max(0.0, now - self.since)
         self.since = now if there else 0.0
-        if not self.launch.dry_run and (there or self.file.exists()):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            known = {"seconds": self.seconds, "since": self.since}
-            new = self.file.with_suffix(".new")  # a kill leaves one of them whole
-            new.write_text(json.dumps(known))
-            new.replace(self.file)
+        if self.launch.dry_run or self.trouble or not (there or self.file.exists()):
+            return
+        try:
+            self.write()
+        except OSError as e:  # machines are there, and must be watched on
+            say(f"{self.file} cannot be written ({e.strerror}): hours count in memory")
+
+    def write(self) -> None:
+        """Write what is counted; a kill leaves the former file or this one whole."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        new = self.file.with_suffix(".new")
+        new.write_text(json.dumps({"seconds": self.seconds, "since": self.since}))
+        new.replace(self.file)
 
     @property
     def hours(self) -> float:
@@ -56,7 +72,24 @@ class Budget:
         return f"{self.hours:.1f} of {self.launch.budget_hours:.4g} hours"
 
     def announce(self) -> None:
-        """Say what the budget allows, where there is one; UserError if it is spent."""
+        """Say what the budget allows, where there is one.
+
+        Raises:
+          UserError: it is spent; or what was used is not known, or cannot be kept.
+        """
+        if self.trouble:
+            raise UserError(
+                f"{self.file}, which counts the hours of machines, {self.trouble}, or "
+                "delete it to count anew"
+            )
+        if not self.launch.dry_run:
+            try:
+                self.write()
+            except OSError as e:
+                raise UserError(
+                    f"{self.file} cannot be written ({e.strerror}): give --log-dir a "
+                    "folder that can"
+                ) from e
         if self.spent:
             raise UserError(
                 f"{self.text} of machines are spent already: raise --max-hours or "

@@ -45,13 +45,15 @@ class InstanceGroups(SshMachines):
         answer = self.gcloud(
             "compute", "instance-groups", "managed", "list",
             "--filter", f"name~^{name}(-[0-9]+)?$", "--zones", self.launch.zone,
-            "--format", "value(name,targetSize)", *self.everywhere,
+            "--format", "value(name,targetSize,instanceTemplate.basename())",
+            *self.everywhere,
         )  # fmt: skip
         self.error = answer.complaint
         if answer.status:
             return None
         rows = (line.split() for line in answer.out.splitlines())
-        found = [(row[0], int(row[1])) for row in rows if len(row) == 2]
+        # NAME-1 may be another launch's, whose template has that name.
+        found = [(row[0], int(row[1])) for row in rows if row[2:] == [name]]
         return sorted(found, key=lambda row: (len(row[0]), row[0]))
 
     def state(self) -> str:
@@ -118,6 +120,15 @@ class InstanceGroups(SshMachines):
         say(
             f"creating {part.hosts} x {part.machine} x {launch.slices} as {launch.name}"
         )
+        # What a former launch of this name left may be of other machines.
+        for call in self.shared():
+            answer = self.gcloud("compute", *call)
+            if answer.status and not answer.missing:
+                raise LaunchError(
+                    1,
+                    f"{launch.name} is taken by another launch, perhaps in another "
+                    f"zone: give another --name ({answer.complaint})",
+                )
         policy = []
         if part.hosts > 1:
             self.make(
@@ -175,9 +186,9 @@ class InstanceGroups(SshMachines):
         return [*words, *self.everywhere]
 
     def make(self, *words: str) -> None:
-        """Create something; what a former try left is taken."""
+        """Create something; LaunchError where it is refused."""
         answer = self.gcloud("compute", *words)
-        if answer.status and "already exists" not in answer.err:
+        if answer.status:
             self.refuse_quota(answer.err)
             raise self.refuse("create", answer)
 
@@ -190,20 +201,25 @@ class InstanceGroups(SshMachines):
             raise self.refuse("find the project (give --project) of", answer)
         return answer.out.strip()
 
-    def remove(self) -> None:
+    def shared(self) -> list[tuple[str, ...]]:
+        """Calls that delete what a launch's groups share."""
         name, region = self.launch.name, self.launch.region
+        policy = ("resource-policies", "delete", name, "--region", region)
+        return [
+            ("instance-templates", "delete", name, *self.everywhere),
+            (*policy, *self.everywhere),
+        ]
+
+    def remove(self) -> None:
         self.was_active = False
         groups = [group for group, _ in self.groups() or ()]
         if self.launch.dry_run:
-            groups = slice_names(name, self.launch.slices)
+            groups = slice_names(self.launch.name, self.launch.slices)
         calls = [
             ("instance-groups", "managed", "delete", group, *self.place)
             for group in groups
         ]
-        calls.append(("instance-templates", "delete", name, *self.everywhere))
-        policy = ("resource-policies", "delete", name, "--region", region)
-        calls.append((*policy, *self.everywhere))
-        for call in calls:
+        for call in calls + self.shared():
             answer = self.gcloud("compute", *call)
             if answer.status and not answer.missing:
                 raise self.refuse("delete (it may still cost)", answer)

@@ -36,6 +36,9 @@ Name = Annotated[
         re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?").fullmatch,
     ),
 ]
+# Where workers, which are other machines, keep a run and find a model.
+SHARED = re.compile(r"/|gs://[^/]{3,}/.")
+MODEL = re.compile(r"/|(gs|s3)://[^/]{3,}/.")
 Backend = Literal["queued", "compute", "gke", "vm", "hosts"]
 
 
@@ -268,6 +271,13 @@ def check_machines(launch: Launch) -> None:
             "--type is missing: give the accelerator type, e.g. --type "
             "v5litepod-256, or --topology"
         )
+    if launch.type and launch.topology:
+        a, b = slice_of(launch.type, ""), launch.slice
+        if (a.kind, a.chips) != (b.kind, b.chips):
+            raise UserError(
+                f"--type {launch.type} is {a.chips} chips of {a.kind}, --topology "
+                f"{launch.topology} is {b.chips} of {b.kind}: give one of the two"
+            )
     if launch.spot + launch.flex + bool(launch.reservation) > 1:
         raise UserError("--spot, --flex and --reservation exclude each other: give one")
     if launch.backend == "queued":
@@ -301,12 +311,22 @@ def check_commands(action: str, launch: Launch) -> None:
     """Raise UserError where there is nothing to train, or nowhere to keep it."""
     if not launch.commands or not all(launch.commands):
         raise UserError(f"{action} has no config: end with -- CONFIG --workdir DIR")
-    for words in launch.commands:
-        workdir = value_of("--workdir", words)
-        if not workdir.startswith(("/", "gs://")):
+    workdirs = [value_of("--workdir", words) for words in launch.commands]
+    for words, workdir in zip(launch.commands, workdirs, strict=True):
+        if not SHARED.match(workdir):
             raise UserError(
                 f"--workdir {workdir!r} must be an absolute path on storage that all "
-                "workers share, or gs://...: see docs/tpu.md"
+                "workers share, or gs://BUCKET/FOLDER: see docs/tpu.md"
+            )
+        if workdirs.count(workdir) > 1:
+            raise UserError(
+                f"--workdir {workdir} is that of two commands: each needs its own"
+            )
+        model = value_of("--init-from", words)
+        if model and not MODEL.match(model):
+            raise UserError(
+                f"--init-from {model!r} must be an absolute path on the workers, or an "
+                "address such as gs://BUCKET/FOLDER"
             )
     if launch.setup and not Path(launch.setup).is_file():
         raise UserError(f"--setup {launch.setup} is no file: name a bash script")

@@ -92,11 +92,17 @@ verbs = words[1:4]
 if verbs == ["instance-groups", "managed", "create"]:
     if "refuse" in scenario:
         fail(scenario["refuse"])
-    (groups / words[4]).write_text(flag("--size"))
+    if (groups / words[4]).exists():
+        fail("The resource already exists")
+    (groups / words[4]).write_text(flag("--size") + "\\t" + flag("--template"))
     state.write_text("RUNNING")
 elif verbs == ["instance-groups", "managed", "list"]:
+    key, _, wanted = flag("--filter").partition("~")
+    assert key == "name" and flag("--format") == (
+        "value(name,targetSize,instanceTemplate.basename())")
     for group in sorted(groups.iterdir()):
-        print(group.name, group.read_text(), sep="\\t")
+        if re.search(wanted, group.name):
+            print(group.name, group.read_text(), sep="\\t")
 elif verbs == ["instance-groups", "managed", "list-instances"]:
     status = scenario.get("status", "RUNNING")
     if state.read_text() == "SUSPENDED":
@@ -105,20 +111,24 @@ elif verbs == ["instance-groups", "managed", "list-instances"]:
     print(json.dumps([
         {"instance": f"https://x/instances/{words[4]}-v{i}", "instanceStatus": status,
          "currentAction": "NONE", "lastAttempt": error}
-        for i in range(int((groups / words[4]).read_text()))]))
+        for i in range(int((groups / words[4]).read_text().split()[0]))]))
 elif verbs == ["instance-groups", "managed", "delete"]:
     (groups / words[4]).unlink()
     shutil.rmtree(cloud / "homes", ignore_errors=True)
 elif words[1] in ("instance-templates", "resource-policies"):
-    made = cloud / ("made-" + words[1])
+    name = words[4 if words[3] == "workload-policy" else 3]
+    made = cloud / ("made-" + words[1] + "-" + name)
+    users = [g for g in groups.iterdir() if g.read_text().split()[1] == name]
     if words[2] == "delete":
         if not made.exists():
             fail("The resource was not found")
+        if users:
+            fail("The resource is already being used by " + users[0].name)
         made.unlink()
     elif made.exists():
         fail("The resource already exists")
     else:
-        made.touch()
+        made.write_text(json.dumps(words))
 elif words[:2] == ["config", "get"]:
     print("my-project")
 elif words[1] == "scp":

@@ -59,8 +59,9 @@ def test_a_slice_is_a_policy_a_template_and_a_group(fleet):
         [words] = fleet.starts(f"pod-v{number}")
         assert words[-6:] == ["--coordinator", "pod-v0:8476", "--num-processes", "2",
                               "--process-id", str(number)]  # fmt: skip
+    shared = ["instance-templates", "resource-policies"]
     deleted = [call[1] for call in fleet.calls("delete")]
-    assert deleted == ["instance-groups", "instance-templates", "resource-policies"]
+    assert deleted == [*shared, "instance-groups", *shared]  # of a former launch first
 
 
 def test_preempted_groups_are_made_anew(fleet):
@@ -87,12 +88,36 @@ def test_several_slices_are_several_groups(fleet, tmp_path):
 
 def test_half_of_the_slices_are_not_kept(fleet):
     """The second group is refused: the first one is deleted, and it is said."""
-    fleet.play(failing=[6])  # after list, policy, project, template and a group
+    # After list, two deletions, policy, project, template and a group.
+    fleet.play(failing=[8])
     done = go(fleet, *FLEET, "--slices", "2")
     assert "could not create" in one_line(done, 1)
     assert "deleting what was made" in done.stderr
     assert len(fleet.calls("managed", "create")) == 2
     assert not [*(fleet.folder / "groups").iterdir()]
+
+
+def test_a_name_is_not_that_of_another_launch(fleet):
+    """A group NAME-2 of its own is no third slice: neither used nor deleted."""
+    other = ["--name", "pod-2", *FLEET[2:]]
+    assert fleet("up", *other, *FAST).returncode == 0
+    assert "there is no pod" in one_line(fleet("status", *FLEET[:6]), 2)
+    assert fleet("delete", *FLEET[:6]).returncode == 0
+    assert "already exists" in one_line(go(fleet, *FLEET, "--slices", "3"), 1)
+    assert [p.name for p in (fleet.folder / "groups").iterdir()] == ["pod-2"]
+    assert go(fleet, *FLEET, "--slices", "2").returncode == 0
+
+
+def test_what_a_former_launch_left_is_made_anew(fleet):
+    """Its template may be of other machines, and not of spot ones."""
+    assert go(fleet, *FLEET).returncode == 0
+    shutil.rmtree(fleet.folder / "groups")  # they were deleted elsewhere
+    assert go(fleet, *FLEET, "--spot").returncode == 0
+    assert "SPOT" in (fleet.folder / "made-instance-templates-pod").read_text()
+    elsewhere = [*POD[:2], "--zone", "zone-b", *FLEET[4:]]
+    (fleet.folder / "groups" / "pod").rename(fleet.folder / "groups" / "hidden")
+    done = go(fleet, *elsewhere)
+    assert "taken by another launch" in one_line(done, 1)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +209,7 @@ def test_commands_follow_one_another(cloud):
     second = [
         "experiments/small.py",
         "--workdir",
-        "gs://b/2",
+        "gs://bucket/2",
         "--init-from",
         "/mnt/run",
     ]
@@ -305,6 +330,8 @@ def test_a_file_describes_and_flags_come_on_top(cloud):
         (["--type", "v5litepod-16", "--spot", "--flex"], "exclude each other"),
         (["--type", "v5litepod-16", "--spot=no"], "ignored explicit argument"),
         (["--type", "v5litepod-16", "--max-hour", "3"], "did you mean --max-hours?"),
+        (["--type", "v5litepod-256", "--topology", "v5e:1x1"], "give one of the two"),
+        (["--type", "v6e-16", "--topology", "v5p:2x2x4"], "give one of the two"),
         (["--file", "none.yaml"], "cannot be read as YAML"),
         (["--hosts", ","], "name the machines"),
     ],
@@ -313,6 +340,63 @@ def test_wrong_descriptions_are_one_line(words, message):
     with pytest.raises(UserError, match=re.escape(message)) as e:
         command.parse(["run", *POD, *words, *TRAIN])
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workdir", "gs://"], "gs://BUCKET/FOLDER"),
+        (["--workdir", "gs://bucket"], "gs://BUCKET/FOLDER"),
+        (["--workdir", "gs://bucket/"], "gs://BUCKET/FOLDER"),
+        (["--workdir", "runs/a"], "absolute path"),
+        (["--workdir", "s3://bucket/a"], "gs://BUCKET/FOLDER"),
+        (["--workdir", "/a", "--then", "x.py", "--workdir", "/a"], "two commands"),
+        (["--workdir", "/a", "--init-from", "nowhere"], "--init-from 'nowhere'"),
+    ],
+)
+def test_commands_that_cannot_be_are_one_line(words, message):
+    words = ["--type", "v5litepod-16", "--", "experiments/small.py", *words]
+    with pytest.raises(UserError, match=re.escape(message)) as e:
+        command.parse(["run", *POD, *words])
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"seconds": 3600000, "sin', "", "[]", "{}", '{"seconds": NaN, "since": 0}',
+        '{"seconds": null, "since": 0}', '{"seconds": -1, "since": 0}',
+    ],
+)  # fmt: skip
+def test_a_damaged_count_of_hours_is_not_none(tmp_path, text):
+    """It is said before machines are made, and what is there is left as it is."""
+    (tmp_path / "machine_seconds.json").write_text(text)
+    launch = description.Launch("pod", log_dir=str(tmp_path), max_hours=10.0)
+    counter = budget.Budget(launch)
+    with pytest.raises(UserError, match=r"machine_seconds\.json.*is damaged"):
+        counter.announce()
+    counter.count(True)  # `status` and `delete` go on
+    assert (tmp_path / "machine_seconds.json").read_text() == text
+
+
+def test_a_folder_for_logs_that_cannot_be_is_said_before_machines_are_made(cloud):
+    (cloud.folder / "file").write_text("")
+    done = cloud.run("--log-dir", str(cloud.folder / "file" / "logs"))
+    assert "give --log-dir a folder" in one_line(done, 2)
+    assert not cloud.calls("create")
+
+
+def test_a_count_that_cannot_be_written_ends_no_watch(tmp_path, capsys):
+    launch = description.Launch("pod", log_dir=str(tmp_path / "logs"))
+    clock = iter((0.0, 3600.0))
+    counter = budget.Budget(launch, now=lambda: next(clock) + 1)
+    counter.announce()
+    shutil.rmtree(tmp_path / "logs")
+    (tmp_path / "logs").write_text("")
+    counter.count(True)
+    counter.count(True)
+    assert counter.hours == 1
+    assert "hours count in memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
