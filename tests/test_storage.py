@@ -1,6 +1,7 @@
 """Paths on this machine and in buckets are read and written alike."""
 
 import contextlib
+import json
 import os
 import platform
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bucket_server as servers
 import pytest
 from etils import epath
 
@@ -144,6 +146,39 @@ def test_a_folder_is_listed_once_in_a_block(bucket, bucket_server):
         raise ValueError("inside")
     other.rm_file(str(root / "z"))
     assert not (root / "z").exists()
+
+
+MARKED = """
+import json, os, urllib.parse, urllib.request
+from gamayun_jax.buckets import listed_sizes
+from gamayun_jax.storage import as_path
+from gamayun_jax.training.run_folder import RunFolder, check_folder, steps_in
+
+root = as_path("gs://runs/new")
+for name in ("new/", "new/checkpoints/", "new/new/"):
+    where = os.environ["STORAGE_EMULATOR_HOST"] + "/upload/storage/v1/b/runs/o"
+    url = f"{where}?uploadType=media&name={urllib.parse.quote(name, safe='')}"
+    urllib.request.urlopen(urllib.request.Request(url, b"", method="POST")).close()
+found = [[str(p) for p in root.iterdir()], steps_in(root / "checkpoints")]
+check_folder(root)
+RunFolder(root).close()
+(root / "x").write_text("x")
+found += [sorted(str(p) for p in root.rglob("*")), list(listed_sizes(root))]
+print(json.dumps(found))
+"""
+
+
+def test_an_empty_folder_that_the_console_made(tmp_path):
+    """It is an object of no bytes, which is no file of the folder."""
+    with servers.bucket_server(tmp_path, "memory") as proxy:
+        env = {**os.environ, **servers.environment(proxy.url)}
+        words = [sys.executable, "-c", MARKED]
+        run = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    names, steps, below, sizes = json.loads(run.stdout)
+    assert names == ["gs://runs/new/checkpoints", "gs://runs/new/new"]
+    assert steps == []
+    assert below == sizes == ["gs://runs/new/x"]
 
 
 WAITS = """

@@ -191,7 +191,9 @@ def read_json(
     try:
         data = json.loads(path.read_text("utf-8"))
     except OSError as e:
-        if missing is not None and isinstance(e, FileNotFoundError):
+        gone = isinstance(e, FileNotFoundError)
+        # A link to what is not mounted is there.
+        if missing is not None and gone and (is_bucket(path) or not lexists(path)):
             return missing
         raise unreadable(path, e) from e
     except (ValueError, RecursionError) as e:

@@ -14,6 +14,8 @@ from gamayun_jax.fields import causes_of
 from gamayun_jax.storage import bucket_refuses
 from gamayun_jax.training import cluster
 
+# TensorStore's errors of disks tell the system's number.
+NUMBER = re.compile(r"os_error_code='(\d+)'")
 # TensorStore's, as the beginning of a text: what it read is not what was written.
 DAMAGED = re.compile("(DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND): ")
 # Nobody answers, too many ask, or not for these credentials.
@@ -28,7 +30,7 @@ NOT_GIVEN = re.compile(r"CURL error|http_response_code='(4(?!04|10|12|16)\d\d|5\
 # server of files that is silent, no memory.
 LOST = (
     errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODATA,
-    errno.EINVAL,
+    errno.EINVAL, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO),
 )  # fmt: skip
 
 
@@ -38,10 +40,12 @@ def is_refused(error: BaseException) -> bool:
     causes decides."""
     for found in causes_of(error, contexts=True):
         text = str(found)
-        if DAMAGED.match(text):
-            return False
+        if number := NUMBER.search(text):
+            return int(number[1]) not in LOST
         if REFUSED.match(text) or NOT_GIVEN.search(text):
             return True
+        if DAMAGED.match(text):
+            return False
         if isinstance(found, (PermissionError, ConnectionError, TimeoutError)):
             return True
         if isinstance(found, OSError) and "://" in str(found.filename):

@@ -631,6 +631,17 @@ def while_handling(first, text):
             (of_bucket(HttpError({"code": code})), refused)
             for code, refused in ((400, True), (403, True), (503, True), (416, False))
         ),
+        *(
+            # TensorStore's status of a disk's error says less than its number.
+            (ValueError(f"{code}: x [os_error_code='{number}' tensorstore]"), refused)
+            for code, number, refused in (
+                ("FAILED_PRECONDITION", errno.EBUSY, True),
+                ("FAILED_PRECONDITION", errno.ENOTCONN, True),
+                ("UNKNOWN", errno.EIO, False),
+                ("UNKNOWN", errno.EBADMSG, False),
+                ("NOT_FOUND", errno.ENOENT, False),
+            )
+        ),
         (of_bucket(ChecksumError("md5")), False),
         (of_bucket(IsADirectoryError("b/x")), False),
         (
