@@ -137,7 +137,7 @@ class OptimizerConfig:
 
     kind: Literal["adamw", "muon"] = "adamw"  # a run cannot change it
     momentum: Decay = 0.95  # muon: decay of the mean of gradients
-    update_rms: Positive = 0.2  # muon: root mean square of an update, for rate 1
+    update_rms: Finite = 0.2  # muon: root mean square of an update, for rate 1
     b1: Decay = 0.9  # decay of the mean of gradients
     b2: Decay = 0.95  # decay of the mean of their squares
     eps: Finite = 1e-8  # added to the root of the latter

@@ -158,6 +158,13 @@ def enter_stage(run: Run, stage: int, updates: int) -> Any:
     if cfg.optimizer.first_batch_size:
         size = cfg.data.batch_size // updates
         run.log(f"from step {run.step + 1} on an update has {size} examples")
+        total = run.tokens_before + sum(s.tokens for s in cfg.stages)
+        if not run.step and total < cfg.optimizer.batch_warmup_tokens:
+            run.log(
+                f"optimizer.batch_warmup_tokens={cfg.optimizer.batch_warmup_tokens} is "
+                f"more than the {total} tokens at the end of this run: its updates "
+                f"never have all {cfg.data.batch_size} examples of a step"
+            )
     with run.meters.timer.measure("compile"):
         shares = run.plan.language_shares(cfg, stage)
         weights = TokenWeights(*build_token_weights(cfg, run.corpus, shares, stage))

@@ -185,7 +185,7 @@ def evaluate(
       model: run (folder), checkpoint or Hugging Face folder.
       tasks: embedded tasks by name, "all" of them, or YAML files (docs/tasks.md); with
         none, and where a corpus is given, the held-out sets are scored.
-      limit: most items per language and task; 0: all.
+      limit: most items per language and task, or of a held-out set; 0: all.
       corpus: corpus folder with held-out sets; default: the run's own.
       languages: only these; default: all.
       batch_size: rows per step, of held-out sets; default: as in training.
@@ -203,6 +203,7 @@ def evaluate(
             heldout=bool(corpus) or not tasks,
             languages=languages,
             batch_size=batch_size,
+            limit=limit,
             watch=watch,
             window=window,
         )

@@ -182,9 +182,10 @@ def generate(
 
     def show(text: str) -> None:
         check(text)
-        print(text, end="", flush=True)
-        write([text], on_text=lambda _, new: print(new, end="", flush=True))
-        print(flush=True)
+        # With what comes first, since the prompt may be refused.
+        shown, put = iter([text]), functools.partial(print, end="", flush=True)
+        write([text], on_text=lambda _, new: put(next(shown, "") + new))
+        print(next(shown, ""), flush=True)
 
     if len(prompt) == 1:
         show(prompt[0])
@@ -269,6 +270,8 @@ def quantize(
         open_corpus(corpus or cfg.data.corpus)
     tokenizer = open_tokenizer(model, meta.tokenizer, corpus or cfg.data.corpus)
     if bits == 4 and not meta.bits:
+        # Refuses axes that have no groups before anything takes its time.
+        jax.eval_shape(functools.partial(quantize.quantize, bits=bits), params)
         rows, whose = rounding.text_rows(tokenizer, corpus or cfg.data.corpus)
         print(f"rounding by {rows.size:,} tokens of {whose}", flush=True)
         small = rounding.quantize_by_text(cfg, params, rows, mesh)

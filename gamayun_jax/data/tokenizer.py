@@ -167,7 +167,7 @@ class Tokenizer(TextCoder):
             except OSError as e:
                 raise UserError(
                     f"{name} cannot be read ({e.strerror}): give a SentencePiece "
-                    ".model file"
+                    ".model file, or a folder with a tokenizer.json"
                 ) from e
         self.fingerprint = hashlib.sha256(self.model).hexdigest()
         self._load(name)

@@ -50,6 +50,7 @@ def evaluate_heldout(
     batch_size: int | None = None,
     loaded: LoadedModel | None = None,
     window: int | None = None,
+    limit: int = 0,
 ) -> tuple[dict[str, Any], Items]:
     """Evaluate a model on the held-out sets of a corpus, with the model's tokenizer.
 
@@ -61,6 +62,7 @@ def evaluate_heldout(
       corpus_folder: default: the run's own.
       loaded: what `load_params(path)` returned, if it was called before.
       window: see `HeldoutEvaluator`.
+      limit: most units per language and set; 0: as the model's config has it.
 
     Raises:
       UserError: a model or corpus that cannot be read, no tokenizer of the model.
@@ -76,9 +78,13 @@ def evaluate_heldout(
     tokenizer: TextCoder = corpus.tokenizer()
     if meta.tokenizer != tokenizer.fingerprint:
         tokenizer = open_tokenizer(path, meta.tokenizer, cfg.data.corpus)
-    if batch_size:
-        evaluation = dataclasses.replace(cfg.evaluation, batch_size=batch_size)
-        cfg = dataclasses.replace(cfg, evaluation=evaluation)
+    own = cfg.evaluation
+    evaluation = dataclasses.replace(
+        own,
+        batch_size=batch_size or own.batch_size,
+        max_units=limit or own.max_units,
+    )
+    cfg = dataclasses.replace(cfg, evaluation=evaluation)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         model = Transformer(cfg.model, cfg.compute)
         evaluator = HeldoutEvaluator(
@@ -98,6 +104,7 @@ def evaluate_model(
     batch_size: int | None = None,
     watch: Watch = lambda name, total: None,
     window: int | None = None,
+    limit: int = 0,
 ) -> tuple[dict[str, Any], Items]:
     """A model on tasks and on a corpus's held-out sets: eval.json, and the items of
     each task and set.
@@ -109,6 +116,7 @@ def evaluate_model(
       languages: only these; tables list languages in their order, else in that of the
         model's config, else in the usual one.
       watch: see `run_all`.
+      limit: most units per language and held-out set; 0: all that are scored.
       window: most tokens that the model sees before a predicted one; default: its
         own, but rows as in training for held-out sets of a model trained here.
 
@@ -142,7 +150,7 @@ def evaluate_model(
     items: Items = {}
     if heldout:
         found, items = evaluate_heldout(
-            path, corpus, languages, batch_size, loaded, window
+            path, corpus, languages, batch_size, loaded, window, limit
         )
         result["sets"] = found["sets"]
     if tasks:

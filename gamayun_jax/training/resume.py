@@ -51,6 +51,7 @@ from gamayun_jax.training.run_folder import (
     RunFolder,
     config_changes,
     differences,
+    has_chat_template,
 )
 from gamayun_jax.training.run_meta import RunMeta
 from gamayun_jax.training.spool import BadRecordLog
@@ -313,8 +314,21 @@ def begin_run(
     plan = make_data_plan(cfg, corpus, origin, rollbacks)
     check_stages(cfg, corpus, plan, origin["tokens"] if origin else 0)
     if origin is None:
+        first = cfg.stages[0]
+        if first.transition.embeddings != "keep":
+            raise UserError(
+                f"stages.{first.name}.transition.embeddings="
+                f"{first.transition.embeddings!r} needs the model whose tokenizer is "
+                "exchanged: give --init-from"
+            )
         state = new_state(cfg, setting.mesh)
     else:
+        if has_chat_template(setting.init_from or ""):
+            log(
+                f"--init-from {setting.init_from} has a chat template: it was trained "
+                "to answer in turns, which training on plain text takes from it; its "
+                "base model is the usual beginning"
+            )
         if cfg.stages[0].transition.embeddings == "keep":
             state = start_from(cfg, abstract, source, meta)
         else:

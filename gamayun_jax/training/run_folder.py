@@ -355,9 +355,18 @@ def is_hf_folder(folder: AnyPath) -> bool:
     """Whether a folder holds a model in Hugging Face's format, not a run."""
     folder = as_path(folder)
     path = folder / "config.json"
-    if (folder / "checkpoints").is_dir() or not path.is_file():
+    return path.is_file() and "model_type" in read_json(path)
+
+
+def has_chat_template(folder: AnyPath) -> bool:
+    """Whether a folder in Hugging Face's format writes chats, as Instruct models do."""
+    folder = as_path(folder)
+    if not is_hf_folder(folder):
         return False
-    return "model_type" in read_json(path)
+    own = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or bool(
+        read_json(own, missing={}).get("chat_template")
+    )
 
 
 def model_name(path: Path) -> str:
@@ -379,7 +388,10 @@ def find_checkpoint(path: AnyPath) -> tuple[Path, int]:
       UserError: neither a run folder nor a checkpoint.
     """
     path = as_path(path, "model ")
-    advice = "give a run folder, or one of its checkpoints/<step>"
+    advice = (
+        "give a run folder, one of its checkpoints/<step>, or a folder in Hugging "
+        "Face's format, with its config.json"
+    )
     check_there(path, "model ", advice)
     with_checkpoints(path)
     if is_step(path.name) and (path / "meta").is_dir():

@@ -24,6 +24,7 @@ import gamayun_jax as gx
 from gamayun_jax import config as c
 from gamayun_jax.api import columns, configs, curricula, messages, models, plans, runs
 from gamayun_jax.data import corpus as corpus_module
+from gamayun_jax.evaluate.stored_model import evaluate_model
 from gamayun_jax.interop import huggingface
 from gamayun_jax.report.report import write_report
 from gamayun_jax.tables import LANGUAGES, Table
@@ -265,6 +266,8 @@ def test_columns_without_pandas_or_with(here):
 def test_everything_shows_itself(here):
     folder, cfg, run, _ = here
     scored = gx.evaluate(run, languages=["ru"])
+    _, items = evaluate_model(run.folder, (), languages=["ru"], limit=1)
+    assert all(len(rows) == 1 for rows in items.values())
     shown = [run, gx.curriculum(cfg), scored, gx.compare(scored, scored)]
     for thing in shown:
         html = thing._repr_html_()

@@ -389,8 +389,11 @@ def test_generate_on_the_command_line(trained, tmp_path, capfd, monkeypatch):
     model = str(trained)
     assert cli.main(["generate", model]) == 2
     assert "give --prompt TEXT" in capfd.readouterr().err
-    assert cli.main(["generate", model, "--prompt", "a", "--top-p", "2"]) == 2
-    assert "top_p=2.0 must be in (0, 1]" in capfd.readouterr().err
+    # One token more than the window: nothing of it is written before it is refused.
+    assert cli.main(["generate", model, "--prompt", "a", "--max-tokens", "999"]) == 2
+    said = capfd.readouterr()
+    assert "would pass model.max_seq_len" in said.err
+    assert not said.out
     argv = ["generate", model, "--max-tokens", "8", "--temperature", "1"]
     argv += ["--prompt", "The ", "--prompt", "Это ", "--interactive"]
     monkeypatch.setattr("sys.stdin", iter(["one\n", "\n", "two\n"]))

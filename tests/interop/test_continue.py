@@ -145,6 +145,7 @@ def records(run):
 def test_goes_on_and_comes_back(model, tmp_path, monkeypatch):
     folder, made, cfg = model
     begun = started(cfg, tmp_path / "begun", folder)
+    assert any("has a chat template" in text for text in begun.log)
     ids_BT = np.random.default_rng(0).integers(0, 416, (2, 40)).astype("i4")
     params = jax.tree.map(np.asarray, begun.state.params)
     assert_close(ours(cfg.model, params, ids_BT), theirs(made, ids_BT), 1e-4)
@@ -198,6 +199,8 @@ def test_with_another_tokenizer(model, scheme, tmp_path):
         started(
             continued(cfg, shape, other, tmp_path / "corpus"), tmp_path / "no", folder
         )
+    with pytest.raises(UserError, match=rf"embeddings='{scheme}' needs.*--init-from"):
+        started(new, tmp_path / "none")
     run = started(new, tmp_path / "begun", folder)
     counts = run.lineage["init_from"]["embeddings"]
     assert counts["kept"] + counts["pieces"] + counts["mean"] == 448

@@ -161,6 +161,19 @@ def whole(config, tmp_path_factory):
     return cfg, run, said
 
 
+def test_a_warm_up_beyond_the_run_is_said(whole, tmp_path):
+    class Told(Exception):  # noqa: N818
+        pass
+
+    def log(text):
+        if "never have all 16 examples of a step" in text:
+            raise Told
+
+    with pytest.raises(Told):
+        train.train(warmed(whole[0], 4, 10**9), tmp_path / "run", log=log)
+    assert not any("never have all" in text for text in whole[2])
+
+
 def state_of(run, cfg):
     store = Checkpoints(run / "checkpoints", read_only=True)
     state = store.restore(13, step.abstract_state(cfg, mesh_of((1, 4, 2))))
