@@ -321,6 +321,9 @@ def tokenise_all(
         sources[name]["shards"].append(entry)
         sources[name]["tokens"] += done["tokens"]
         sources[name]["records"] += done["records"]
+        if found := done.get("control_texts"):  # of chats
+            both = Counter(found) + Counter(sources[name].get("control_texts"))
+            sources[name]["control_texts"] = dict(sorted(both.items()))
     for name, source in sources.items():
         assert all(seen[name][k] == source[k] for k in seen[name]), name
         path = out / "sources" / name / "token_counts.npy"

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -347,6 +348,9 @@ def tokenise(
     dtype = token_dtype(tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     info = {"documents": 0, "characters": 0, "bytes": 0, "tokens": 0, "records": 0}
+    # Python's expressions look for what all begin with first, which few texts have.
+    controls = re.compile("|".join(map(re.escape, tokenizer.control_texts)))
+    spelled: Counter[str] = Counter()  # documents that have one, by each
     stream = np.empty(0, dtype)  # tokens that are not all written yet
     with atomic(shard) as temporary, open(temporary, "wb") as f:
 
@@ -365,6 +369,8 @@ def tokenise(
             info["characters"] += sum(map(len, texts))
             info["bytes"] += sum(len(t.encode()) for t in texts)
             info["tokens"] += len(new)
+            for text in texts if controls.pattern else ():
+                spelled.update(set(controls.findall(text)))
             stream = np.concatenate([stream, new])
             while len(stream) > record_tokens:
                 write(stream[: record_tokens + 1])
@@ -376,7 +382,7 @@ def tokenise(
     assert info["records"] == -(-(info["tokens"] - 1) // record_tokens)
     with atomic(marker.with_suffix(".npy")) as temporary, open(temporary, "wb") as f:
         np.save(f, counts)
-    done = {**info, "sha256": file_sha256(shard)}
+    done = {**info, "sha256": file_sha256(shard), "control_texts": dict(spelled)}
     write_json(marker, done)
     return done
 

@@ -183,6 +183,8 @@ class HFTokenizer(TextCoder):
         self._split = bool(own.get("split_special_tokens"))
         self._find_control_ids(settings, named, where)
         self._spelled = self._spell(data, where)
+        added = self._tok.get_added_tokens_decoder().values()
+        self.control_texts = tuple(token.content for token in added if token.special)
 
     def _add_tokens(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """Add what the settings name and tokenizer.json lacks; the named tokens."""

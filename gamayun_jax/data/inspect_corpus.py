@@ -104,6 +104,13 @@ def inspect(path: str | Path) -> str:
     for name, s in m["sources"].items():
         for damage in s.get("damaged", ()):
             text.append(f"DAMAGED: {name} {told_damage(damage)}")
+        if found := s.get("control_texts"):
+            listed = ", ".join(f"{token} ({n:,})" for token, n in found.items())
+            text.append(
+                f"{name}: of {s['documents']:,} documents some spell control tokens, "
+                f"which are text in a corpus: {listed}. A model does not learn from "
+                "them to answer in turns"
+            )
     if found := m.get("disjoint"):
         left = {k: s.get("translations") for k, s in m["sources"].items()}
         listed = ", ".join(f"{n:,} of {k}" for k, n in left.items() if n)

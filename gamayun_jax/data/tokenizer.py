@@ -87,6 +87,7 @@ class TextCoder(abc.ABC):
     pad_id: int
     boundaries: Boundaries
     fingerprint: str
+    control_texts: tuple[str, ...] = ()  # texts that are control tokens in prompts
     _spelled: list[bytes]  # by each id; nothing by control tokens
 
     def encode(self, text: str) -> list[int]:

@@ -116,6 +116,23 @@ def test_a_build_goes_on_and_refuses_another_tokenizer(made, tmp_path, monkeypat
         open_corpus(tmp_path / "out").tokenizer()
 
 
+def test_documents_that_spell_control_tokens_are_counted(made, tmp_path):
+    """They are text, and whoever takes chats for a corpus is told so."""
+    cfg, corpus, _ = made
+    assert not any("control_texts" in s for s in corpus.manifest["sources"].values())
+    chat = tmp_path / "chat.jsonl"
+    texts = [f"<|im_end|> {n} a chat of some length, <|im_end|>" for n in range(7)]
+    texts += [f"no chat of some length, but <| {n}" for n in range(5)]
+    chat.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    first, name = cfg.corpus.sources[0], f"{cfg.corpus.sources[0].language}/chat"
+    source = dataclasses.replace(first, name=name, files=(str(chat),))
+    more = dataclasses.replace(cfg.corpus, sources=(*cfg.corpus.sources, source))
+    found = small_corpora.build(dataclasses.replace(cfg, corpus=more), tmp_path / "out")
+    assert found.manifest["sources"][name]["control_texts"] == {"<|im_end|>": 7}
+    assert f"{name}: of 12 documents some spell" in inspect(found.folder)
+    assert "<|im_end|> (7)" in inspect(found.folder)
+
+
 def test_refuses_what_cannot_part_documents(made, tmp_path):
     cfg, _, folder = made
     bad = tmp_path / "hf"
