@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -340,16 +341,17 @@ def tokenise(
     Args:
       folder: of the corpus, with its tokenizer.
     """
-    if marker.exists() and shard.exists():
-        return json.loads(marker.read_text("utf-8"))
     tokenizer = folder_tokenizer(folder)
+    if marker.exists() and shard.exists():
+        done = json.loads(marker.read_text("utf-8"))
+        if "control_texts" in done or not tokenizer.control_texts:
+            return done  # a former version did not count them
     start, end, pad = tokenizer.boundaries
     shared = start == end  # one token between two documents
     dtype = token_dtype(tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     info = {"documents": 0, "characters": 0, "bytes": 0, "tokens": 0, "records": 0}
-    # Python's expressions look for what all begin with first, which few texts have.
-    controls = re.compile("|".join(map(re.escape, tokenizer.control_texts)))
+    controls = any_of(tokenizer.control_texts)
     spelled: Counter[str] = Counter()  # documents that have one, by each
     stream = np.empty(0, dtype)  # tokens that are not all written yet
     with atomic(shard) as temporary, open(temporary, "wb") as f:
@@ -385,6 +387,16 @@ def tokenise(
     done = {**info, "sha256": file_sha256(shard), "control_texts": dict(spelled)}
     write_json(marker, done)
     return done
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """An expression that finds any of the texts. They are grouped by how they begin:
+    where a group's beginning is not found, none of it is tried."""
+    groups = itertools.groupby(
+        sorted(filter(None, texts), reverse=True), lambda t: t[:2]
+    )
+    alternatives = ("|".join(map(re.escape, group)) for _, group in groups)
+    return re.compile("|".join(f"(?:{group})" for group in alternatives))
 
 
 def batched(texts: Iterable[bytes]) -> Iterator[list[str]]:

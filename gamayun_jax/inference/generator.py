@@ -28,7 +28,7 @@ from gamayun_jax.inference.sampling import Sampling
 from gamayun_jax.model import sharding
 
 SHORTEST = 128  # tokens from which rows have lengths between powers of two
-SMALLEST, LONG = 16, 1024  # tokens of prompts: shortest bucket; finer ones from here on
+SMALLEST = 16  # shortest bucket of prompts, in tokens
 STOPS = 8  # least room for stop ids; more of them are programs of their own
 
 
@@ -42,15 +42,6 @@ def row_length(tokens: int, least: int = SHORTEST) -> int:
     tokens, from `least` on."""
     power = bucket(tokens, least)
     return power * 3 // 4 if tokens <= power * 3 // 4 >= SHORTEST else power
-
-
-def prompt_length(tokens: int) -> int:
-    """As `row_length`, for prompts: over 1,024 in steps of an eighth, 1,152, 1,280, ...
-    Places of padding cost as much there as a program for a length of its own."""
-    if tokens <= LONG:
-        return row_length(tokens, SMALLEST)
-    step = bucket(tokens) // 16
-    return -(-tokens // step) * step
 
 
 class Generator:
@@ -160,7 +151,7 @@ class Generator:
             raise UserError(f"{max_tokens} new tokens: ask for at least 1")
         if not prompts:
             return []
-        T = prompt_length(max(map(len, prompts)))
+        T = row_length(max(map(len, prompts)), SMALLEST)
         B = self._ways * bucket(-(-len(prompts) // self._ways))
         tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
         for row, ids in enumerate(prompts):

@@ -33,7 +33,7 @@ class Budget:
             pass
         except OSError as e:
             self.trouble = f"cannot be read ({e.strerror}): see to it"
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
             self.trouble = f"is damaged ({e}): restore it"
 
     def count(self, there: bool) -> None:
@@ -42,10 +42,11 @@ class Budget:
         if self.since:
             self.seconds += max(0.0, now - self.since)
         self.since = now if there else 0.0
-        if self.launch.dry_run or self.trouble or not (there or self.file.exists()):
+        if self.launch.dry_run or self.trouble:
             return
         try:
-            self.write()
+            if there or self.file.exists():
+                self.write()
         except OSError as e:  # machines are there, and must be watched on
             say(f"{self.file} cannot be written ({e.strerror}): hours count in memory")
 

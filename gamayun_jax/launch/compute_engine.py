@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from gamayun_jax.launch.description import Launch
@@ -18,6 +19,7 @@ from gamayun_jax.launch.worker_scripts import remote_command
 
 GONE = {"STOPPING", "STOPPED", "TERMINATED", "SUSPENDING", "SUSPENDED"}
 IMAGE_PROJECT = "ubuntu-os-accelerator-images"
+IN_USE = re.compile(r"being used|in use|resourceInUse", re.IGNORECASE)
 FLEX_HOURS = 168.0  # the most that flex-start grants
 
 
@@ -115,20 +117,28 @@ class InstanceGroups(SshMachines):
 
     # --- making and deleting ------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Delete what a former launch of this name left: it may be of other machines.
+
+        Raises:
+          LaunchError: another launch uses it, or that is refused.
+        """
+        for call in self.shared():
+            answer = self.gcloud("compute", *call)
+            if answer.status and IN_USE.search(answer.err):
+                raise LaunchError(
+                    1,
+                    f"{self.launch.name} is taken by another launch, perhaps in "
+                    f"another zone: give another --name ({answer.complaint})",
+                )
+            if answer.status and not answer.missing:
+                raise self.refuse("replace what a former launch left of", answer)
+
     def create(self) -> None:
         launch, part = self.launch, self.launch.slice
         say(
             f"creating {part.hosts} x {part.machine} x {launch.slices} as {launch.name}"
         )
-        # What a former launch of this name left may be of other machines.
-        for call in self.shared():
-            answer = self.gcloud("compute", *call)
-            if answer.status and not answer.missing:
-                raise LaunchError(
-                    1,
-                    f"{launch.name} is taken by another launch, perhaps in another "
-                    f"zone: give another --name ({answer.complaint})",
-                )
         policy = []
         if part.hosts > 1:
             self.make(

@@ -37,8 +37,8 @@ Name = Annotated[
     ),
 ]
 # Where workers, which are other machines, keep a run and find a model.
-SHARED = re.compile(r"/|gs://[^/]{3,}/.")
-MODEL = re.compile(r"/|(gs|s3)://[^/]{3,}/.")
+SHARED = re.compile(r"/|gs://[^/]{3,}/+[^/]")
+MODEL = re.compile(r"/|(gs|s3)://[^/]{3,}/+[^/]")
 Backend = Literal["queued", "compute", "gke", "vm", "hosts"]
 
 
@@ -272,7 +272,13 @@ def check_machines(launch: Launch) -> None:
             "v5litepod-256, or --topology"
         )
     if launch.type and launch.topology:
-        a, b = slice_of(launch.type, ""), launch.slice
+        b = launch.slice
+        try:
+            a = slice_of(launch.type, "")
+        except UserError as e:
+            raise UserError(
+                f"--type {launch.type!r} is not known here: give --topology alone"
+            ) from e
         if (a.kind, a.chips) != (b.kind, b.chips):
             raise UserError(
                 f"--type {launch.type} is {a.chips} chips of {a.kind}, --topology "
@@ -318,7 +324,7 @@ def check_commands(action: str, launch: Launch) -> None:
                 f"--workdir {workdir!r} must be an absolute path on storage that all "
                 "workers share, or gs://BUCKET/FOLDER: see docs/tpu.md"
             )
-        if workdirs.count(workdir) > 1:
+        if [w.rstrip("/") for w in workdirs].count(workdir.rstrip("/")) > 1:
             raise UserError(
                 f"--workdir {workdir} is that of two commands: each needs its own"
             )

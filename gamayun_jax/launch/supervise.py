@@ -80,6 +80,7 @@ class Supervisor:
             if state == "MISSING":
                 # Right after it was asked for it may not be visible yet.
                 if not created:
+                    self.machines.prepare()
                     self.asked = True
                     self.machines.create()
                 created = True

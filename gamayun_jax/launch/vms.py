@@ -30,6 +30,9 @@ class Machines(abc.ABC):
     def state(self) -> str:
         """What has become of the machines."""
 
+    def prepare(self) -> None:  # noqa: B027 - most need nothing
+        """Take away what would be in the way of `create`."""
+
     @abc.abstractmethod
     def create(self) -> None:
         """Ask for them; LaunchError where that is refused."""

@@ -325,9 +325,9 @@ def begin_run(
     else:
         if has_chat_template(setting.init_from or ""):
             log(
-                f"--init-from {setting.init_from} has a chat template: it was trained "
-                "to answer in turns, which training on plain text takes from it; its "
-                "base model is the usual beginning"
+                f"--init-from {setting.init_from} has a chat template: if it was "
+                "trained to answer in turns (Instruct), training on plain text takes "
+                "that from it, and its base model is the usual beginning"
             )
         if cfg.stages[0].transition.embeddings == "keep":
             state = start_from(cfg, abstract, source, meta)

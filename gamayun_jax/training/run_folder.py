@@ -359,7 +359,8 @@ def is_hf_folder(folder: AnyPath) -> bool:
 
 
 def has_chat_template(folder: AnyPath) -> bool:
-    """Whether a folder in Hugging Face's format writes chats, as Instruct models do."""
+    """Whether a folder in Hugging Face's format can write chats: Instruct models, and
+    some base models."""
     folder = as_path(folder)
     if not is_hf_folder(folder):
         return False

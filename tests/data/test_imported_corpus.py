@@ -133,6 +133,17 @@ def test_documents_that_spell_control_tokens_are_counted(made, tmp_path):
     assert "<|im_end|> (7)" in inspect(found.folder)
 
 
+def test_control_texts_are_found_fast(made):
+    """Many that begin in several ways, in text that is full of how they begin."""
+    texts = ["<unk>", "<s>", "</s>", "[INST]", "", "[/INST]"]
+    texts += [f"<SPECIAL_{n}>" for n in range(1000)]
+    found = build_jobs.any_of(texts)
+    assert set(found.findall("a <s>[INST] b<SPECIAL_7><SPECIAL_77></SPECIAL_7>")) == {
+        "<s>", "[INST]", "<SPECIAL_7>", "<SPECIAL_77>"
+    }  # fmt: skip
+    assert not build_jobs.any_of(()).pattern
+
+
 def test_refuses_what_cannot_part_documents(made, tmp_path):
     cfg, _, folder = made
     bad = tmp_path / "hf"

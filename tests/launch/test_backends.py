@@ -118,6 +118,11 @@ def test_what_a_former_launch_left_is_made_anew(fleet):
     (fleet.folder / "groups" / "pod").rename(fleet.folder / "groups" / "hidden")
     done = go(fleet, *elsewhere)
     assert "taken by another launch" in one_line(done, 1)
+    assert "costs until" not in done.stderr  # nothing is there
+    fleet.play(failing=[len(fleet.calls()) + 2])
+    assert "could not replace what a former launch left of pod" in one_line(
+        go(fleet, *elsewhere), 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -332,6 +337,7 @@ def test_a_file_describes_and_flags_come_on_top(cloud):
         (["--type", "v5litepod-16", "--max-hour", "3"], "did you mean --max-hours?"),
         (["--type", "v5litepod-256", "--topology", "v5e:1x1"], "give one of the two"),
         (["--type", "v6e-16", "--topology", "v5p:2x2x4"], "give one of the two"),
+        (["--type", "ct6e-standard-4t", "--topology", "v6e:4x4"], "--topology alone"),
         (["--file", "none.yaml"], "cannot be read as YAML"),
         (["--hosts", ","], "name the machines"),
     ],
@@ -348,6 +354,8 @@ def test_wrong_descriptions_are_one_line(words, message):
         (["--workdir", "gs://"], "gs://BUCKET/FOLDER"),
         (["--workdir", "gs://bucket"], "gs://BUCKET/FOLDER"),
         (["--workdir", "gs://bucket/"], "gs://BUCKET/FOLDER"),
+        (["--workdir", "gs://bucket//"], "gs://BUCKET/FOLDER"),
+        (["--workdir", "/a/", "--then", "x.py", "--workdir", "/a"], "two commands"),
         (["--workdir", "runs/a"], "absolute path"),
         (["--workdir", "s3://bucket/a"], "gs://BUCKET/FOLDER"),
         (["--workdir", "/a", "--then", "x.py", "--workdir", "/a"], "two commands"),
@@ -366,6 +374,7 @@ def test_commands_that_cannot_be_are_one_line(words, message):
     [
         '{"seconds": 3600000, "sin', "", "[]", "{}", '{"seconds": NaN, "since": 0}',
         '{"seconds": null, "since": 0}', '{"seconds": -1, "since": 0}',
+        f'{{"seconds": 1{"0" * 400}, "since": 0}}', "[" * 100_000,
     ],
 )  # fmt: skip
 def test_a_damaged_count_of_hours_is_not_none(tmp_path, text):
