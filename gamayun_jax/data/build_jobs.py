@@ -344,8 +344,9 @@ def tokenise(
     tokenizer = folder_tokenizer(folder)
     if marker.exists() and shard.exists():
         done = json.loads(marker.read_text("utf-8"))
+        # A former version did not count them: it is made again.
         if "control_texts" in done or not tokenizer.control_texts:
-            return done  # a former version did not count them
+            return done
     start, end, pad = tokenizer.boundaries
     shared = start == end  # one token between two documents
     dtype = token_dtype(tokenizer.vocab_size)

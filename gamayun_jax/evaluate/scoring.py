@@ -164,7 +164,8 @@ def token_scores(
     def score(part):
         x, targets = part
         target, lse, logits = target_and_logsumexp(x, w_VD, targets)
-        # As argmax, the first of equals, which reduces pairs.
+        # The first of equals is the most likely, as in argmax, which is slower on CPUs:
+        # it reduces pairs of value and index.
         before = jnp.arange(w_VD.shape[0])[None, None] < targets[..., None]
         target_1 = target[..., None]
         beaten = (logits > target_1) | ((logits == target_1) & before)
