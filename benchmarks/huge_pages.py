@@ -2,9 +2,9 @@
 
     python benchmarks/huge_pages.py [--rounds 5] [--builds 3]
 
-The train step of train_step.py, two processes that take turns, without and with
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1; then builds of the demo's corpus by two
-workers, without and with, in turns. Ratios are of the same round.
+The train step of train_step.py, all rows at once, two processes that take turns,
+without and with GLIBC_TUNABLES=glibc.malloc.hugetlb=1; then builds of the demo's corpus
+by two workers, without and with, in turns. Ratios are of the same round.
 
 Figures: see docs/speed.md.
 """
@@ -36,7 +36,7 @@ def environment(way: str) -> dict[str, str]:
 def steps(rounds: int) -> dict[str, list[dict[str, float]]]:
     """Of a step, by round; both ways in turns."""
     command = [sys.executable, str(HERE / "train_step.py")]
-    command += ["--worker", "gamayun_jax"]
+    command += ["--worker", "gamayun_jax whole"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     running = {w: subprocess.Popen(command, env=environment(w), **pipes) for w in WAYS}
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
