@@ -5,10 +5,11 @@
     python benchmarks/all.py --parts loader,decode
     python benchmarks/all.py --neighbour               # beside a copying program
 
-Each part is a benchmark of its own, one after the other, with its peers in turns; this
-command adds a table of medians and ranges for each and says what machine it was. What
-cannot be run here for want of a package is said and left out; a part that fails does
-not stop the others, and the exit status is then 1. Figures of a GPU: gpu.py.
+Each part is a benchmark of its own, one after the other, with its peers in turns and,
+as `gamayun` has it, memory in huge pages; this command adds a table of medians and
+ranges for each and says what machine it was. What cannot be run here for want of a
+package is said and left out; a part that fails does not stop the others, and the exit
+status is then 1. Figures of a GPU: gpu.py.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from datetime import date
 from pathlib import Path
 
 from rows import ROWS, told
+
+from gamayun_jax import huge_pages
 
 HERE = Path(__file__).parent
 
@@ -126,7 +129,7 @@ def run(part: Part, quick: bool) -> tuple[str, list[dict]]:
         try:
             done = subprocess.run(
                 command,
-                env={**os.environ, ROWS: str(rows)},
+                env={**os.environ, **huge_pages.changes(), ROWS: str(rows)},
                 timeout=60 * part.minutes,
             )
             wrong = f"status {done.returncode}" if done.returncode else ""
