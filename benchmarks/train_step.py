@@ -8,12 +8,13 @@
 Llama-style, 8 layers, width 256, 4 heads, FFN 1024, vocabulary 8192, sequences of 256,
 batch 16, float32, AdamW, synthetic tokens. Each peer is a process of its own that
 makes a few steps when told to; rounds go in turns. Ours is the real step of step.py:
-token weights, per-language sums, segment ids and all, layers in a scan, 4 microbatches;
-"ema" also keeps a moving average of the parameters. Reported: medians of wall time and
-of CPU time, the time to the first step and the peak resident memory.
+token weights, per-language sums, segment ids and all, layers in a scan, 4 microbatches.
+Reported: medians of wall time and of CPU time, the time to the second step and the peak
+resident memory.
 
-  gamayun_jax whole     all 16 rows at once
-  gamayun_jax unrolled  layers without a loop
+  gamayun_jax whole     ours, all 16 rows at once
+  gamayun_jax unrolled  ours, layers without a loop
+  gamayun_jax ema       ours, which also keeps a moving average of the parameters
   jax      what one writes first: einsums, log_softmax + take_along_axis, optax.adamw,
            layers unrolled
   eager    transformers' LlamaForCausalLM and torch.optim.AdamW
@@ -46,7 +47,7 @@ from rows import ratio, row
 
 LAYERS, D, N, F, V, T, B = 8, 256, 4, 1024, 8192, 256, 16
 STEPS = 3  # of a turn
-PARTS = 4  # microbatches of ours: arrays of 4 rows stay in the caches
+MICROBATCHES = 4  # of ours, unless "whole": arrays of 4 rows stay in the caches
 PEERS = (
     "gamayun_jax",
     "gamayun_jax whole",
@@ -65,7 +66,7 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(3, V, (B, T + 1)).astype(np.int32)
 
 
-def ours(scan: bool, ema: bool, whole: bool) -> Callable[[], Any]:
+def ours(scan: bool, ema: bool, microbatches: int) -> Callable[[], Any]:
     import flax.linen as nn
     import jax
 
@@ -94,8 +95,8 @@ def ours(scan: bool, ema: bool, whole: bool) -> Callable[[], Any]:
         ),
         compute=c.ComputeConfig(
             scan_layers=scan,
-            loss_chunk=32 if whole else 32 * PARTS,  # so the logits take as much
-            microbatches=1 if whole else PARTS,
+            loss_chunk=32 * microbatches,  # 512 rows of logits at a time
+            microbatches=microbatches,
         ),
         optimizer=replace(base.optimizer, ema_tokens=100 * B * T if ema else 0),
     )
@@ -324,7 +325,8 @@ def worker(peer: str, threads: int) -> None:
     if peer == "jax":
         one = bare_jax()
     elif peer.startswith("gamayun_jax"):
-        one = ours("unrolled" not in peer, "ema" in peer, "whole" in peer)
+        microbatches = 1 if "whole" in peer else MICROBATCHES
+        one = ours("unrolled" not in peer, "ema" in peer, microbatches)
     elif peer == "levanter":
         one = levanter()
     else:

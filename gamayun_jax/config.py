@@ -124,8 +124,8 @@ class ComputeConfig:
     scan_layers: bool = True  # one compiled layer body instead of num_layers copies
     # Positions per chunk of the output head; 0 computes all logits at once.
     loss_chunk: Whole = 0
-    # Gradient accumulation: less memory; on CPUs larger models train faster, too, when
-    # a microbatch's arrays fit in the caches.
+    # Gradient accumulation: less memory, and on CPUs less time for some models, whose
+    # arrays then stay in the caches (docs/speed.md).
     microbatches: Count = 1
 
 
