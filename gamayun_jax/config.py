@@ -248,7 +248,8 @@ class Config:
         if self.data.batch_size % self.compute.microbatches:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} is not a multiple of "
-                f"compute.microbatches={self.compute.microbatches}"
+                f"compute.microbatches={self.compute.microbatches}: choose a number "
+                "that divides the batch"
             )
         self._check_batch_warmup()
         chunk, length = self.compute.loss_chunk, self.data.seq_len
