@@ -102,7 +102,7 @@ class Scorer:
 
     Args:
       cfg: the architecture.
-      params: parameters on `mesh`; None until `params` is set.
+      params: parameters on `mesh`, or as NumPy arrays; None until `params` is set.
       mesh: rows are divided over data and fsdp, also those of other processes.
       compute: its dtype, scan_layers and attention are used.
       window: most tokens that the model sees before a predicted one; default:
@@ -154,8 +154,8 @@ class Scorer:
 
     @property
     def params(self) -> Any:
-        """The parameters in the dtype of computation: cast once, not in every batch.
-        Norms stay float32."""
+        """The parameters on the devices, in the dtype of computation: cast, and copied
+        from NumPy, once, not in every batch. Norms stay float32."""
         return self._params
 
     @params.setter
@@ -163,9 +163,15 @@ class Scorer:
         def cast(name: str, leaf: jax.Array) -> jax.Array:
             return leaf if name == "scale" else leaf.astype(self._dtype)
 
-        if params is not None and self._dtype != jnp.float32:
-            with jax.set_mesh(self.mesh):
-                params = jax.jit(functools.partial(map_leaves, cast))(params)
+        def placed(leaf: Any) -> jax.Array:
+            whole = sharding.replicated(self.mesh)
+            return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, whole)
+
+        if params is not None:
+            params = jax.tree.map(placed, params)
+            if self._dtype != jnp.float32:
+                with jax.set_mesh(self.mesh):
+                    params = jax.jit(functools.partial(map_leaves, cast))(params)
         self._params = params
 
     def score(

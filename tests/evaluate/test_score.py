@@ -222,6 +222,17 @@ def test_what_is_compiled_depends_on_lengths_only():
     assert fresh.compilations == once <= 4
 
 
+@pytest.mark.parametrize("compute", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_parameters_in_numpy_are_copied_to_the_devices_once(shape, compute):
+    fresh = Scorer(WIDE, weights(), mesh_of(shape), compute)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(fresh.params))
+    on_devices = jax.tree.map(jnp.asarray, weights())
+    same = Scorer(WIDE, on_devices, mesh_of(shape), compute)
+    for one, other in zip(fresh.score(requests()), same.score(requests()), strict=True):
+        np.testing.assert_array_equal(one.logprobs, other.logprobs)
+
+
 def test_few_or_short_texts_are_not_padded_to_the_largest_batch():
     fresh = Scorer(WIDE, weights(), mesh_of((1, 1, 1)), FLOAT32)
 
