@@ -163,12 +163,8 @@ class Scorer:
         def cast(name: str, leaf: jax.Array) -> jax.Array:
             return leaf if name == "scale" else leaf.astype(self._dtype)
 
-        def placed(leaf: Any) -> jax.Array:
-            whole = sharding.replicated(self.mesh)
-            return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, whole)
-
         if params is not None:
-            params = jax.tree.map(placed, params)
+            params = sharding.params_on_devices(params, self.mesh)
             if self._dtype != jnp.float32:
                 with jax.set_mesh(self.mesh):
                     params = jax.jit(functools.partial(map_leaves, cast))(params)

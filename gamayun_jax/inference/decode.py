@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gamayun_jax.config import ComputeConfig, ModelConfig
@@ -30,11 +31,6 @@ from gamayun_jax.model.transformer import (
 )
 
 CHUNK = 16  # tokens decoded between two looks at the text
-
-
-def next_size(slots: int) -> int:
-    """The next of 2, 3, 4, 6, 8, 12, 16, ... cache slots: powers of two and between."""
-    return slots * 3 // 2 if slots & (slots - 1) == 0 else slots * 4 // 3
 
 
 class Decoder:
@@ -52,16 +48,20 @@ class Decoder:
         self.dtype = compute_dtype(compute.dtype)
         self.compilations = 0
 
-        def lay_out(params: Any) -> Any:
-            params = map_leaves(self._cast, params)
-            layers = [
-                jax.tree.map(lambda x, i=i: x[i], params["layers"])
-                for i in range(self.cfg.num_layers)
-            ]
-            return {**params, "layers": layers}
+        cast = jax.jit(functools.partial(map_leaves, self._cast))
 
+        # One program for all layers: one that cut them all would be compiled for
+        # seconds.
+        @jax.jit
+        def layer(layers: Any, i: jax.Array) -> Any:
+            return map_leaves(self._cast, jax.tree.map(lambda x: x[i], layers))
+
+        params = sharding.params_on_devices(params, mesh)
         with jax.set_mesh(mesh):
-            self.weights = jax.jit(lay_out)(params)
+            self.weights = cast({k: v for k, v in params.items() if k != "layers"})
+            self.weights["layers"] = [
+                layer(params["layers"], np.int32(i)) for i in range(cfg.num_layers)
+            ]
         # Whole on every device, or a process could not fetch what others hold.
         whole = sharding.replicated(mesh)
         self.prefill = jax.jit(
@@ -74,8 +74,8 @@ class Decoder:
             out_shardings=(None, whole, whole),
         )
 
-        def longer(caches: Any, segments_BS: jax.Array) -> Any:
-            added = next_size(segments_BS.shape[1]) - segments_BS.shape[1]
+        def longer(caches: Any, segments_BS: jax.Array, slots: int) -> Any:
+            added = slots - segments_BS.shape[1]
             more = ((0, 0), (0, 0), (0, 0), (0, added))
             wider = [
                 (jnp.pad(k_BKHS, more), jnp.pad(v_BKSH.mT, more).mT)
@@ -83,11 +83,11 @@ class Decoder:
             ]
             return wider, jnp.pad(segments_BS, ((0, 0), (0, added)))
 
-        self._longer = jax.jit(longer)
+        self._longer = jax.jit(longer, static_argnums=2)
 
-    def longer(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state with `next_size` cache slots."""
-        caches, segments_BS = self._longer(state["caches"], state["segments"])
+    def longer(self, state: dict[str, Any], slots: int) -> dict[str, Any]:
+        """The state with so many cache slots."""
+        caches, segments_BS = self._longer(state["caches"], state["segments"], slots)
         return {**state, "caches": caches, "segments": segments_BS}
 
     def _cast(self, name: str, leaf: Any) -> Any:

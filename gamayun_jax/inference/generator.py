@@ -3,9 +3,8 @@
 Prompts of different lengths are padded on the left, so that all rows of a batch write
 the same cache slot. Batch, prompt length and cache are rounded up to powers of two or
 between, and the sampling parameters are arguments of the programs, so what is compiled
-depends on sizes only. The cache grows by half or a third when it is full: a step
-attends over at most one and a half times the slots that are filled, and memory follows
-the text, not the window.
+depends on sizes only. The cache grows when it is full, and then has room for the next
+AHEAD tokens: few sizes are compiled, and memory follows the text, not the window.
 
 Shape suffixes: B rows, T prompt tokens, S cache slots, C tokens of a chunk.
 """
@@ -23,12 +22,15 @@ from jax.sharding import Mesh
 
 from gamayun_jax.config import ComputeConfig, ModelConfig, UserError
 from gamayun_jax.data.tokenizer import TextCoder, TextStream
-from gamayun_jax.inference.decode import CHUNK, Decoder, next_size
+from gamayun_jax.inference.decode import CHUNK, Decoder
 from gamayun_jax.inference.sampling import Sampling
 from gamayun_jax.model import sharding
 
 SHORTEST = 128  # tokens from which rows have lengths between powers of two
 SMALLEST = 16  # shortest bucket of prompts, in tokens
+AHEAD = (
+    256  # most tokens that a cache which grows has room for, before it is rounded up
+)
 STOPS = 8  # least room for stop ids; more of them are programs of their own
 
 
@@ -193,8 +195,8 @@ class Generator:
             while total < max_tokens and not all(ended):
                 S = state["segments"].shape[1]
                 if used == S:
-                    state = self.decoder.longer(state)
-                    S = next_size(S)
+                    S = row_length(used + min(max_tokens - total, AHEAD))
+                    state = self.decoder.longer(state, S)
                 count = min(CHUNK, max_tokens - total, S - used)
                 state, new_BC, n = self.decoder.decode(
                     self.decoder.weights, state, values, stops, np.int32(count), program

@@ -211,6 +211,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def params_on_devices(params: Any, mesh: Mesh) -> Any:
+    """NumPy arrays whole on every device, what is on devices as it is: a
+    program given NumPy arrays copies them at every call."""
+
+    def placed(leaf: Any) -> jax.Array:
+        there = isinstance(leaf, jax.Array)
+        return leaf if there else jax.device_put(leaf, replicated(mesh))
+
+    return jax.tree.map(placed, params)
+
+
 def batch_groups(rows: int) -> tuple[int, int]:
     """Parts that so many rows are divided into, along (data, fsdp) of the mesh in use.
 

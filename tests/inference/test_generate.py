@@ -78,7 +78,7 @@ def greedy(cfg, params, prompt, count):
     """Token by token, each from a full forward pass without a cache."""
     ids = list(prompt)
     for _ in range(count):
-        row = np.zeros((1, 128), np.int32)
+        row = np.zeros((1, 192), np.int32)
         row[0, : len(ids)] = ids
         ids.append(int(full_forward(cfg)(params, row)[0, len(ids) - 1].argmax()))
     return ids[len(prompt) :]
@@ -87,11 +87,31 @@ def greedy(cfg, params, prompt, count):
 PROMPTS = [[0, 5, 9], [0, *range(3, 24)], [0], [0, 77, 8, 8, 8, 200]]
 
 
-def test_greedy_equals_the_full_forward():
-    """Prompts of different lengths, through the cache growing twice."""
-    got = generator().generate_ids(PROMPTS, 50, stop_ids=())
+@pytest.mark.parametrize("ahead", [1, 256])
+def test_greedy_equals_the_full_forward(monkeypatch, ahead):
+    """Prompts of different lengths; the cache grows twice, or once for all tokens."""
+    monkeypatch.setattr("gamayun_jax.inference.generator.AHEAD", ahead)
+    grown = []
+    longer = Decoder.longer
+
+    def watched(self, state, slots):
+        grown.append(slots)
+        return longer(self, state, slots)
+
+    monkeypatch.setattr(Decoder, "longer", watched)
+    got = generator().generate_ids(PROMPTS, 110, stop_ids=())
+    assert grown == ([128, 192] if ahead == 1 else [192])
     for ids, prompt in zip(got, PROMPTS, strict=True):
-        assert ids == greedy(MODEL, weights(MODEL), prompt, 50)
+        assert ids == greedy(MODEL, weights(MODEL), prompt, 110)
+
+
+@pytest.mark.parametrize(("length", "count"), [(3, 100), (16, 256), (100, 128)])
+def test_an_answer_takes_two_programs(length, count):
+    """One for the prompt and one for what comes after it, whatever its length."""
+    one = Generator(SHALLOW, weights(SHALLOW), mesh_of((1, 1, 1)), Bytes(), FLOAT32)
+    (made,) = one.generate_ids([[7] * length], count, stop_ids=())
+    assert len(made) == count
+    assert one.decoder.compilations == 2
 
 
 def test_long_prompts_by_parts_of_their_queries(monkeypatch):
