@@ -18,7 +18,7 @@ Figures (2 cores of an AMD EPYC, otherwise idle; torch 2.13.0, transformers
 So 3.6 and 2.0 times transformers on two cores, 3.2 and 2.3 times on one. What gave it:
 each layer's weights and cache an array of its own, updated in place; caches laid out
 for attention's two products (batch 16: 2390 -> 3380 tokens/s, no transposes of the
-cache); a cache that grows by a half or a third instead of doubling (3 %); argmax as two
+cache); a cache that grew by a half or a third instead of doubling (3 %); argmax as two
 plain reductions. No use: gate and up as one product, the head's weights as the left
 factor, 512-bit vectors, oneDNN.
 """

@@ -50,8 +50,8 @@ class Decoder:
 
         cast = jax.jit(functools.partial(map_leaves, self._cast))
 
-        # One program for all layers: one that cut them all would be compiled for
-        # seconds.
+        # A program for any layer: one that cuts out all of them takes seconds to
+        # compile.
         @jax.jit
         def layer(layers: Any, i: jax.Array) -> Any:
             return map_leaves(self._cast, jax.tree.map(lambda x: x[i], layers))

@@ -3,8 +3,10 @@
 Prompts of different lengths are padded on the left, so that all rows of a batch write
 the same cache slot. Batch, prompt length and cache are rounded up to powers of two or
 between, and the sampling parameters are arguments of the programs, so what is compiled
-depends on sizes only. The cache grows when it is full, and then has room for the next
-AHEAD tokens: few sizes are compiled, and memory follows the text, not the window.
+depends on sizes only. The cache grows when it is full: for few rows by all tokens that
+may still come, AHEAD at most, so that few sizes are compiled; for many rows by fewer,
+since each slot that they attend over takes time. Memory follows the text, not the
+window.
 
 Shape suffixes: B rows, T prompt tokens, S cache slots, C tokens of a chunk.
 """
@@ -28,9 +30,7 @@ from gamayun_jax.model import sharding
 
 SHORTEST = 128  # tokens from which rows have lengths between powers of two
 SMALLEST = 16  # shortest bucket of prompts, in tokens
-AHEAD = (
-    256  # most tokens that a cache which grows has room for, before it is rounded up
-)
+AHEAD = 256  # most slots of all rows of a device that a cache grows by, or CHUNK a row
 STOPS = 8  # least room for stop ids; more of them are programs of their own
 
 
@@ -154,7 +154,8 @@ class Generator:
         if not prompts:
             return []
         T = row_length(max(map(len, prompts)), SMALLEST)
-        B = self._ways * bucket(-(-len(prompts) // self._ways))
+        each = bucket(-(-len(prompts) // self._ways))  # rows of a device
+        B, ahead = self._ways * each, max(AHEAD // each, CHUNK)
         tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
         for row, ids in enumerate(prompts):
             tokens_BT[row, T - len(ids) :] = ids
@@ -195,7 +196,7 @@ class Generator:
             while total < max_tokens and not all(ended):
                 S = state["segments"].shape[1]
                 if used == S:
-                    S = row_length(used + min(max_tokens - total, AHEAD))
+                    S = row_length(used + min(max_tokens - total, ahead), SMALLEST)
                     state = self.decoder.longer(state, S)
                 count = min(CHUNK, max_tokens - total, S - used)
                 state, new_BC, n = self.decoder.decode(

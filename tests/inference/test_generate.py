@@ -87,9 +87,11 @@ def greedy(cfg, params, prompt, count):
 PROMPTS = [[0, 5, 9], [0, *range(3, 24)], [0], [0, 77, 8, 8, 8, 200]]
 
 
-@pytest.mark.parametrize("ahead", [1, 256])
-def test_greedy_equals_the_full_forward(monkeypatch, ahead):
-    """Prompts of different lengths; the cache grows twice, or once for all tokens."""
+@pytest.mark.parametrize(
+    ("ahead", "sizes"), [(1, [64, 128, 192]), (256, [128, 192]), (1024, [192])]
+)
+def test_greedy_equals_the_full_forward(monkeypatch, ahead, sizes):
+    """Four prompts of different lengths; the cache grows often, or once for all."""
     monkeypatch.setattr("gamayun_jax.inference.generator.AHEAD", ahead)
     grown = []
     longer = Decoder.longer
@@ -100,14 +102,14 @@ def test_greedy_equals_the_full_forward(monkeypatch, ahead):
 
     monkeypatch.setattr(Decoder, "longer", watched)
     got = generator().generate_ids(PROMPTS, 110, stop_ids=())
-    assert grown == ([128, 192] if ahead == 1 else [192])
+    assert grown == sizes
     for ids, prompt in zip(got, PROMPTS, strict=True):
         assert ids == greedy(MODEL, weights(MODEL), prompt, 110)
 
 
 @pytest.mark.parametrize(("length", "count"), [(3, 100), (16, 256), (100, 128)])
 def test_an_answer_takes_two_programs(length, count):
-    """One for the prompt and one for what comes after it, whatever its length."""
+    """One for the prompt and one for up to 257 tokens after it."""
     one = Generator(SHALLOW, weights(SHALLOW), mesh_of((1, 1, 1)), Bytes(), FLOAT32)
     (made,) = one.generate_ids([[7] * length], count, stop_ids=())
     assert len(made) == count
