@@ -30,7 +30,7 @@ from gamayun_jax.model import sharding
 
 SHORTEST = 128  # tokens from which rows have lengths between powers of two
 SMALLEST = 16  # shortest bucket of prompts, in tokens
-AHEAD = 256  # most slots of all rows of a device that a cache grows by, or CHUNK a row
+AHEAD = 128  # most slots of all rows of a device that a cache grows by, or CHUNK a row
 STOPS = 8  # least room for stop ids; more of them are programs of their own
 
 
