@@ -30,7 +30,8 @@ from gamayun_jax.model import sharding
 
 SHORTEST = 128  # tokens from which rows have lengths between powers of two
 SMALLEST = 16  # shortest bucket of prompts, in tokens
-AHEAD = 128  # most slots of all rows of a device that a cache grows by, or CHUNK a row
+# Slots that a cache grows by at most, over all rows of a device; CHUNK a row at least.
+AHEAD = 128
 STOPS = 8  # least room for stop ids; more of them are programs of their own
 
 
