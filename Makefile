@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Memory in huge pages, as the command asks for by itself (docs/speed.md): here for tests.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Hundreds of processes import the package: each would compile it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo demo-long test test-slow soak lint corpus tasks clean
 .DEFAULT_GOAL = help
@@ -32,7 +34,7 @@ test: setup ## the tests
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-slow: setup ## the tests that take minutes each
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n auto --dist worksteal
 
 soak: setup ## kill the corpus build, training and the report 120 times
 	$(BIN)/python tests/faults/soak.py --kills 120

@@ -1,4 +1,8 @@
-"""Eight CPU devices, and no implicit rank promotion, for every test."""
+"""Eight CPU devices, and no implicit rank promotion, for every test.
+
+A run whose config names no mesh takes two of the devices: what eight of them compute
+and write takes one and a half times as long. Tests of meshes name theirs.
+"""
 
 import os
 import signal
@@ -10,7 +14,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Read when gcsfs is imported: it would ask Google of what type a bucket is.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 _FLAGS = [
-    "--xla_force_host_platform_device_count=8",
     # Little is computed here and much compiled: with LLVM's optimisation, and with a
     # pipeline of MLIR's passes for each fusion, that would take four times as long.
     # XLA_FLAGS=--xla_backend_optimization_level=3 brings the first back.
@@ -22,8 +25,11 @@ _FLAGS = [
 ]
 if sys.version_info < (3, 12):  # the jaxlib of newer ones does not know it, and aborts
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-_FORMER = os.environ.get("XLA_FLAGS", "").split()  # the user's; or ours, in a worker
+# The user's, which count; or these, in a worker.
+_FORMER = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*(f for f in _FLAGS if f not in _FORMER), *_FORMER])
+# Processes that tests start have two devices, or say how many.
+os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 
 import tempfile
 
@@ -38,6 +44,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import ast
@@ -182,6 +189,34 @@ def small_config(folder: Path) -> c.Config:
         evaluation=c.EvalConfig(batch_size=8, max_units=10),
         log=c.LogConfig(every_steps=4, tensorboard=False),
     )
+
+
+_make_mesh = sharding.make_mesh
+
+
+def mesh_of_two(cfg: c.MeshConfig, devices: Any = None) -> jax.sharding.Mesh:
+    """`sharding.make_mesh`, of two devices where nothing is said of them."""
+    if devices is None and cfg == c.MeshConfig():
+        devices = jax.devices()[:2]
+    return _make_mesh(cfg, devices)
+
+
+sharding.make_mesh = mesh_of_two
+
+
+@contextlib.contextmanager
+def all_devices() -> Iterator[None]:
+    """Within it, runs and models take all eight, as everywhere but in tests."""
+    sharding.make_mesh = _make_mesh
+    try:
+        yield
+    finally:
+        sharding.make_mesh = mesh_of_two
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: a fifth of the time tests wait for others."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @functools.cache

@@ -104,6 +104,7 @@ def quick(amazon_bucket, monkeypatch):
     return as_path(amazon_bucket)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [503, 429, "hang", "cut"])
 def test_what_passes_is_outlived(quick, proxy, fault):
     (quick / "x").write_bytes(b"abc")
@@ -122,6 +123,7 @@ def test_what_passes_is_outlived(quick, proxy, fault):
         proxy.fault = lambda *_: None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [503, "hang", 403])
 def test_what_stays_is_an_error_of_one_line(quick, proxy, fault):
     (quick / "x").write_bytes(b"abc")

@@ -98,6 +98,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [429, 500, 503, "hang", "cut"])
 def test_what_passes_is_outlived(folder, bucket_server, fault):
     """A burst of the same at each operation."""
@@ -114,6 +115,7 @@ def test_what_passes_is_outlived(folder, bucket_server, fault):
         bucket_server.fault = lambda *_: None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [503, "hang", 403, 401])
 def test_what_stays_is_an_error_of_one_line(folder, bucket_server, fault):
     """Never the answer that there is nothing."""

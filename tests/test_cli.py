@@ -434,7 +434,7 @@ def experiment(config, tmp_path):
         (["--set", "data.corpus=nowhere"], "gamayun corpus build"),
         (["--set", "stages.align.schedule.decay_tokens=9999"], "shorten them"),
         (["--set", "corpus.tokenizer.vocab_size=300"], "another tokenizer"),
-        (["--set", "data.batch_size=12"], "use a multiple of 8"),
+        (["--set", "data.batch_size=11"], "use a multiple of 2"),
         (["--set", "data.max_epochs=0.001"], "over its cap of 0.001 epochs"),
         (["--init-from", "nowhere"], "nowhere does not exist"),
         (["--set", "stages.align.mixture.shares.xx/*=0.1"], "matches no source"),

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(experiment, run, devices, *words, python=sys.executable):
-    env = dict(os.environ, XLA_FLAGS="", JAX_NUM_CPU_DEVICES=str(devices))
+    env = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
     command = [python, "-m", "gamayun_jax", "train", str(experiment)]
     return subprocess.Popen(
         [*command, "--workdir", str(run), *words],

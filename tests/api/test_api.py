@@ -66,6 +66,7 @@ def examples():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", examples())
 def test_examples(name, here):
     _, cfg, run, _ = here
@@ -99,6 +100,7 @@ def test_names_agree():
         _ = gx.tran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first", ["gx.train", "import gamayun_jax.plan.aot", "gx.load_model"]
 )
@@ -310,6 +312,7 @@ def test_weights_and_shares_make_the_objective(here):
     assert list(preview.weights["enrich"].values()) == pytest.approx([1.0] * 3, 0.02)
 
 
+@pytest.mark.slow
 def test_paths_may_be_texts(here, tmp_path):
     """Everything that takes a path; the other tests give Paths, and runs for models."""
     _, cfg, run, _ = here

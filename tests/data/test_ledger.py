@@ -104,7 +104,13 @@ def test_a_ledger_of_lineage_and_records():
     assert former["stages"][0]["languages"]["en"]["achieved"] is None
 
 
-@pytest.mark.parametrize("scheme", ["none", "static", "bytes", "target_share"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("none", "static", "bytes")),
+        "target_share",
+    ],
+)
 def test_planned_shares_are_those_of_whole_passes(scheme, config, corpus):
     """Every source served once, as often as its size says: nothing is left to chance,
     so achieved and planned shares are the same."""

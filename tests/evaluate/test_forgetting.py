@@ -127,6 +127,7 @@ def run(config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_examples(run, config):
     """Of each checkpoint and example, by the logits of the whole batch."""
     told = read_forgetting(read_run(run))

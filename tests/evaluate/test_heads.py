@@ -110,6 +110,7 @@ def test_every_field_is_tried():
     assert {f.name for f in dataclasses.fields(ModelConfig)} == {*CHANGES} | NO_CHANGE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", CHANGES)
 def test_loss_scores_and_decoding_agree(field, base):
     cfg = dataclasses.replace(BASE, **{field: CHANGES[field]})

@@ -99,6 +99,7 @@ def test_it_goes_on_as_if_nothing_had_been(small, straight, begun, monkeypatch):
     assert len(spool.record_files(begun)) > 1
 
 
+@pytest.mark.slow
 def test_a_start_asks_little(small, begun, bucket_server):
     """Each request is a wait: what a folder has is known by one listing."""
     number = len(run_folder.checkpoint_steps(begun))
@@ -109,6 +110,7 @@ def test_a_start_asks_little(small, begun, bucket_server):
     assert len(asked) < 32 + 3 * number
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(small, begun):
     with contextlib.closing(RunFolder(begun)):
         before = leaves(begun)
@@ -118,6 +120,7 @@ def test_a_second_writer_is_refused(small, begun):
     assert train.train(small, begun, log=quiet) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["meta/", "params/"])
 def test_a_checkpoint_that_the_bucket_refuses_is_not_set_aside(
     small, straight, begun, bucket_server, part
@@ -137,6 +140,7 @@ def test_a_checkpoint_that_the_bucket_refuses_is_not_set_aside(
     assert leaves(begun) == leaves(straight)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside(small, straight, begun):
     newest = max(run_folder.checkpoint_steps(begun))
     path = max(
@@ -154,6 +158,7 @@ def test_a_damaged_checkpoint_is_set_aside(small, straight, begun):
     assert records(begun) == records(straight)
 
 
+@pytest.mark.slow
 def test_half_a_checkpoint_is_none(small, straight, begun):
     """A kill before the mark is written, and one before that of its parts."""
     newest = begun / "checkpoints" / str(max(run_folder.checkpoint_steps(begun)))

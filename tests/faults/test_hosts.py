@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(experiment, run, words=(), devices=1, program=("-m", "gamayun_jax")):
-    env = dict(os.environ, XLA_FLAGS="", JAX_NUM_CPU_DEVICES=str(devices))
+    env = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
     command = [sys.executable, *program, "train", str(experiment)]
     return subprocess.Popen(
         [*command, "--workdir", str(run), *words],
@@ -126,7 +126,7 @@ def start_programs(program):
     return [
         subprocess.Popen(
             [sys.executable, "-c", program, f"localhost:{port}", str(i)],
-            env=dict(os.environ, XLA_FLAGS="", JAX_NUM_CPU_DEVICES="1"),
+            env=dict(os.environ, JAX_NUM_CPU_DEVICES="1"),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for i in range(2)

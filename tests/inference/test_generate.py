@@ -364,6 +364,7 @@ def test_repetition_penalty():
     assert len({*ids, *prompt}) == 43
 
 
+@pytest.mark.slow
 def test_quantised_weights_generate_what_their_floats_do():
     params = weights(SHALLOW)
     for bits in (8, 4):

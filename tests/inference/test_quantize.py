@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import all_devices
 
 from gamayun_jax import cli, train
 from gamayun_jax import config as c
@@ -44,7 +45,10 @@ def test_int8_is_at_most_half_a_step_off(name):
     np.testing.assert_allclose(quantize.dequantize(again), back, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    ["o", *(pytest.param(n, marks=pytest.mark.slow) for n in SHAPES if n != "o")],
+)
 def test_int4_misses_what_its_steps_are_apart(name):
     """In each group no more than even steps over its range would; no weight by more
     than the part of the range that the least grid leaves out."""
@@ -277,6 +281,7 @@ def test_former_groups_of_four_have_shapes(trained):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [None, 32])
 def test_a_folder_of_before_opens(trained, tmp_path, group):
     cfg, params, meta, _ = load_model.load_params(trained)
@@ -301,7 +306,8 @@ def test_a_folder_of_before_opens(trained, tmp_path, group):
 @pytest.fixture(scope="module")
 def rounded(trained):
     """The run's model in int4 by random text, on eight devices; and that text."""
-    cfg, params, _, eight = load_model.load_params(trained)
+    with all_devices():
+        cfg, params, _, eight = load_model.load_params(trained)
     assert eight.size == 8
     rows = np.random.default_rng(0).integers(4, cfg.model.vocab_size, (20, 32))
     rows = rows.astype(np.int32)

@@ -82,7 +82,10 @@ def continued(cfg, model, tokenizer, folder, **transition):
 
 @pytest.fixture(
     scope="module",
-    params=["llama", "qwen3", pytest.param("qwen2", marks=pytest.mark.slow)],
+    params=[
+        "llama",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "qwen2")),
+    ],
 )
 def model(request, tmp_path_factory):
     """(folder that transformers wrote, its model, our config of a run on it)."""
@@ -187,6 +190,7 @@ def test_an_imported_run_is_the_same_beginning(model, tmp_path):
     build.build(same, Path(cfg.data.corpus), workers=1, progress=False)  # is there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["pieces", "mean"])
 def test_with_another_tokenizer(model, scheme, tmp_path):
     folder, _, cfg = model

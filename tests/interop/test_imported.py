@@ -10,6 +10,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from conftest import all_devices
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch and transformers have their own
@@ -206,6 +207,7 @@ def test_long_texts_are_scored_in_the_model_s_own_window(corpus, config, tmp_pat
         run(window=513)
 
 
+@pytest.mark.slow
 def test_generation_from_folder_run_and_quantised(imported, corpus, tmp_path, capfd):
     folder, model = imported
     run, small = tmp_path / "run", tmp_path / "int8"
@@ -244,7 +246,8 @@ def test_generation_from_folder_run_and_quantised(imported, corpus, tmp_path, ca
 
 def test_a_folder_is_read_straight_onto_the_mesh(imported):
     folder, model = imported
-    cfg, params, meta, mesh = load_model.load_params(folder)
+    with all_devices():
+        cfg, params, meta, mesh = load_model.load_params(folder)
     assert mesh.size == jax.device_count() == 8
     table = params["embedding"]
     np.testing.assert_array_equal(table, model.get_input_embeddings().weight.detach())
@@ -290,6 +293,7 @@ def test_the_door(imported, corpus, tmp_path):
         open_tokenizer(folder, "0" * 64, where)
 
 
+@pytest.mark.slow
 def test_eval_runs_tasks(imported, tmp_path, capsys):
     """`gamayun eval HF-DIR --tasks`: JSON that can be reproduced, items, a page."""
     folder, _ = imported

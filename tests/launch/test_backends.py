@@ -64,6 +64,7 @@ def test_a_slice_is_a_policy_a_template_and_a_group(fleet):
     assert deleted == [*shared, "instance-groups", *shared]  # of a former launch first
 
 
+@pytest.mark.slow
 def test_preempted_groups_are_made_anew(fleet):
     fleet.play("preempt", 0)
     done = go(fleet, *FLEET, "--spot")
@@ -97,6 +98,7 @@ def test_half_of_the_slices_are_not_kept(fleet):
     assert not [*(fleet.folder / "groups").iterdir()]
 
 
+@pytest.mark.slow
 def test_a_name_is_not_that_of_another_launch(fleet):
     """A group NAME-2 of its own is no third slice: neither used nor deleted."""
     other = ["--name", "pod-2", *FLEET[2:]]
@@ -108,6 +110,7 @@ def test_a_name_is_not_that_of_another_launch(fleet):
     assert go(fleet, *FLEET, "--slices", "2").returncode == 0
 
 
+@pytest.mark.slow
 def test_what_a_former_launch_left_is_made_anew(fleet):
     """Its template may be of other machines, and not of spot ones."""
     assert go(fleet, *FLEET).returncode == 0
@@ -226,6 +229,7 @@ def test_commands_follow_one_another(cloud):
     assert cloud.starts() == [first, again, again]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["--max-hours=2", "--max-cost=40"])
 def test_a_spent_budget_saves_and_deletes(cloud, how):
     """16 chips at 1.25: two hours are 40; all but a second of them are used before."""

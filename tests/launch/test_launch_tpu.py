@@ -134,6 +134,7 @@ def test_dry_run_runs_nothing(cloud, command):
     shlex.split(done.stdout)
 
 
+@pytest.mark.slow
 def test_stop_sends_term_and_the_follower_ends(cloud):
     cloud.play("wait", workers=2)
     words = cloud.words("run", *WHAT, "--poll", "1", "--python", "fakepython", *TRAIN)
@@ -227,6 +228,7 @@ def test_help_explains_every_flag(cloud):
     assert all(re.search(rf"^  {flag}(?: \S+)?\s+\S", text, re.M) for flag in flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("once", [True, False])
 def test_whatever_call_fails_what_still_costs_is_said(cloud, once):
     """Each call of a run in turn, alone or with all that follow it."""

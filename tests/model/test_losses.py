@@ -134,6 +134,7 @@ def test_sums_add_over_any_split_of_the_batch(cuts, random_batch):
     np.testing.assert_allclose(whole["loss_sum"], (weights * nll).sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_measuring_the_weights_changes_no_bit(
     wide_config, new_states, random_batch, monkeypatch, microbatches

@@ -50,7 +50,7 @@ SPECS = {
     ],
 )
 def test_mesh(sizes, expected):
-    mesh = sharding.make_mesh(MeshConfig(*sizes))
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices())
     assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert mesh.devices.shape == expected
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
@@ -230,6 +230,7 @@ def test_no_parameter_is_whole_over_the_layers(gradients_on, wide_config):
     assert not [dims for dims in gathered if dims.startswith(f"{L},")]
 
 
+@pytest.mark.slow
 def test_no_gathered_weight_waits_for_the_backward_pass(wide_config):
     """Without remat too: the memory of the compiled step is beyond that of `full` by
     less than the layers' weights. Kept, they would undo their division."""

@@ -66,8 +66,9 @@ def place(tmp_path_factory):
 
 
 def environment():
-    """Of a kernel as a user has it, not of these tests' eight devices."""
-    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    """Of a kernel as a user has it, not of these tests' devices and flags."""
+    ours = "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     return {**kept, "PYTHONPATH": str(FOLDER.parents[1])}
 
 

@@ -86,6 +86,7 @@ def test_waiting_for_vms_takes_days_and_costs_nothing():
     assert f"checkpoint.every_steps={queued['every_steps']}" in text
 
 
+@pytest.mark.slow
 def test_a_hopeless_rate_is_refused_in_one_line():
     with pytest.raises(UserError, match="leave hardly any time") as e:
         preemption.on_spot(PLAN, Preemptions(2000, restart=600), 1000)

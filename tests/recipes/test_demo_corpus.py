@@ -76,6 +76,7 @@ def leaks(language, held, paragraphs):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_no_held_out_text_in_training(language):
     paragraphs = {p for r in train_rows(language) for p in r["text"].split("\n")}

@@ -170,6 +170,7 @@ def test_words_to_fill_in_are_in_the_context():
 # --- held out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_no_item_is_in_training(language):
     trained = {p for r in train_rows(language) for p in r["text"].split("\n")}

@@ -229,6 +229,7 @@ def test_the_meta_says_what_was_averaged(run):
     assert RunMeta.from_json(meta.to_json(), "here").averaged == expected
 
 
+@pytest.mark.slow
 def test_the_command_line(trained, config, tmp_path, capfd):
     """All that reads a checkpoint reads an average, and a run begins from it."""
     out = tmp_path / "out"

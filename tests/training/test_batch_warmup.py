@@ -161,6 +161,7 @@ def whole(config, tmp_path_factory):
     return cfg, run, said
 
 
+@pytest.mark.slow
 def test_a_warm_up_beyond_the_run_is_said(whole, tmp_path):
     class Told(Exception):  # noqa: N818
         pass
@@ -204,6 +205,7 @@ def test_sizes_are_said_and_recorded(whole):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [1, 3, 6])
 def test_resumed_is_the_same_bit_for_bit(whole, last, tmp_path):
     cfg, straight, _ = whole

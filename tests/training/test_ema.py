@@ -207,6 +207,7 @@ def ema_events(run):
     return [(e["step"], e[k]) for e in events for k in e if k.startswith("average")]
 
 
+@pytest.mark.slow
 def test_a_run_s_average_is_that_of_its_checkpoints(kept):
     cfg, run = kept
     params = [state_of(run, cfg, t).params for t in range(1, 14)]
@@ -218,6 +219,7 @@ def test_a_run_s_average_is_that_of_its_checkpoints(kept):
     assert ema_events(run) == []
 
 
+@pytest.mark.slow
 def test_resumed_is_the_same_bit_for_bit(kept, tmp_path):
     cfg, run = kept
     again = cut_after(run, 5, tmp_path / "run")

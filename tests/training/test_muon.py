@@ -106,6 +106,7 @@ def test_an_update_is_as_long_as_adamw_s():
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1), (1, 1, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("path", ["attention/q", "attention/o", "mlp/up", "mlp/down"])
 @pytest.mark.parametrize("layers", [3, 16])
@@ -210,6 +211,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [3, 7, 9])  # inside a stage, at its end, after it
 def test_resumed_is_the_same_bit_for_bit(whole, last, tmp_path):
     cfg, run = whole

@@ -52,6 +52,7 @@ def straight(shuffled, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 9])
 def test_killed_inside_a_stage_it_ends_the_same(step, straight, shuffled, tmp_path):
     run = copy_at(straight, step, tmp_path / "run")

@@ -66,6 +66,7 @@ def test_tensorboard_has_each_step_once(config, replace, tmp_path):
     assert seen == [r["tokens"] for r in records(run)]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_what_the_model_writes(config, replace, tmp_path):
     """The samples of the report: by language, before and after each stage."""
     cfg = replace(config, "log.tensorboard", True)
@@ -178,6 +179,7 @@ def test_a_service_has_each_step_once(config, replace, service, tmp_path, name):
     assert steps == sorted(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fails_at", ["init", "log", "finish", "hangs in init", "hangs in log"]
 )

@@ -326,7 +326,8 @@ def cut_after(run, step, to):
     return to
 
 
-@pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), 7, 9])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [6, 7, 9])
 def test_a_stage_that_begins_its_data_anew_resumes_exactly(step, restarted, tmp_path):
     """Before, at and after the boundary of the two segments."""
     cfg, straight = restarted
@@ -471,6 +472,7 @@ def test_goodput_counts_what_an_interruption_costs(config, tmp_path):
     assert "interrupted" in said[-1]
 
 
+@pytest.mark.slow
 def test_a_complete_run_that_goes_on_was_not_interrupted(
     straight, config, tmp_path, monkeypatch
 ):
@@ -511,6 +513,7 @@ def test_slow_data_are_seen(config, tmp_path, monkeypatch):
 
 
 # A type of jaxlib's trace reader: on Python 3.13 the error would abort the process.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_a_profile_of_some_steps(config, tmp_path):
     said: list[str] = []
@@ -862,8 +865,8 @@ def test_two_runs_in_one_folder(straight, config):
 
 
 def test_batch_and_mesh_that_do_not_fit(config, replace, tmp_path):
-    with pytest.raises(UserError, match="use a multiple of 8"):
-        train.train(replace(config, "data.batch_size", 12), tmp_path)
+    with pytest.raises(UserError, match="use a multiple of 2"):
+        train.train(replace(config, "data.batch_size", 11), tmp_path)
     with pytest.raises(UserError, match="does not fit 8 devices"):
         train.train(replace(config, "mesh.tensor", 3), tmp_path)
 
