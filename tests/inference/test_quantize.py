@@ -314,6 +314,7 @@ def rounded(trained):
     return rounding.quantize_by_text(cfg, params, rows, eight), rows
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_round_alike(trained, rounded):
     """All but what float32 sums in another order turn over at a half."""
     cfg, params, *_ = load_model.load_params(trained)
@@ -327,6 +328,7 @@ def test_one_device_and_eight_round_alike(trained, rounded):
         assert np.mean(np.asarray(x) == np.asarray(y)) > 0.98
 
 
+@pytest.mark.slow
 def test_int4_is_stored_in_the_bits_that_are_stated(trained, rounded, tmp_path):
     cfg, _, meta, _ = load_model.load_params(trained)
     small, _ = rounded

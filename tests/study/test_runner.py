@@ -131,7 +131,6 @@ def test_alone_and_side_by_side_agree(alone, base, tmp_path):
     assert one["single", 0]["curve"] != one["single", 1]["curve"]
 
 
-@pytest.mark.slow
 def test_bits_per_byte_are_those_of_the_units(alone):
     (units,) = records.read_units(alone).values()
     for (arm, seed), record in records.read_records(alone).items():

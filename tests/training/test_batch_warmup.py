@@ -188,6 +188,7 @@ def records(run):
     return [{k: v for k, v in r.items() if k != "time"} for r in rows]
 
 
+@pytest.mark.slow
 def test_sizes_are_said_and_recorded(whole):
     cfg, run, said = whole
     told = [x for x in said if x.startswith("from step")]

@@ -207,7 +207,6 @@ def ema_events(run):
     return [(e["step"], e[k]) for e in events for k in e if k.startswith("average")]
 
 
-@pytest.mark.slow
 def test_a_run_s_average_is_that_of_its_checkpoints(kept):
     cfg, run = kept
     params = [state_of(run, cfg, t).params for t in range(1, 14)]

@@ -228,6 +228,7 @@ def test_resumed_is_the_same_bit_for_bit(whole, last, tmp_path):
     assert [m and m[0] for m in losses[0]] == [m and m[0] for m in losses[1]]
 
 
+@pytest.mark.slow
 def test_a_stage_that_resets_begins_with_new_means(whole):
     """Adam's count tells of all moments: 6 updates since the boundary, not 13."""
     cfg, run = whole
@@ -241,6 +242,7 @@ def test_a_run_cannot_change_its_optimiser(whole, config):
         train.train(config, run, log=quiet)
 
 
+@pytest.mark.slow
 def test_a_run_from_another_optimiser_s_begins_with_new_moments(
     whole, config, tmp_path
 ):
