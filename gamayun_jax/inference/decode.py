@@ -31,6 +31,8 @@ from gamayun_jax.model.transformer import (
 )
 
 CHUNK = 16  # tokens decoded between two looks at the text
+PROMPT = "batch", "length", None
+CACHE = "batch", "kv_heads", None, None
 
 
 class Decoder:
@@ -58,14 +60,17 @@ class Decoder:
 
         params = sharding.params_on_devices(params, mesh)
         with jax.set_mesh(mesh):
-            self.weights = cast({k: v for k, v in params.items() if k != "layers"})
-            self.weights["layers"] = [
-                layer(params["layers"], np.int32(i)) for i in range(cfg.num_layers)
-            ]
+            layers = params["layers"]
+            self.weights = {
+                "head": cast({k: v for k, v in params.items() if k != "layers"}),
+                "layers": [layer(layers, np.int32(i)) for i in range(cfg.num_layers)],
+            }
         # Whole on every device, or a process could not fetch what others hold.
         whole = sharding.replicated(mesh)
-        self.prefill = jax.jit(
-            self._prefill_fn, static_argnums=5, out_shardings=(None, whole)
+        self._begin = jax.jit(self._begin_fn)
+        self._prompt_layer = jax.jit(self._prompt_layer_fn, donate_argnums=1)
+        self._first = jax.jit(
+            self._first_fn, static_argnums=6, out_shardings=(None, whole)
         )
         self.decode = jax.jit(
             self._decode_fn,
@@ -95,34 +100,27 @@ class Decoder:
         whole = not isinstance(leaf, dict) and name != "scale"
         return leaf.astype(self.dtype) if whole else unfold(leaf)
 
-    def _forward(self, weights, tokens_BT, positions_BT, segments_BT, state):
-        """float32 logits [B, V] of the last token; the state with T slots filled."""
-        cfg, dtype = self.cfg, self.dtype
-        use = functools.partial(map_leaves, lambda _, x: dequantize(x, dtype))
-        head = use({k: v for k, v in weights.items() if k != "layers"})
-        x_BTD = jnp.take(head["embedding"], tokens_BT, axis=0)
-        cos_BT1H, sin_BT1H = rope_angles(cfg, positions_BT)
-        at = state["index"]
-        kv_segments_BS = jax.lax.dynamic_update_slice(
-            state["segments"], segments_BT, (0, at)
+    def _used(self, weights: Any) -> Any:
+        """Quantised weights as they are multiplied with."""
+        return map_leaves(lambda _, x: dequantize(x, self.dtype), weights)
+
+    def _embed(self, head, tokens_BT, positions_BT):
+        """x [B, T, D], and the cosines and sines of its positions [B, T, 1, H]."""
+        x_BTD = jnp.take(self._used(head)["embedding"], tokens_BT, axis=0)
+        return x_BTD, rope_angles(self.cfg, positions_BT)
+
+    def _layer(self, layer, x_BTD, cache, angles, segments):
+        block = Block(self.cfg, self.compute)
+        return block.apply(
+            {"params": self._used(layer)}, x_BTD, cache, *angles, (*segments, None)
         )
-        block, caches = Block(cfg, self.compute), []
-        for layer, cache in zip(weights["layers"], state["caches"], strict=True):
-            x_BTD, cache = block.apply(  # type: ignore[assignment,misc]
-                {"params": use(layer)},
-                x_BTD,
-                cache,
-                cos_BT1H,
-                sin_BT1H,
-                (segments_BT, kv_segments_BS, at, None),
-            )
-            caches.append(cache)
+
+    def _logits(self, head, x_BTD):
+        """float32 logits [B, V] of the last token."""
+        head = self._used(head)
         scale = head["final_norm"]["scale"]
-        x_BTD = ops.rms_norm(x_BTD[:, -1:], scale, cfg.norm_eps)
-        filled = dict(
-            caches=caches, segments=kv_segments_BS, index=at + tokens_BT.shape[1]
-        )
-        return logits(head, x_BTD)[:, 0], filled
+        x_BTD = ops.rms_norm(x_BTD[:, -1:], scale, self.cfg.norm_eps)
+        return logits(head, x_BTD)[:, 0]
 
     def _next(self, logits_BV, state, values, stops, program):
         token_B = sample_token(logits_BV, state["seen"], values, state["step"], program)
@@ -132,40 +130,59 @@ class Decoder:
         done_B = state["done"] | (token_B[:, None] == stops[None]).any(-1)
         return dict(token=token_B, seen=seen_BV, done=done_B, step=state["step"] + 1)
 
-    def _prefill_fn(self, weights, tokens_BT, lengths_B, values, stops, program):
-        """The state after the prompts, and their first new tokens, int32 [B]."""
+    def prefill(self, tokens_BT, lengths_B, values, stops, program):
+        """The state after the prompts, and their first new tokens, int32 [B].
+
+        One program for any layer: all of them in one take seconds to compile, for
+        each length of prompts.
+        """
+        head = self.weights["head"]
+        x_BTD, angles, segments_BT = self._begin(head, tokens_BT, lengths_B)
+        caches = []
+        for layer in self.weights["layers"]:
+            x_BTD, cache = self._prompt_layer(layer, x_BTD, angles, segments_BT)
+            caches.append(cache)
+        state, token_B = self._first(
+            head, x_BTD, tokens_BT, lengths_B, values, stops, program
+        )
+        return {**state, "caches": caches, "segments": segments_BT}, token_B
+
+    def _begin_fn(self, head, tokens_BT, lengths_B):
+        self.compilations += 1
+        T = tokens_BT.shape[1]
+        positions_BT = jnp.arange(T, dtype=jnp.int32)[None] - (T - lengths_B)[:, None]
+        x_BTD, angles = self._embed(head, tokens_BT, jnp.maximum(positions_BT, 0))
+        segments_BT = (positions_BT >= 0).astype(jnp.int32)
+        return nn.with_logical_constraint(x_BTD, PROMPT), angles, segments_BT
+
+    def _prompt_layer_fn(self, layer, x_BTD, angles, segments_BT):
+        self.compilations += 1
+        B, T, _ = x_BTD.shape
+        K, H = self.cfg.num_kv_heads, self.cfg.head_dim
+        # As attention's two matrix products take them: no step transposes a cache.
+        cache = tuple(
+            nn.with_logical_constraint(jnp.zeros((B, K, *rest), self.dtype), CACHE)
+            for rest in ((H, T), (T, H))
+        )
+        segments = segments_BT, segments_BT, 0
+        x_BTD, cache = self._layer(layer, x_BTD, cache, angles, segments)
+        return nn.with_logical_constraint(x_BTD, PROMPT), cache
+
+    def _first_fn(self, head, x_BTD, tokens_BT, lengths_B, values, stops, program):
         self.compilations += 1
         B, T = tokens_BT.shape
-        V, K, H = self.cfg.vocab_size, self.cfg.num_kv_heads, self.cfg.head_dim
-        positions_BT = jnp.arange(T, dtype=jnp.int32)[None] - (T - lengths_B)[:, None]
-        valid_BT = positions_BT >= 0
+        V = self.cfg.vocab_size
         seen_BV = jnp.zeros((B, V if program[2] else 1), bool)
         if program[2]:
             # Padding is scattered outside of the table, where it is dropped.
-            ids_BT = jnp.where(valid_BT, tokens_BT, V)
+            padded_BT = jnp.arange(T)[None] < (T - lengths_B)[:, None]
+            ids_BT = jnp.where(padded_BT, V, tokens_BT)
             rows_B1 = jnp.arange(B)[:, None]
             seen_BV = seen_BV.at[rows_B1, ids_BT].set(True, mode="drop")
-        # As attention's two matrix products take them: no step transposes a cache.
-        axes = ("batch", "kv_heads", None, None)
-        k_BKHS, v_BKSH = (
-            nn.with_logical_constraint(jnp.zeros((B, K, *rest), self.dtype), axes)
-            for rest in ((H, T), (T, H))
-        )
-        state = dict(
-            caches=[(k_BKHS, v_BKSH)] * self.cfg.num_layers,
-            segments=jnp.zeros((B, T), jnp.int32),
-            index=jnp.int32(0),
-        )
-        logits_BV, filled = self._forward(
-            weights,
-            tokens_BT,
-            jnp.maximum(positions_BT, 0),
-            valid_BT.astype(jnp.int32),
-            state,
-        )
         fresh = dict(seen=seen_BV, step=jnp.int32(0), done=lengths_B == 0)
-        chosen = self._next(logits_BV, fresh, values, stops, program)
-        return {**filled, **chosen, "position": lengths_B}, chosen["token"]
+        chosen = self._next(self._logits(head, x_BTD), fresh, values, stops, program)
+        state = {**chosen, "index": jnp.int32(T), "position": lengths_B}
+        return state, chosen["token"]
 
     def _decode_fn(self, weights, state, values, stops, count, program):
         """The state, up to `count` <= CHUNK more tokens, int32 [B, CHUNK], how many."""
@@ -179,13 +196,20 @@ class Decoder:
 
         def step(carry: Any) -> Any:
             i, state, out_BC = carry
-            logits_BV, filled = self._forward(
-                weights,
+            tokens_B1, positions_B1 = (
                 state["token"][:, None],
                 state["position"][:, None],
-                ones_B1,
-                state,
             )
+            x_B1D, angles = self._embed(weights["head"], tokens_B1, positions_B1)
+            segments_BS = jax.lax.dynamic_update_slice(
+                state["segments"], ones_B1, (0, state["index"])
+            )
+            segments, caches = (ones_B1, segments_BS, state["index"]), []
+            for layer, cache in zip(weights["layers"], state["caches"], strict=True):
+                x_B1D, cache = self._layer(layer, x_B1D, cache, angles, segments)
+                caches.append(cache)
+            logits_BV = self._logits(weights["head"], x_B1D)
+            filled = dict(caches=caches, segments=segments_BS, index=state["index"] + 1)
             chosen = self._next(logits_BV, state, values, stops, program)
             out_BC = jax.lax.dynamic_update_slice(
                 out_BC, chosen["token"][:, None], (0, i)

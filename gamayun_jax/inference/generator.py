@@ -189,9 +189,7 @@ class Generator:
                 jax.make_array_from_callback(x.shape, batch_sharding, x.__getitem__)
                 for x in (tokens_BT, lengths_B)
             )
-            state, first_B = self.decoder.prefill(
-                self.decoder.weights, *placed, values, stops, program
-            )
+            state, first_B = self.decoder.prefill(*placed, values, stops, program)
             total, used = 1, T
             take(np.asarray(first_B)[:, None], max_tokens == 1)
             while total < max_tokens and not all(ended):
