@@ -33,7 +33,7 @@ demo-long: setup ## the demo with eight times as many tokens (under an hour on 2
 test: setup ## the tests
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
-test-slow: setup ## the tests that take minutes each
+test-slow: setup ## the tests that take many seconds or minutes each
 	$(BIN)/python -m pytest -q -m slow -n auto --dist worksteal
 
 soak: setup ## kill the corpus build, training and the report 120 times

@@ -55,7 +55,7 @@ import gc
 import json
 import math
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,6 +212,11 @@ def all_devices() -> Iterator[None]:
         yield
     finally:
         sharding.make_mesh = mesh_of_two
+
+
+def slow_but(*quick: Any, of: Iterable[Any]) -> list[Any]:
+    """Values for `parametrize`, all but the `quick` ones in the slow tests."""
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in of]
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -21,6 +21,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     UnknownTokenProviderError,
 )
+from conftest import slow_but
 from gcsfs.retry import HttpError
 from google.api_core.exceptions import Forbidden, ServiceUnavailable
 
@@ -98,8 +99,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", [429, 500, 503, "hang", "cut"])
+@pytest.mark.parametrize("fault", slow_but(503, of=(429, 500, 503, "hang", "cut")))
 def test_what_passes_is_outlived(folder, bucket_server, fault):
     """A burst of the same at each operation."""
     path = folder / "x"

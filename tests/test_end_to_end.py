@@ -23,6 +23,8 @@ pytestmark = pytest.mark.slow
 
 def start(experiment, run, devices, *words, python=sys.executable):
     env = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
+    if python != sys.executable:
+        env["XLA_FLAGS"] = ""  # of this jaxlib: another one ends where one is unknown
     command = [python, "-m", "gamayun_jax", "train", str(experiment)]
     return subprocess.Popen(
         [*command, "--workdir", str(run), *words],

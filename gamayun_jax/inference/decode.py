@@ -31,6 +31,7 @@ from gamayun_jax.model.transformer import (
 )
 
 CHUNK = 16  # tokens decoded between two looks at the text
+QUEUE = 8  # layers of a prompt that wait to be run
 PROMPT = "batch", "length", None
 CACHE = "batch", "kv_heads", None, None
 
@@ -122,6 +123,22 @@ class Decoder:
         x_BTD = ops.rms_norm(x_BTD[:, -1:], scale, self.cfg.norm_eps)
         return logits(head, x_BTD)[:, 0]
 
+    def _forward(self, weights, tokens_BT, positions_BT, segments_BT, state):
+        """float32 logits [B, V] of the last token; the state with T slots filled."""
+        at = state["index"]
+        kv_segments_BS = jax.lax.dynamic_update_slice(
+            state["segments"], segments_BT, (0, at)
+        )
+        x_BTD, angles = self._embed(weights["head"], tokens_BT, positions_BT)
+        segments, caches = (segments_BT, kv_segments_BS, at), []
+        for layer, cache in zip(weights["layers"], state["caches"], strict=True):
+            x_BTD, cache = self._layer(layer, x_BTD, cache, angles, segments)
+            caches.append(cache)
+        filled = dict(
+            caches=caches, segments=kv_segments_BS, index=at + tokens_BT.shape[1]
+        )
+        return self._logits(weights["head"], x_BTD), filled
+
     def _next(self, logits_BV, state, values, stops, program):
         token_B = sample_token(logits_BV, state["seen"], values, state["step"], program)
         seen_BV, rows = state["seen"], jnp.arange(len(token_B))
@@ -134,12 +151,15 @@ class Decoder:
         """The state after the prompts, and their first new tokens, int32 [B].
 
         One program for any layer: all of them in one take seconds to compile, for
-        each length of prompts.
+        each length of prompts. No more than QUEUE of them wait to be run: with 32,
+        several CPU devices of a process may block each other for ever.
         """
         head = self.weights["head"]
         x_BTD, angles, segments_BT = self._begin(head, tokens_BT, lengths_B)
         caches = []
-        for layer in self.weights["layers"]:
+        for number, layer in enumerate(self.weights["layers"]):
+            if number % QUEUE == 0:
+                jax.block_until_ready(x_BTD)
             x_BTD, cache = self._prompt_layer(layer, x_BTD, angles, segments_BT)
             caches.append(cache)
         state, token_B = self._first(
@@ -196,20 +216,13 @@ class Decoder:
 
         def step(carry: Any) -> Any:
             i, state, out_BC = carry
-            tokens_B1, positions_B1 = (
+            logits_BV, filled = self._forward(
+                weights,
                 state["token"][:, None],
                 state["position"][:, None],
+                ones_B1,
+                state,
             )
-            x_B1D, angles = self._embed(weights["head"], tokens_B1, positions_B1)
-            segments_BS = jax.lax.dynamic_update_slice(
-                state["segments"], ones_B1, (0, state["index"])
-            )
-            segments, caches = (ones_B1, segments_BS, state["index"]), []
-            for layer, cache in zip(weights["layers"], state["caches"], strict=True):
-                x_B1D, cache = self._layer(layer, x_B1D, cache, angles, segments)
-                caches.append(cache)
-            logits_BV = self._logits(weights["head"], x_B1D)
-            filled = dict(caches=caches, segments=segments_BS, index=state["index"] + 1)
             chosen = self._next(logits_BV, state, values, stops, program)
             out_BC = jax.lax.dynamic_update_slice(
                 out_BC, chosen["token"][:, None], (0, i)

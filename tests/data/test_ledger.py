@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import slow_but
 
 from gamayun_jax import config as c
 from gamayun_jax.data import ledger
@@ -105,11 +106,7 @@ def test_a_ledger_of_lineage_and_records():
 
 
 @pytest.mark.parametrize(
-    "scheme",
-    [
-        *(pytest.param(s, marks=pytest.mark.slow) for s in ("none", "static", "bytes")),
-        "target_share",
-    ],
+    "scheme", slow_but("target_share", of=("none", "static", "bytes", "target_share"))
 )
 def test_planned_shares_are_those_of_whole_passes(scheme, config, corpus):
     """Every source served once, as often as its size says: nothing is left to chance,

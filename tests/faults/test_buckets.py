@@ -158,7 +158,6 @@ def test_a_damaged_checkpoint_is_set_aside(small, straight, begun):
     assert records(begun) == records(straight)
 
 
-@pytest.mark.slow
 def test_half_a_checkpoint_is_none(small, straight, begun):
     """A kill before the mark is written, and one before that of its parts."""
     newest = begun / "checkpoints" / str(max(run_folder.checkpoint_steps(begun)))

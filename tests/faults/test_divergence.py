@@ -107,7 +107,6 @@ def strict(small):
     return dataclasses.replace(small, divergence=DivergenceConfig(nonfinite=2))
 
 
-@pytest.mark.slow
 def test_bad_steps_in_a_row_roll_back_and_are_left_out(
     strict, corpus, poison, tmp_path
 ):

@@ -11,7 +11,7 @@ import pytest
 from conftest import WIDE, mesh_of
 
 from gamayun_jax.config import ComputeConfig, ModelConfig, RopeScaling, UserError
-from gamayun_jax.inference.decode import Decoder
+from gamayun_jax.inference.decode import QUEUE, Decoder
 from gamayun_jax.inference.generator import Generator, bucket, row_length
 from gamayun_jax.inference.quantize import dequantize_all, quantize
 from gamayun_jax.inference.sampling import Sampling, kept, penalised, sample_token
@@ -25,9 +25,8 @@ MODEL = ModelConfig(
     rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16), rope_theta=100.0,
 )  # fmt: skip
 FLOAT32 = ComputeConfig(dtype="float32")
-# Where the number of layers says nothing: they are unrolled, and compiled one by one.
+# Where the number of layers says nothing: in steps they are compiled one by one.
 SHALLOW = dataclasses.replace(MODEL, num_layers=1)
-WIDE_SHALLOW = dataclasses.replace(WIDE, num_layers=1)
 
 
 class Bytes:
@@ -110,7 +109,8 @@ def test_greedy_equals_the_full_forward(monkeypatch, ahead, sizes):
 @pytest.mark.parametrize(("length", "count"), [(3, 100), (16, 129), (100, 128)])
 def test_an_answer_takes_four_programs(length, count):
     """One for what comes before a prompt's layers, one for any layer, one for what
-    comes after, and one for up to 129 tokens after the prompt."""
+    comes after, and one for up to 129 tokens after the prompt; and a small one, which
+    is not counted, that makes room for these."""
     one = Generator(MODEL, weights(MODEL), mesh_of((1, 1, 1)), Bytes(), FLOAT32)
     (made,) = one.generate_ids([[7] * length], count, stop_ids=())
     assert len(made) == count
@@ -162,12 +162,33 @@ def test_a_mesh_gives_the_same_text(sizes):
     assert on_mesh(sizes) == on_mesh((1, 1, 1))
 
 
+def test_few_layers_of_a_prompt_wait(monkeypatch):
+    """On eight devices many would wait for each other for ever."""
+    made = placed(dataclasses.replace(WIDE, num_layers=40), mesh_of((1, 2, 4)))
+    layer, caches, waiting = made.decoder._prompt_layer, [], []
+
+    def watched(*args):
+        waiting.append(sum(not k.is_ready() for k, _ in caches))
+        x_BTD, cache = layer(*args)
+        caches.append(cache)
+        return x_BTD, cache
+
+    monkeypatch.setattr(made.decoder, "_prompt_layer", watched)
+    made.generate_ids([[7] * 60] * 8, 1, stop_ids=())
+    assert len(waiting) == 40
+    assert max(waiting) <= QUEUE
+
+
+def placed(cfg, mesh):
+    """A generator of random weights that are divided over a mesh."""
+    layout = sharding.parameter_shardings(abstract_params(cfg), mesh)
+    params = jax.device_put(weights(cfg), layout)
+    return Generator(cfg, params, mesh, Bytes(), FLOAT32)
+
+
 @functools.cache
 def on_mesh(sizes):
-    mesh, params = mesh_of(sizes), weights(WIDE_SHALLOW)
-    layout = sharding.parameter_shardings(abstract_params(WIDE_SHALLOW), mesh)
-    placed = jax.device_put(params, layout)
-    made = Generator(WIDE_SHALLOW, placed, mesh, Bytes(), FLOAT32)
+    made = placed(WIDE, mesh_of(sizes))
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=5)
     prompts = [[5, 6, 7], [9], [11] * 15]
     return made.generate_ids(prompts, 12, sampling, stop_ids=())

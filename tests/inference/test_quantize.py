@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import all_devices
+from conftest import all_devices, slow_but
 
 from gamayun_jax import cli, train
 from gamayun_jax import config as c
@@ -45,10 +45,7 @@ def test_int8_is_at_most_half_a_step_off(name):
     np.testing.assert_allclose(quantize.dequantize(again), back, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["o", *(pytest.param(n, marks=pytest.mark.slow) for n in SHAPES if n != "o")],
-)
+@pytest.mark.parametrize("name", slow_but("o", of=SHAPES))
 def test_int4_misses_what_its_steps_are_apart(name):
     """In each group no more than even steps over its range would; no weight by more
     than the part of the range that the least grid leaves out."""

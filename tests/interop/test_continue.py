@@ -15,7 +15,7 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 import imported
-from conftest import small_config, started
+from conftest import all_devices, slow_but, small_config, started
 from test_hf import assert_close, ours, theirs
 
 from gamayun_jax import cli, train
@@ -82,10 +82,7 @@ def continued(cfg, model, tokenizer, folder, **transition):
 
 @pytest.fixture(
     scope="module",
-    params=[
-        "llama",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "qwen2")),
-    ],
+    params=slow_but("llama", of=("llama", "qwen3", "qwen2")),
 )
 def model(request, tmp_path_factory):
     """(folder that transformers wrote, its model, our config of a run on it)."""
@@ -157,9 +154,10 @@ def test_goes_on_and_comes_back(model, tmp_path, monkeypatch):
     assert origin["checkpoint"] == folder.name
     assert origin["lineage"]["imported"]["model_type"] == made.config.model_type
 
-    assert train.train(cfg, tmp_path / "run", folder, log=quiet) == 0
-    # The same command again, and with another model.
-    assert train.train(cfg, tmp_path / "run", folder, log=quiet) == 0
+    with all_devices():
+        assert train.train(cfg, tmp_path / "run", folder, log=quiet) == 0
+        # The same command again, and with another model.
+        assert train.train(cfg, tmp_path / "run", folder, log=quiet) == 0
     shutil.copytree(folder, tmp_path / "other")
     with pytest.raises(UserError, match=f"began from {folder.name}, not from other"):
         train.train(cfg, tmp_path / "run", tmp_path / "other", log=quiet)

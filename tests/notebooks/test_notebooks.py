@@ -61,7 +61,7 @@ def test_notebooks_are_plain(path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Where they run: those that train the same share the run, as in their folder."""
+    """Where they run: those that train the same in one worker share the run."""
     return tmp_path_factory.mktemp("notebooks")
 
 

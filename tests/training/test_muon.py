@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of, random_batch, started
+from conftest import mesh_of, random_batch, slow_but, started
 from flax import linen as nn
 
 from gamayun_jax import train
@@ -106,8 +106,7 @@ def test_an_update_is_as_long_as_adamw_s():
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1), (1, 1, 8)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", slow_but((2, 2, 2), of=MESHES))
 @pytest.mark.parametrize("path", ["attention/q", "attention/o", "mlp/up", "mlp/down"])
 @pytest.mark.parametrize("layers", [3, 16])
 def test_each_layer_is_whole_on_one_device(sizes, path, layers):

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import small_corpora
+from conftest import slow_but
 from jax.profiler import ProfileData
 
 from gamayun_jax import cli, train
@@ -326,8 +327,7 @@ def cut_after(run, step, to):
     return to
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [6, 7, 9])
+@pytest.mark.parametrize("step", slow_but(7, of=(6, 7, 9)))
 def test_a_stage_that_begins_its_data_anew_resumes_exactly(step, restarted, tmp_path):
     """Before, at and after the boundary of the two segments."""
     cfg, straight = restarted
