@@ -219,9 +219,11 @@ def slow_but(*quick: Any, of: Iterable[Any]) -> list[Any]:
     return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in of]
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are processors: a fifth of the time tests wait for others."""
-    return len(os.sched_getaffinity(0)) + 1
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker a processor; one more for the quick tests, which wait a fifth of the
+    time. Slow ones start processes themselves, some with limits of time."""
+    quick = "not slow" in config.getoption("markexpr")
+    return len(os.sched_getaffinity(0)) + quick
 
 
 @functools.cache

@@ -499,7 +499,7 @@ def test_a_complete_run_that_goes_on_was_not_interrupted(
 def test_slow_data_are_seen(config, tmp_path, monkeypatch):
     def slow(*args):
         for batch in batches(*args):
-            time.sleep(0.1)
+            time.sleep(0.5)  # longer than a step on a busy machine
             yield batch
 
     batches = train.batches
@@ -509,7 +509,7 @@ def test_slow_data_are_seen(config, tmp_path, monkeypatch):
     times = [json.loads(line)["time"] for line in lines]
     # Not counted: where a checkpoint had emptied the device before.
     assert sum(t["stalled_steps"] for t in times) >= 3
-    assert goodput(tmp_path)["input"] >= 13 * 0.1
+    assert goodput(tmp_path)["input"] >= 13 * 0.5
 
 
 # A type of jaxlib's trace reader: on Python 3.13 the error would abort the process.
