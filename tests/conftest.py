@@ -1,7 +1,7 @@
 """Eight CPU devices, and no implicit rank promotion, for every test.
 
 A run whose config names no mesh takes two of the devices: what eight of them compute
-and write takes one and a half times as long. Tests of meshes name theirs.
+and write takes 1.4 times as long. Tests of meshes name theirs.
 """
 
 import os
