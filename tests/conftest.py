@@ -55,7 +55,7 @@ import gc
 import json
 import math
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,24 +194,32 @@ def small_config(folder: Path) -> c.Config:
 _make_mesh = sharding.make_mesh
 
 
-def mesh_of_two(cfg: c.MeshConfig, devices: Any = None) -> jax.sharding.Mesh:
-    """`sharding.make_mesh`, of two devices where nothing is said of them."""
-    if devices is None and cfg == c.MeshConfig():
-        devices = jax.devices()[:2]
-    return _make_mesh(cfg, devices)
-
-
-sharding.make_mesh = mesh_of_two
-
-
 @contextlib.contextmanager
-def all_devices() -> Iterator[None]:
-    """Within it, runs and models take all eight, as everywhere but in tests."""
-    sharding.make_mesh = _make_mesh
+def runs_on(count: int) -> Iterator[None]:
+    """Within it, a mesh of which nothing is said is of so many devices."""
+
+    def make_mesh(cfg: c.MeshConfig, devices: Any = None) -> jax.sharding.Mesh:
+        if devices is None and cfg == c.MeshConfig():
+            devices = jax.devices()[:count]
+        return _make_mesh(cfg, devices)
+
+    former, sharding.make_mesh = sharding.make_mesh, make_mesh
     try:
         yield
     finally:
-        sharding.make_mesh = mesh_of_two
+        sharding.make_mesh = former
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_on_two() -> Iterator[None]:
+    with runs_on(2):
+        yield
+
+
+def users_environment() -> dict[str, str]:
+    """This process's, without the devices and flags of these tests."""
+    ours = "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"
+    return {k: v for k, v in os.environ.items() if k not in ours}
 
 
 def slow_but(*quick: Any, of: Iterable[Any]) -> list[Any]:
@@ -219,11 +227,12 @@ def slow_but(*quick: Any, of: Iterable[Any]) -> list[Any]:
     return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in of]
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker a processor; one more for the quick tests, which wait a fifth of the
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
+    """One more than xdist's number for the quick tests, which wait a fifth of the
     time. Slow ones start processes themselves, some with limits of time."""
-    quick = "not slow" in config.getoption("markexpr")
-    return len(os.sched_getaffinity(0)) + quick
+    workers = yield
+    return workers + ("not slow" in config.getoption("markexpr"))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from gamayun_jax.model.sharding import make_mesh
+from gamayun_jax.model import sharding
 from gamayun_jax.training import checkpoint
 from gamayun_jax.training.step import abstract_state
 
@@ -41,7 +41,7 @@ def finish(process, status=0):
 def outcome(run, config, last=13):
     """Final state, records without their times, and evaluations."""
     store = checkpoint.Checkpoints(run / "checkpoints", read_only=True)
-    state = store.restore(last, abstract_state(config, make_mesh(config.mesh)))
+    state = store.restore(last, abstract_state(config, sharding.make_mesh(config.mesh)))
     store.close()
     records = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     for r in records:

@@ -1,4 +1,5 @@
-"""The compiled programs of generation: prefill, and decode steps in one loop.
+"""The compiled programs of generation: a prompt's layers one by one, and decode steps
+in one loop.
 
 Decoding differs from the training forward in its loop only: each layer's weights and
 cache are arrays of their own. In a `scan` over stacked layers every step would copy
@@ -32,8 +33,9 @@ from gamayun_jax.model.transformer import (
 
 CHUNK = 16  # tokens decoded between two looks at the text
 QUEUE = 8  # layers of a prompt that wait to be run
-PROMPT = "batch", "length", None
-CACHE = "batch", "kv_heads", None, None
+# Logical axes of a prompt's hidden states [B, T, D], and of both caches of a layer.
+HIDDEN_AXES = "batch", "length", None
+CACHE_AXES = "batch", "kv_heads", None, None
 
 
 class Decoder:
@@ -71,7 +73,7 @@ class Decoder:
         self._begin = jax.jit(self._begin_fn)
         self._prompt_layer = jax.jit(self._prompt_layer_fn, donate_argnums=1)
         self._first = jax.jit(
-            self._first_fn, static_argnums=6, out_shardings=(None, whole)
+            self._first_fn, static_argnums=7, out_shardings=(None, whole)
         )
         self.decode = jax.jit(
             self._decode_fn,
@@ -101,24 +103,28 @@ class Decoder:
         whole = not isinstance(leaf, dict) and name != "scale"
         return leaf.astype(self.dtype) if whole else unfold(leaf)
 
-    def _used(self, weights: Any) -> Any:
-        """Quantised weights as they are multiplied with."""
+    def _floats(self, weights: Any) -> Any:
+        """Weights in the compute dtype: quantised ones are dequantised."""
         return map_leaves(lambda _, x: dequantize(x, self.dtype), weights)
 
     def _embed(self, head, tokens_BT, positions_BT):
         """x [B, T, D], and the cosines and sines of its positions [B, T, 1, H]."""
-        x_BTD = jnp.take(self._used(head)["embedding"], tokens_BT, axis=0)
+        x_BTD = jnp.take(self._floats(head)["embedding"], tokens_BT, axis=0)
         return x_BTD, rope_angles(self.cfg, positions_BT)
 
     def _layer(self, layer, x_BTD, cache, angles, segments):
+        """x [B, T, D] after a layer, and its cache with T more slots filled.
+
+        `segments` are the queries' [B, T], the slots' [B, S], and the first slot.
+        """
         block = Block(self.cfg, self.compute)
         return block.apply(
-            {"params": self._used(layer)}, x_BTD, cache, *angles, (*segments, None)
+            {"params": self._floats(layer)}, x_BTD, cache, *angles, (*segments, None)
         )
 
     def _logits(self, head, x_BTD):
         """float32 logits [B, V] of the last token."""
-        head = self._used(head)
+        head = self._floats(head)
         scale = head["final_norm"]["scale"]
         x_BTD = ops.rms_norm(x_BTD[:, -1:], scale, self.cfg.norm_eps)
         return logits(head, x_BTD)[:, 0]
@@ -163,40 +169,44 @@ class Decoder:
             x_BTD, cache = self._prompt_layer(layer, x_BTD, angles, segments_BT)
             caches.append(cache)
         state, token_B = self._first(
-            head, x_BTD, tokens_BT, lengths_B, values, stops, program
+            head, x_BTD, tokens_BT, segments_BT, lengths_B, values, stops, program
         )
         return {**state, "caches": caches, "segments": segments_BT}, token_B
 
     def _begin_fn(self, head, tokens_BT, lengths_B):
+        """What the layers take: x [B, T, D], angles, and segments [B, T], 0 padding."""
         self.compilations += 1
         T = tokens_BT.shape[1]
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None] - (T - lengths_B)[:, None]
         x_BTD, angles = self._embed(head, tokens_BT, jnp.maximum(positions_BT, 0))
         segments_BT = (positions_BT >= 0).astype(jnp.int32)
-        return nn.with_logical_constraint(x_BTD, PROMPT), angles, segments_BT
+        return nn.with_logical_constraint(x_BTD, HIDDEN_AXES), angles, segments_BT
 
     def _prompt_layer_fn(self, layer, x_BTD, angles, segments_BT):
+        """x [B, T, D] after a layer, and its cache of T slots."""
         self.compilations += 1
         B, T, _ = x_BTD.shape
         K, H = self.cfg.num_kv_heads, self.cfg.head_dim
         # As attention's two matrix products take them: no step transposes a cache.
         cache = tuple(
-            nn.with_logical_constraint(jnp.zeros((B, K, *rest), self.dtype), CACHE)
+            nn.with_logical_constraint(jnp.zeros((B, K, *rest), self.dtype), CACHE_AXES)
             for rest in ((H, T), (T, H))
         )
         segments = segments_BT, segments_BT, 0
         x_BTD, cache = self._layer(layer, x_BTD, cache, angles, segments)
-        return nn.with_logical_constraint(x_BTD, PROMPT), cache
+        return nn.with_logical_constraint(x_BTD, HIDDEN_AXES), cache
 
-    def _first_fn(self, head, x_BTD, tokens_BT, lengths_B, values, stops, program):
+    def _first_fn(
+        self, head, x_BTD, tokens_BT, segments_BT, lengths_B, values, stops, program
+    ):
+        """The state but for caches and segments, and the first tokens, int32 [B]."""
         self.compilations += 1
         B, T = tokens_BT.shape
         V = self.cfg.vocab_size
         seen_BV = jnp.zeros((B, V if program[2] else 1), bool)
         if program[2]:
             # Padding is scattered outside of the table, where it is dropped.
-            padded_BT = jnp.arange(T)[None] < (T - lengths_B)[:, None]
-            ids_BT = jnp.where(padded_BT, V, tokens_BT)
+            ids_BT = jnp.where(segments_BT > 0, tokens_BT, V)
             rows_B1 = jnp.arange(B)[:, None]
             seen_BV = seen_BV.at[rows_B1, ids_BT].set(True, mode="drop")
         fresh = dict(seen=seen_BV, step=jnp.int32(0), done=lengths_B == 0)

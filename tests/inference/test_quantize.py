@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import all_devices, slow_but
+from conftest import runs_on, slow_but
 
 from gamayun_jax import cli, train
 from gamayun_jax import config as c
@@ -303,7 +303,7 @@ def test_a_folder_of_before_opens(trained, tmp_path, group):
 @pytest.fixture(scope="module")
 def rounded(trained):
     """The run's model in int4 by random text, on eight devices; and that text."""
-    with all_devices():
+    with runs_on(8):
         cfg, params, _, eight = load_model.load_params(trained)
     assert eight.size == 8
     rows = np.random.default_rng(0).integers(4, cfg.model.vocab_size, (20, 32))

@@ -15,7 +15,7 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 import imported
-from conftest import all_devices, slow_but, small_config, started
+from conftest import runs_on, slow_but, small_config, started
 from test_hf import assert_close, ours, theirs
 
 from gamayun_jax import cli, train
@@ -142,7 +142,7 @@ def records(run):
     return [json.loads(line) for line in lines]
 
 
-def test_goes_on_and_comes_back(model, tmp_path, monkeypatch):
+def test_goes_on_and_comes_back(model, tmp_path):
     folder, made, cfg = model
     begun = started(cfg, tmp_path / "begun", folder)
     assert any("has a chat template" in text for text in begun.log)
@@ -154,7 +154,7 @@ def test_goes_on_and_comes_back(model, tmp_path, monkeypatch):
     assert origin["checkpoint"] == folder.name
     assert origin["lineage"]["imported"]["model_type"] == made.config.model_type
 
-    with all_devices():
+    with runs_on(8):
         assert train.train(cfg, tmp_path / "run", folder, log=quiet) == 0
         # The same command again, and with another model.
         assert train.train(cfg, tmp_path / "run", folder, log=quiet) == 0
@@ -166,11 +166,8 @@ def test_goes_on_and_comes_back(model, tmp_path, monkeypatch):
     rates = [r["lr"] for r in records(tmp_path / "run")]
     assert rates[0] < max(rates)  # warmed up from nothing
 
-    one = sharding.make_mesh
-    monkeypatch.setattr(
-        sharding, "make_mesh", lambda cfg, devices=None: one(cfg, jax.devices()[:1])
-    )
-    assert train.train(cfg, tmp_path / "one", folder, log=quiet) == 0
+    with runs_on(1):
+        assert train.train(cfg, tmp_path / "one", folder, log=quiet) == 0
     for a, b in zip(records(tmp_path / "run"), records(tmp_path / "one"), strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
 

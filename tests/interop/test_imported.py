@@ -10,7 +10,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from conftest import all_devices
+from conftest import runs_on
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch and transformers have their own
@@ -246,7 +246,7 @@ def test_generation_from_folder_run_and_quantised(imported, corpus, tmp_path, ca
 
 def test_a_folder_is_read_straight_onto_the_mesh(imported):
     folder, model = imported
-    with all_devices():
+    with runs_on(8):
         cfg, params, meta, mesh = load_model.load_params(folder)
     assert mesh.size == jax.device_count() == 8
     table = params["embedding"]

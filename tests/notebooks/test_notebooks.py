@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import users_environment
 
 import gamayun_jax as gx
 
@@ -66,10 +66,8 @@ def place(tmp_path_factory):
 
 
 def environment():
-    """Of a kernel as a user has it, not of these tests' devices and flags."""
-    ours = "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"
-    kept = {k: v for k, v in os.environ.items() if k not in ours}
-    return {**kept, "PYTHONPATH": str(FOLDER.parents[1])}
+    """Of a kernel as a user has it."""
+    return {**users_environment(), "PYTHONPATH": str(FOLDER.parents[1])}
 
 
 @pytest.mark.slow

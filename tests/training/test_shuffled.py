@@ -14,7 +14,7 @@ from gamayun_jax.config import MixtureConfig, UserError
 from gamayun_jax.data.loader import LocalBatches
 from gamayun_jax.data.plan import make_data_plan
 from gamayun_jax.evaluate import forgetting
-from gamayun_jax.model.sharding import make_mesh
+from gamayun_jax.model import sharding
 from gamayun_jax.training import checkpoint
 from gamayun_jax.training.step import abstract_state
 
@@ -27,7 +27,7 @@ def state_of(run, cfg):
     """The last saved state as host arrays."""
     store = checkpoint.Checkpoints(run / "checkpoints", read_only=True)
     with contextlib.closing(store):
-        state = store.restore(13, abstract_state(cfg, make_mesh(cfg.mesh)))
+        state = store.restore(13, abstract_state(cfg, sharding.make_mesh(cfg.mesh)))
         return jax.tree.leaves(jax.device_get(state))
 
 
